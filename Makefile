@@ -1,0 +1,98 @@
+# Every target runs in one environment, .venv, which the first target that needs it creates: a machine
+# needs python3 (with venv), g++ and make; the rest is installed by pip at the versions pinned in
+# requirements-dev.txt.
+
+PYTHON      ?= python3
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+OUT         ?= build/demo
+
+SHELL       := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+BIN      := .venv/bin
+TORCH    := $(shell sed -n 's/^torch==//p' requirements-dev.txt)+cpu
+READY    := .venv/.ready
+BUILT    := .venv/.built
+CPP_DIR  := build/cpp
+# LeakSanitizer needs ptrace, which containers often deny; the kernels allocate through std::vector only.
+CPP_ENV  := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+
+SOURCES   := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP_FILES := $(SOURCES) $(shell find tests/cpp -name '*.cpp' -o -name '*.h' 2>/dev/null)
+OP_TESTS  := tests/test_sketch_sample.py tests/test_gather.py tests/test_distill.py
+
+.PHONY: help setup build test test-quick test-isa test-slow cpp-test lint format demo bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## create .venv with the pinned tools and the CPU build of torch
+
+build: $(BUILT)  ## compile the extension into the source tree (editable install)
+
+test: test-quick test-isa  ## the quick test suite, then the op tests under each instruction set
+
+test-quick: $(BUILT)
+	$(BIN)/pytest
+
+# An instruction set this machine lacks is not tried: forcing it is an error.
+test-isa: $(BUILT)  ## the op tests with each instruction set of this machine forced in turn
+	for isa in $$($(BIN)/python -c 'import smartbird; print(*smartbird.build_info()["cpu_isa_available"])'); do
+	    echo "SMARTBIRD_CPU_ISA=$$isa"
+	    SMARTBIRD_CPU_ISA=$$isa $(BIN)/pytest -q $(OP_TESTS)
+	done
+
+test-slow: $(BUILT)  ## the tests marked slow
+	$(BIN)/pytest -m slow
+
+cpp-test: $(CPP_DIR)/compile_commands.json  ## the torch-free kernels and their C++ tests under ASan and UBSan
+	$(BIN)/cmake --build $(CPP_DIR)
+	$(CPP_ENV) $(BIN)/ctest --test-dir $(CPP_DIR) --output-on-failure
+
+lint: $(CPP_DIR)/compile_commands.json  ## ruff, mypy --strict, clang-format, clang-tidy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/clang-tidy -quiet -p $(CPP_DIR) $$(sed -n 's/^ *"file": "\(.*\)",\?$$/\1/p' $<)
+
+format: $(READY)  ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+demo: $(BUILT)  ## train Smart Bird beside dense attention on real text; report in $(OUT)
+	$(BIN)/python -m smartbird.demo --out $(OUT)
+
+bench: $(BUILT)  ## time attention against PyTorch's; JSON in build/bench
+	$(BIN)/python -m benchmarks.attention --out build/bench/attention.json
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info $(BUILT)
+	rm -f smartbird/*.so
+
+# First pip's own sources, because a mirror may hold the +cpu wheel; then PyTorch's index, which the
+# public PyPI does not replace: there the same version is the CUDA build, several GB.
+$(READY): requirements-dev.txt
+	@echo 'setting up .venv: torch $(TORCH) and requirements-dev.txt'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo 'error: $(PYTHON) must be Python 3.11 or newer' >&2; exit 1; }
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	    { echo 'error: $(PYTHON) has no venv module: apt-get install python3-venv' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --no-deps torch==$(TORCH) 2>/dev/null || \
+	    $(BIN)/pip install -q --no-deps --index-url $(TORCH_INDEX) torch==$(TORCH)
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+$(BUILT): $(READY) setup.py pyproject.toml $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+$(CPP_DIR)/compile_commands.json: $(READY) CMakeLists.txt
+	$(BIN)/cmake -S . -B $(CPP_DIR) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DSMARTBIRD_SANITIZE=address,undefined
+	touch $@
