@@ -1,0 +1,1 @@
+"""Timings, run from the root of the source tree: ``python -m benchmarks.attention``."""
