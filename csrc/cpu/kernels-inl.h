@@ -1,0 +1,28 @@
+// Instantiates every kernel for one instruction set; included once by each kernels_<isa>.cpp.
+#include "dense-inl.h"
+#include "gather-inl.h"
+#include "gather_backward-inl.h"
+#include "kernels.h"
+#include "pack-inl.h"
+#include "sketch_sample-inl.h"
+
+#define SMARTBIRD_STRINGIFY2(x) #x
+#define SMARTBIRD_STRINGIFY(x) SMARTBIRD_STRINGIFY2(x)
+
+namespace smartbird::SMARTBIRD_ISA {
+
+const Kernels kernels{
+    .isa = SMARTBIRD_STRINGIFY(SMARTBIRD_ISA),
+    .pack = {pack_num_tasks, pack_scratch_bytes, pack},
+    .sketch_sample = {sketch_sample_num_tasks, sketch_sample_scratch_bytes, sketch_sample},
+    .gather_scores = {gather_num_tasks, gather_scratch_bytes, gather_scores},
+    .gather_attention = {gather_num_tasks, gather_scratch_bytes, gather_attention},
+    .invert_indices = {invert_indices_num_tasks, invert_indices_scratch_bytes, invert_indices},
+    .gather_backward_queries = {gather_backward_queries_num_tasks, gather_backward_scratch_bytes,
+                                gather_backward_queries},
+    .gather_backward_keys = {gather_backward_keys_num_tasks, gather_backward_scratch_bytes, gather_backward_keys},
+    .dense_lse = {dense_num_tasks, dense_scratch_bytes, dense_lse},
+    .dense_mean = {dense_num_tasks, dense_scratch_bytes, dense_mean},
+};
+
+}  // namespace smartbird::SMARTBIRD_ISA

@@ -1,0 +1,341 @@
+// The vector type the kernels are written over: GCC/Clang vector extensions, so that one source serves every
+// instruction set. A translation unit defines SMARTBIRD_ISA (its namespace) and SMARTBIRD_VEC_BYTES (0: one lane).
+//
+// Nothing here may have external linkage outside the ISA's namespace: a weak symbol compiled with AVX-512 could
+// otherwise be picked by the linker for all.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../params.h"
+
+namespace smartbird::SMARTBIRD_ISA {
+
+template <typename T>
+constexpr int kLanes = SMARTBIRD_VEC_BYTES == 0 ? 1 : SMARTBIRD_VEC_BYTES / static_cast<int>(sizeof(T));
+
+template <typename T, int L = kLanes<T>>
+struct VecOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * L)));
+};
+
+template <typename T>
+using Vec = typename VecOf<T>::type;  // float or double
+using VecI = typename VecOf<int32_t>::type;
+using VecU = typename VecOf<uint32_t>::type;
+
+template <typename V>
+using Elem = std::remove_cvref_t<decltype(V{}[0])>;
+
+// Storage types without arithmetic of their own.
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <typename T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename To, typename From>
+inline To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+template <typename T>
+inline T min_of(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+inline T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- scalar conversion ---------------------------------------------------------------------------------------------
+
+inline float to_acc(float x) { return x; }
+inline double to_acc(double x) { return x; }
+inline float to_acc(bfloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
+inline float to_acc(float16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  // Shift exponent and mantissa into place, then multiply by 2^(127 - 15): subnormals come out right.
+  const uint32_t magnitude = uint32_t{x.bits & 0x7FFFu} << 13;
+  float y = bit_cast<float>(magnitude) * 0x1p112f;
+  if (magnitude >= 0x0F800000u) y = bit_cast<float>(magnitude | 0x7F800000u);  // inf and NaN
+  return bit_cast<float>(bit_cast<uint32_t>(y) | uint32_t{x.bits & 0x8000u} << 16);
+#endif
+}
+
+template <typename T>
+inline T from_acc(acc_t<T> x);
+template <>
+inline float from_acc<float>(float x) {
+  return x;
+}
+template <>
+inline double from_acc<double>(double x) {
+  return x;
+}
+template <>
+inline bfloat16 from_acc<bfloat16>(float x) {
+  const uint32_t u = bit_cast<uint32_t>(x);
+  if ((u & 0x7FFFFFFFu) > 0x7F800000u) return {static_cast<uint16_t>(u >> 16 | 0x40u)};  // quiet NaN
+  return {static_cast<uint16_t>((u + 0x7FFFu + (u >> 16 & 1u)) >> 16)};                  // nearest even
+}
+template <>
+inline float16 from_acc<float16>(float x) {
+#if defined(__F16C__)
+  return {static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#else
+  const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000u, magnitude = u & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return {static_cast<uint16_t>(sign | 0x7E00u)};
+  if (magnitude >= 0x477FF000u) return {static_cast<uint16_t>(sign | 0x7C00u)};  // rounds to 65536: infinity
+  if (magnitude < 0x38800000u) {  // subnormal: let the float adder round at 2^-24
+    const float rounded = bit_cast<float>(magnitude) + 0.5f;
+    return {static_cast<uint16_t>(sign | (bit_cast<uint32_t>(rounded) - 0x3F000000u))};
+  }
+  const uint32_t rounded = magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u);
+  return {static_cast<uint16_t>(sign | rounded >> 13)};
+#endif
+}
+
+// ---- load, store ---------------------------------------------------------------------------------------------------
+
+template <typename A>
+inline Vec<A> broadcast(A x) {
+  return Vec<A>{} + x;
+}
+
+template <typename A>
+inline Vec<A> load(const A* p) {
+  Vec<A> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline Vec<float> load(const bfloat16* p) {
+#if defined(__AVX512F__)
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return bit_cast<Vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+#elif defined(__AVX2__)
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return bit_cast<Vec<float>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+#else
+  Vec<float> v;
+  for (int l = 0; l < kLanes<float>; ++l) v[l] = to_acc(p[l]);
+  return v;
+#endif
+}
+
+inline Vec<float> load(const float16* p) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec<float> v;
+  for (int l = 0; l < kLanes<float>; ++l) v[l] = to_acc(p[l]);
+  return v;
+#endif
+}
+
+// The first n < kLanes elements; the other lanes are 0.
+template <typename T>
+inline Vec<acc_t<T>> load_partial(const T* p, int64_t n) {
+  Vec<acc_t<T>> v{};
+  for (int64_t l = 0; l < n; ++l) v[l] = to_acc(p[l]);
+  return v;
+}
+
+template <typename A>
+inline void store(A* p, std::type_identity_t<Vec<A>> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+inline void store(bfloat16* p, Vec<float> v) {
+  // Nearest even as in from_acc; a NaN keeps its upper bits with the quiet bit set.
+  const VecU u = bit_cast<VecU>(v);
+  const VecU rounded = (u + 0x7FFFu + (u >> 16 & 1u)) >> 16;
+  const VecU nan = u >> 16 | 0x40u;
+  const VecU bits = (u & 0x7FFFFFFFu) > 0x7F800000u ? nan : rounded;
+  typename VecOf<uint16_t, kLanes<float>>::type h = __builtin_convertvector(bits, decltype(h));
+  std::memcpy(p, &h, sizeof(h));
+}
+
+inline void store(float16* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  const __m256i h = _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
+#elif defined(__AVX2__)
+  const __m128i h = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h);
+#else
+  for (int l = 0; l < kLanes<float>; ++l) p[l] = from_acc<float16>(v[l]);
+#endif
+}
+
+template <typename T>
+inline void store_partial(T* p, Vec<acc_t<T>> v, int64_t n) {
+  for (int64_t l = 0; l < n; ++l) p[l] = from_acc<T>(v[l]);
+}
+
+// ---- across lanes --------------------------------------------------------------------------------------------------
+
+template <typename V>
+inline Elem<V> reduce_add(V v) {
+  using A = Elem<V>;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) return _mm512_reduce_add_ps(bit_cast<__m512>(v));
+#endif
+  // Fold halves: the compiler turns the fixed tree into shuffles.
+  A lane[kLanes<A>];
+  std::memcpy(lane, &v, sizeof(v));
+  for (int half = kLanes<A> / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+  return lane[0];
+}
+
+template <typename V>
+inline Elem<V> reduce_max(V v) {
+  using A = Elem<V>;
+  A lane[kLanes<A>];
+  std::memcpy(lane, &v, sizeof(v));
+  for (int half = kLanes<A> / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lane[l] = max_of(lane[l], lane[l + half]);
+  return lane[0];
+}
+
+// Elementwise maximum; where either is NaN, b.
+template <typename V>
+inline V max(V a, V b) {
+  return a > b ? a : b;
+}
+template <typename V>
+inline V min(V a, V b) {
+  return a < b ? a : b;
+}
+
+// How many of 32 ascending floats are <= x.
+inline int count_le(const float* p, float x) {
+#if defined(__AVX512F__)
+  const __m512 t = _mm512_set1_ps(x);
+  const uint32_t lo = _mm512_cmp_ps_mask(_mm512_loadu_ps(p), t, _CMP_LE_OQ);
+  const uint32_t hi = _mm512_cmp_ps_mask(_mm512_loadu_ps(p + 16), t, _CMP_LE_OQ);
+  return __builtin_popcount(lo | hi << 16);
+#else
+  VecI n{};
+  const Vec<float> t = broadcast(x);
+  for (int l = 0; l < 32; l += kLanes<float>) n -= load(p + l) <= t;
+  int total = 0;
+  for (int l = 0; l < kLanes<float>; ++l) total += n[l];
+  return total;
+#endif
+}
+
+// Lane l becomes the sum of lanes 0..l.
+inline Vec<float> prefix_sum(Vec<float> v) {
+#if defined(__AVX512F__)
+  __m512 x = bit_cast<__m512>(v);
+  const auto shift = [](__m512 y, auto n) {  // towards higher lanes, zeros in
+    constexpr int k = 16 - decltype(n)::value;
+    return _mm512_castsi512_ps(_mm512_maskz_alignr_epi32(0xFFFF, _mm512_castps_si512(y), _mm512_setzero_si512(), k));
+  };
+  x = _mm512_add_ps(x, shift(x, std::integral_constant<int, 1>{}));
+  x = _mm512_add_ps(x, shift(x, std::integral_constant<int, 2>{}));
+  x = _mm512_add_ps(x, shift(x, std::integral_constant<int, 4>{}));
+  x = _mm512_add_ps(x, shift(x, std::integral_constant<int, 8>{}));
+  return bit_cast<Vec<float>>(x);
+#elif defined(__AVX2__)
+  __m256 x = bit_cast<__m256>(v);
+  x = _mm256_add_ps(x, _mm256_castsi256_ps(_mm256_slli_si256(_mm256_castps_si256(x), 4)));
+  x = _mm256_add_ps(x, _mm256_castsi256_ps(_mm256_slli_si256(_mm256_castps_si256(x), 8)));
+  const __m128 low_total = _mm_permute_ps(_mm256_castps256_ps128(x), 0xFF);
+  return bit_cast<Vec<float>>(_mm256_add_ps(x, _mm256_insertf128_ps(_mm256_setzero_ps(), low_total, 1)));
+#else
+  for (int l = 1; l < kLanes<float>; ++l) v[l] += v[l - 1];
+  return v;
+#endif
+}
+
+// ---- elementary functions ------------------------------------------------------------------------------------------
+
+// exp(x) to 2 ulp; 0 below -87.3 (no subnormals), +inf above 88.7, NaN stays.
+inline Vec<float> exp(Vec<float> x) {
+  constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const Vec<float> clamped = min(max(broadcast(-87.5f), x), broadcast(88.75f));
+  const Vec<float> shifted = clamped * kLog2e + kRound;
+  const Vec<float> n = shifted - kRound;
+  const Vec<float> r = (clamped - n * kLn2Hi) - n * kLn2Lo;
+  // Minimax of (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2, relative error of exp 3e-9.
+  Vec<float> p = broadcast(0.001381459878757596f);
+  p = p * r + 0.008368716575205326f;
+  p = p * r + 0.04166838899254799f;
+  p = p * r + 0.1666652113199234f;
+  p = p * r + 0.4999999403953552f;
+  p = p * (r * r) + (r + 1.0f);
+  // Times 2^n in two steps, as n may be 128.
+  const VecI e = bit_cast<VecI>(shifted) - bit_cast<int32_t>(kRound);
+  const VecI half = e >> 1;
+  const Vec<float> y = p * bit_cast<Vec<float>>((half + 127) << 23) * bit_cast<Vec<float>>((e - half + 127) << 23);
+  return x < -87.3f ? broadcast(0.0f) : (x == x ? y : x);
+}
+
+// log(x) for normal x > 0 to 2 ulp; log(0) = -inf. Negative, subnormal or NaN: undefined.
+inline Vec<float> log(Vec<float> x) {
+  constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
+  constexpr int32_t kSqrtHalf = 0x3F3504F3;
+  const VecI bits = bit_cast<VecI>(x);
+  const VecI e = (bits - kSqrtHalf) >> 23;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
+  const Vec<float> t = bit_cast<Vec<float>>(bits - (e << 23)) - 1.0f;
+  const Vec<float> n = __builtin_convertvector(e, Vec<float>);
+  // Minimax of (log(1 + t) - t + t^2 / 2) / t^3, relative error of log 3e-8.
+  Vec<float> p = broadcast(0.08700437098741531f);
+  p = p * t + -0.14267489314079285f;
+  p = p * t + 0.14914768934249878f;
+  p = p * t + -0.1657758504152298f;
+  p = p * t + 0.19963063299655914f;
+  p = p * t + -0.2500133812427521f;
+  p = p * t + 0.3333390951156616f;
+  const Vec<float> t2 = t * t;
+  const Vec<float> y = (p * t * t2 + n * kLn2Lo) - 0.5f * t2 + t + n * kLn2Hi;
+  return x == 0.0f ? broadcast(-__builtin_inff()) : (x == __builtin_inff() ? x : y);
+}
+
+// float64 exists for tests and reference runs: the C library, lane by lane.
+inline Vec<double> exp(Vec<double> x) {
+  for (int l = 0; l < kLanes<double>; ++l) x[l] = __builtin_exp(x[l]);
+  return x;
+}
+
+// ---- dtype to type -------------------------------------------------------------------------------------------------
+
+// Calls f with a value of the storage type that `dtype` names.
+template <typename F>
+inline void dispatch_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kBFloat16:
+      return f(bfloat16{});
+    case DType::kFloat16:
+      return f(float16{});
+  }
+}
+
+}  // namespace smartbird::SMARTBIRD_ISA

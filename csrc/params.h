@@ -1,0 +1,135 @@
+// What the kernels take: raw pointers, sizes and strides, filled in (and checked) by ops_cpu.cpp and ops_cuda.cpp.
+//
+// Sizes: B batch, N queries, M keys, H heads, H_kv key/value heads, H_i index heads, D head dim, Dv value dim,
+// S sketch dim, K samples per query and index head. Strides count elements; the last dimension is contiguous.
+// `acc` stands for the accumulation type: double for float64 inputs, float for all others.
+#pragma once
+
+#include <cstdint>
+
+namespace smartbird {
+
+enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+enum class SampleMethod : int32_t { kGumbel, kSystematic, kMultinomial, kTopK };
+
+// What a kernel found wrong in the values of its inputs, reported through `error` (0: nothing).
+enum ValueError : int32_t { kNoError = 0, kIndexOutOfRange = 1, kSketchNotFinite = 2 };
+
+constexpr int64_t kTile = 32;  // keys per tile: two AVX-512 vectors of float
+
+// Rearranges key rows so that a vector holds one feature of neighbouring keys, and two such vectors lie side by side:
+// a plain [D, M] layout at power-of-two M would make all D streams collide in L1.
+struct PackParams {
+  int64_t B, H, M, D;
+  DType dtype;
+  bool to_double;  // tiles and key_bias are double, else float
+  const void* x;   // [B, H, M, D]
+  int64_t stride[3];
+  const uint8_t* key_mask;  // [B, M] contiguous, 0 = may not be attended; or null
+
+  void* tiles;       // [B, H, ceil(M / 32), D, 32] out; zeros for masked keys and beyond M
+  void* key_bias;    // [B, ceil(M / 32) * 32] out: 0 where the key may be attended, else -inf; or null
+  float* tile_norm;  // [B, H, ceil(M / 32)] out: largest Euclidean norm of a tile's keys; or null
+};
+
+struct SketchSampleParams {
+  int64_t B, N, M, S, H_i, K;
+  DType dtype;
+  const void* q_sketch;  // [B, N, S]
+  int64_t q_stride[2];
+  const uint8_t* key_mask;  // [B, M] contiguous, 0 = may not be attended; or null
+  double scale;
+  SampleMethod method;
+  bool is_causal;
+  int64_t window;
+  int64_t num_sinks;
+  uint64_t seed, offset;
+
+  const float* k_tiles;   // packed k_sketch, see PackParams
+  const float* key_bias;  // packed key_mask
+  const float* tile_norm;
+  int32_t* indices;        // [B, H_i, N, K] out
+  float* log_inclusion;    // [B, H_i, N, K] out, or null
+  int32_t* error;          // [1] out
+};
+
+struct GatherParams {
+  int64_t B, H, H_kv, H_i, N, M, K, D, Dv;
+  DType dtype;
+  const void* q;  // [B, H, N, D]
+  int64_t q_stride[3];
+  const void* k;  // [B, H_kv, M, D]
+  int64_t k_stride[3];
+  const void* v;  // [B, H_kv, M, Dv]; null in gather_scores
+  int64_t v_stride[3];
+  const int32_t* indices;  // [B, H_i, N, K], -1 = no key
+  int64_t indices_stride[3];
+  const void* bias;  // acc [B, H, N, K] added to the scaled scores, all four strides free; or null
+  int64_t bias_stride[4];
+  double scale;
+  float dropout_p;
+  uint64_t seed, offset;
+
+  void* out;       // [B, H, N, Dv] out, contiguous; in gather_scores [B, H, N, K]
+  void* lse;       // acc [B, H, N] out, contiguous; null in gather_scores
+  int32_t* error;  // [1] out
+};
+
+// The forward's inputs and results in `fwd`. Each gradient may be null where it is not needed. In the backward of
+// gather_scores v, dv, lse, dlse and bias are null, Dv is 0, and dout is [B, H, N, K].
+struct GatherBackwardParams {
+  GatherParams fwd;
+  const void* dout;  // [B, H, N, Dv], contiguous
+  const void* dlse;  // acc [B, H, N], contiguous; or null
+  void* dq;          // [B, H, N, D] out, contiguous
+  void* dk;          // [B, H_kv, M, D] out, contiguous
+  void* dv;          // [B, H_kv, M, Dv] out, contiguous
+  void* dbias;       // acc [B, H, N, K] out, contiguous
+
+  // Between the two passes (queries first, then keys) of one round over the slices [slice_begin, slice_end), where
+  // slice s is (b, h_kv) = (s / H_kv, s % H_kv).
+  int64_t slice_begin, slice_end;
+  const int64_t* key_start;  // [B, H_i, M + 1] where each key's entries begin within its index head
+  const int32_t* entries;    // [B, H_i, N * K] inverse of indices: the slots i * K + j that hold a key, ascending
+  void* slot_grads;          // acc [slices of the round, H / H_kv, N * K, 2] per slot (dv weight, score gradient)
+};
+
+// The inverse of indices, by counting sort: for each key the slots that hold it.
+struct InvertParams {
+  int64_t B, H_i, N, M, K;
+  const int32_t* indices;  // [B, H_i, N, K], -1 = no key
+  int64_t indices_stride[3];
+
+  int64_t* key_start;  // [B, H_i, M + 1] out
+  int32_t* entries;    // [B, H_i, N * K] out
+};
+
+// Streamed softmax attention over all valid keys; no [N, M] tensor ever exists. `rows` are what a task owns a block of,
+// `cols` what it streams: (queries, keys), but in the gradient of the keys (keys, queries).
+//   weight[r, c] = exp(rows[r] . cols[c] * scale - row_shift[r] - col_shift[c]) * col_weight[c] over valid pairs
+struct DenseParams {
+  int64_t B, H, R, C, D, Dv;
+  DType dtype;
+  const void* rows;  // [B, H or H_kv, R, D]
+  int64_t row_stride[3];
+  int64_t rows_per_head, cols_per_head;  // heads that share one head of rows / of col_tiles (H / H_kv, or 1)
+  double scale;
+  const void* col_tiles;    // acc, packed cols, see PackParams
+  const void* col_bias;     // acc [B, ceil(C / 32) * 32] 0 or -inf; or null
+  const uint8_t* row_mask;  // [B, R] contiguous, 0 = this row takes no part; or null
+  // Causal: row r sees the columns c with c <= r + causal_offset (rows are queries), or, with cols_are_queries,
+  // those with c >= r - causal_offset.
+  bool is_causal, cols_are_queries;
+  int64_t causal_offset;  // M - N
+
+  // dense_lse: writes lse. dense_mean: reads the shifts and weights, sums weight[r, c] * values[c] over heads.
+  void* lse;               // acc [B, H, R] out: log-sum-exp over the row's valid columns, -inf if none
+  const void* row_shift;   // acc [B, H, R], or null for 0
+  const void* col_shift;   // acc [B, H, C], or null for 0
+  const void* col_weight;  // acc [B, C], or null for 1
+  const void* values;      // acc [B, C, Dv] contiguous
+  void* out;               // acc [B, R, Dv] out: sum over heads and columns
+};
+
+}  // namespace smartbird
