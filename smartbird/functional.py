@@ -8,7 +8,13 @@ from torch import Tensor
 
 from smartbird import ops
 
-__all__ = ["dense_attention", "inclusion_bias", "per_head", "smart_bird_attention"]
+__all__ = [
+    "check_key_mask",
+    "dense_attention",
+    "inclusion_bias",
+    "per_head",
+    "smart_bird_attention",
+]
 
 
 def smart_bird_attention(
@@ -111,6 +117,18 @@ def per_head(x: Tensor, num_heads: int) -> Tensor:
     return x.repeat_interleave(num_heads // num_index_heads, dim=1)
 
 
+def check_key_mask(key_mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a ``key_mask`` of another type or ``shape``, which would hide the wrong keys.
+
+    Raises:
+        ValueError, TypeError: says what it is and what it must be.
+    """
+    if key_mask.dtype != torch.bool:
+        raise TypeError(f"key_mask must be bool, True = may be attended, got {key_mask.dtype}")
+    if key_mask.shape != shape:
+        raise ValueError(f"key_mask must be {list(shape)}, got {list(key_mask.shape)}")
+
+
 def dense_attention(
     q: Tensor,
     k: Tensor,
@@ -128,7 +146,10 @@ def dense_attention(
     :func:`smart_bird_attention`; a row without a valid key gives zeros.
     """
     num_queries, num_keys = q.shape[-2], k.shape[-2]
-    mask = None if key_mask is None else key_mask[:, None, None, :]
+    mask = None
+    if key_mask is not None:
+        check_key_mask(key_mask, (k.shape[0], num_keys))
+        mask = key_mask[:, None, None, :]
     if is_causal and (mask is not None or num_queries != num_keys):
         causal = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
         causal = causal.tril(num_keys - num_queries)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smartbird import ops
-from smartbird.functional import dense_attention, inclusion_bias, per_head
+from smartbird.functional import check_key_mask, dense_attention, inclusion_bias, per_head
 
 __all__ = [
     "DenseWarmup",
@@ -220,7 +220,8 @@ class SmartBirdAttention(nn.Module):
         else:
             values = tokens if value is query else self._tokens("value", value)
         if key_mask is not None:
-            key_mask = _check_key_mask(key_mask, batched, keys.shape[:2])
+            check_key_mask(key_mask, keys.shape[:2] if batched else keys.shape[1:2])
+            key_mask = key_mask.view(keys.shape[:2])
 
         q, k, v = self._project(tokens, keys, values)
         q_sketch, k_sketch = self._sketch(tokens.detach(), keys.detach())
@@ -339,16 +340,6 @@ class SmartBirdAttention(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A loss that nobody collected hangs on its graph and can be neither copied nor pickled.
         return {**self.__dict__, "_sketch_loss": None}
-
-
-def _check_key_mask(key_mask: Tensor, batched: bool, shape: torch.Size) -> Tensor:
-    """``key_mask`` as [B, M]."""
-    if key_mask.dtype != torch.bool:
-        raise TypeError(f"key_mask must be bool, True = may be attended, got {key_mask.dtype}")
-    expected = shape if batched else shape[1:]
-    if key_mask.shape != expected:
-        raise ValueError(f"key_mask must be {list(expected)}, got {list(key_mask.shape)}")
-    return key_mask if batched else key_mask.unsqueeze(0)
 
 
 def _logit_bias(

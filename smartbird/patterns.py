@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from smartbird import ops
+from smartbird.functional import check_key_mask
 
 __all__ = ["bigbird_indices", "oracle_indices", "random_indices", "window_indices"]
 
@@ -43,11 +44,13 @@ def window_indices(
         int32 [B or 1, 1, N, K], K being ``window`` or ``2 * (window // 2) + 1``.
 
     Raises:
-        ValueError: ``window`` is less than 1.
+        ValueError, TypeError: an argument that does not fit, by name.
     """
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
-    device = device if key_mask is None else key_mask.device
+    if key_mask is not None:
+        check_key_mask(key_mask, (len(key_mask), num_keys))
+        device = key_mask.device
     after = 0 if is_causal else window // 2
     before = window - 1 if is_causal else window // 2
     position = torch.arange(num_queries, device=device) + (num_keys - num_queries)
@@ -184,13 +187,20 @@ def oracle_indices(
         int32 [B, H, N, K].
 
     Raises:
-        ValueError: ``num_samples`` is less than 1, or H is no multiple of H_kv.
+        ValueError, TypeError: an argument that does not fit, by name.
     """
-    (batch, heads, num_queries, _), (kv_heads, num_keys) = q.shape, k.shape[1:3]
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if q.dim() != 4 or k.dim() != 4 or (len(q), q.shape[3]) != (len(k), k.shape[3]):
+        raise ValueError(
+            "q and k must be [B, H, N, D] and [B, H_kv, M, D], "
+            f"got {list(q.shape)} and {list(k.shape)}"
+        )
+    (batch, heads, num_queries, _), (kv_heads, num_keys) = q.shape, k.shape[1:3]
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"q must have a multiple of k's {kv_heads} heads, got {heads}")
+    if key_mask is not None:
+        check_key_mask(key_mask, (batch, num_keys))
     grouped = torch.unflatten(q, 1, (kv_heads, heads // kv_heads))
     num_kept = min(num_samples, num_keys)
     key = torch.arange(num_keys, device=q.device)
