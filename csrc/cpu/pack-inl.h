@@ -1,0 +1,88 @@
+// Packs rows of features into the tiles that score_tile streams.
+#include "vec.h"
+
+#ifndef SMARTBIRD_PACK_INL_H_
+#define SMARTBIRD_PACK_INL_H_
+
+namespace smartbird::SMARTBIRD_ISA {
+
+// A task packs this many tiles of one (b, h): enough work to pay for handing it out, small enough
+// that one head of a few hundred keys already splits among threads.
+constexpr int64_t kPackTilesPerTask = 8;
+
+inline int64_t pack_tasks_per_head(const PackParams& p) {
+  return ceil_div(ceil_div(p.M, kTile), kPackTilesPerTask);
+}
+
+inline int64_t pack_num_tasks(const PackParams& p) { return p.B * p.H * pack_tasks_per_head(p); }
+
+inline int64_t pack_scratch_bytes(const PackParams&) { return 0; }
+
+// x [n <= 32, D] -> tile [D, 32]; a masked key's features are not even read.
+template <typename T, typename A>
+inline void pack_tile(const T* __restrict x, int64_t stride, int64_t D, int64_t n,
+                      const uint8_t* __restrict mask, A* __restrict tile) {
+  for (int64_t c = 0; c < kTile; ++c) {
+    if (c < n && (mask == nullptr || mask[c])) {
+      for (int64_t d = 0; d < D; ++d)
+        tile[d * kTile + c] = static_cast<A>(to_acc(x[c * stride + d]));
+    } else {
+      for (int64_t d = 0; d < D; ++d) tile[d * kTile + c] = A{0};
+    }
+  }
+}
+
+// tile [D, 32] -> largest Euclidean norm of its keys; NaN if any feature is NaN.
+template <typename A>
+inline float largest_norm(const A* __restrict tile, int64_t D) {
+  A largest = 0;
+  for (int64_t c = 0; c < kTile; c += kLanes<A>) {
+    Vec<A> square{};
+    for (int64_t d = 0; d < D; ++d) {
+      const Vec<A> x = load(tile + d * kTile + c);
+      square += x * x;
+    }
+    for (int l = 0; l < kLanes<A>; ++l) {
+      const A s = square[l];
+      if (s > largest || s != s) largest = s;  // nothing compares greater than a NaN: it stays
+    }
+  }
+  if constexpr (std::is_same_v<A, double>) return static_cast<float>(__builtin_sqrt(largest));
+  return __builtin_sqrtf(static_cast<float>(largest));
+}
+
+template <typename T, typename A>
+inline void pack_task(const PackParams& p, int64_t task) {
+  const int64_t tasks_per_head = pack_tasks_per_head(p), num_tiles = ceil_div(p.M, kTile);
+  const int64_t bh = task / tasks_per_head, b = bh / p.H, h = bh % p.H;
+  const int64_t first = task % tasks_per_head * kPackTilesPerTask;
+  const T* x = static_cast<const T*>(p.x) + b * p.stride[0] + h * p.stride[1];
+  const uint8_t* mask = p.key_mask == nullptr ? nullptr : p.key_mask + b * p.M;
+
+  for (int64_t t = first; t < min_of(first + kPackTilesPerTask, num_tiles); ++t) {
+    const int64_t key = t * kTile, n = min_of(kTile, p.M - key);
+    const uint8_t* tile_mask = mask == nullptr ? nullptr : mask + key;
+    A* tile = static_cast<A*>(p.tiles) + (bh * num_tiles + t) * p.D * kTile;
+    pack_tile(x + key * p.stride[2], p.stride[2], p.D, n, tile_mask, tile);
+    if (p.tile_norm != nullptr) p.tile_norm[bh * num_tiles + t] = largest_norm(tile, p.D);
+    if (p.key_bias != nullptr && h == 0) {
+      A* bias = static_cast<A*>(p.key_bias) + (b * num_tiles + t) * kTile;
+      for (int64_t c = 0; c < kTile; ++c) {
+        const bool valid = c < n && (tile_mask == nullptr || tile_mask[c]);
+        bias[c] = valid ? A{0} : -static_cast<A>(__builtin_inf());
+      }
+    }
+  }
+}
+
+// x [B, H, M, D] -> tiles [B, H, ceil(M / 32), D, 32], key_bias and tile_norm.
+inline void pack(const PackParams& p, int64_t task, void*) {
+  dispatch_dtype(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    p.to_double ? pack_task<T, double>(p, task) : pack_task<T, float>(p, task);
+  });
+}
+
+}  // namespace smartbird::SMARTBIRD_ISA
+
+#endif  // SMARTBIRD_PACK_INL_H_
