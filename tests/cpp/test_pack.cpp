@@ -1,0 +1,72 @@
+// pack: key rows rearranged into tiles of 32, masked and missing keys as zeros.
+#include <algorithm>
+#include <vector>
+
+#include "testing.h"
+
+namespace smartbird::testing {
+namespace {
+
+constexpr int64_t kTile = 32;
+
+void test_pack(const Kernels& kernels, DType dtype, int64_t M, int64_t D, bool masked) {
+  const int64_t B = 2, H = 3, tiles = (M + kTile - 1) / kTile;
+  Random random(1);
+  Rows x(dtype, B * H * M, D, random);
+  std::vector<uint8_t> key_mask(static_cast<size_t>(B * M));
+  for (auto& valid : key_mask) valid = random.integer(0, 2) > 0;
+
+  const DType acc = acc_dtype(dtype);
+  Array packed(acc, B * H * tiles * D * kTile), key_bias(acc, B * tiles * kTile);
+  std::vector<float> tile_norm(static_cast<size_t>(B * H * tiles));
+  const PackParams params{
+      .B = B,
+      .H = H,
+      .M = M,
+      .D = D,
+      .dtype = dtype,
+      .to_double = acc == DType::kFloat64,
+      .x = x.array.data(),
+      .stride = {H * M * x.stride, M * x.stride, x.stride},
+      .key_mask = masked ? key_mask.data() : nullptr,
+      .tiles = packed.data(),
+      .key_bias = key_bias.data(),
+      .tile_norm = tile_norm.data(),
+  };
+  run(kernels.pack, params);
+
+  for (int64_t b = 0; b < B; ++b) {
+    const auto valid = [&](int64_t j) {
+      return j < M && (!masked || key_mask[static_cast<size_t>(b * M + j)]);
+    };
+    for (int64_t j = 0; j < tiles * kTile; ++j)
+      CHECK(key_bias[b * tiles * kTile + j] == (valid(j) ? 0 : -kInf));
+    for (int64_t h = 0; h < H; ++h)
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t tile = (b * H + h) * tiles + t;
+        double largest = 0;
+        for (int64_t l = 0; l < kTile; ++l) {
+          const int64_t j = t * kTile + l, row = (b * H + h) * M + j;
+          for (int64_t d = 0; d < D; ++d)
+            CHECK(packed[(tile * D + d) * kTile + l] == (valid(j) ? x(row, d) : 0));
+          if (valid(j)) largest = std::max(largest, std::sqrt(dot(x, row, x, row, D)));
+        }
+        // A bound on scores is made of it, so it may exceed the norm by rounding.
+        CHECK_CLOSE(tile_norm[static_cast<size_t>(tile)], largest, 1e-5, 0);
+      }
+  }
+}
+
+void test(const Kernels& kernels) {
+  for (const DType dtype : kAllDTypes)
+    for (const int64_t M : {1, 31, 32, 33, 70})
+      for (const int64_t D : {1, 7, 16})
+        for (const bool masked : {false, true}) test_pack(kernels, dtype, M, D, masked);
+}
+
+}  // namespace
+}  // namespace smartbird::testing
+
+int main(int argc, char** argv) {
+  return smartbird::testing::run_test(argc, argv, smartbird::testing::test);
+}

@@ -1,0 +1,317 @@
+// sketch_sample: which keys may, must and must not be drawn, and with what probability.
+#include <algorithm>
+#include <set>
+#include <vector>
+
+#include "testing.h"
+
+namespace smartbird::testing {
+namespace {
+
+constexpr int64_t kTile = 32;
+constexpr SampleMethod kAllMethods[] = {SampleMethod::kGumbel, SampleMethod::kSystematic,
+                                        SampleMethod::kMultinomial, SampleMethod::kTopK};
+
+struct Shape {
+  int64_t B, N, M, S, H_i, K;
+};
+
+struct Options {
+  SampleMethod method = SampleMethod::kGumbel;
+  bool is_causal = false;
+  bool masked = false;
+  int64_t window = 0;
+  int64_t num_sinks = 0;
+};
+
+// One call: its inputs, its packed keys, its results.
+struct Problem {
+  Problem(const Shape& shape, DType dtype, const Options& options)
+      : random(11),
+        shape(shape),
+        options(options),
+        dtype(dtype),
+        q(dtype, shape.B * shape.N, shape.S, random),
+        k(dtype, shape.B * shape.M, shape.S, random),
+        key_mask(static_cast<size_t>(shape.B * shape.M), 1),
+        indices(static_cast<size_t>(shape.B * shape.H_i * shape.N * shape.K), -7),
+        log_inclusion(indices.size(), std::numeric_limits<float>::quiet_NaN()) {
+    if (!options.masked) return;
+    for (auto& valid : key_mask) valid = random.integer(0, 2) > 0;
+    for (int64_t j = 0; j < shape.B * shape.M; ++j)
+      if (!key_mask[static_cast<size_t>(j)]) k.array.set(j * k.stride, kNan);
+  }
+
+  void sample(const Kernels& kernels, bool reverse = false) {
+    const auto& [B, N, M, S, H_i, K] = shape;
+    const int64_t tiles = (M + kTile - 1) / kTile;
+    const uint8_t* mask = options.masked ? key_mask.data() : nullptr;
+    Array k_tiles(DType::kFloat32, B * tiles * S * kTile);
+    Array key_bias(DType::kFloat32, B * tiles * kTile);
+    Array tile_norm(DType::kFloat32, B * tiles);
+    const PackParams pack{
+        .B = B,
+        .H = 1,
+        .M = M,
+        .D = S,
+        .dtype = dtype,
+        .to_double = false,
+        .x = k.array.data(),
+        .stride = {M * k.stride, 0, k.stride},
+        .key_mask = mask,
+        .tiles = k_tiles.data(),
+        .key_bias = key_bias.data(),
+        .tile_norm = static_cast<float*>(tile_norm.data()),
+    };
+    run(kernels.pack, pack);
+    const SketchSampleParams params{
+        .B = B,
+        .N = N,
+        .M = M,
+        .S = S,
+        .H_i = H_i,
+        .K = K,
+        .dtype = dtype,
+        .q_sketch = q.array.data(),
+        .q_stride = {N * q.stride, q.stride},
+        .key_mask = mask,
+        .scale = scale,
+        .method = options.method,
+        .is_causal = options.is_causal,
+        .window = options.window,
+        .num_sinks = options.num_sinks,
+        .seed = 1,
+        .offset = 2,
+        .k_tiles = static_cast<float*>(k_tiles.data()),
+        .key_bias = static_cast<float*>(key_bias.data()),
+        .tile_norm = static_cast<float*>(tile_norm.data()),
+        .indices = indices.data(),
+        .log_inclusion = log_inclusion.data(),
+        .error = &error,
+    };
+    run(kernels.sketch_sample, params, reverse);
+  }
+
+  bool valid(int64_t b, int64_t i, int64_t j) const {
+    return key_mask[static_cast<size_t>(b * shape.M + j)] &&
+           (!options.is_causal || j <= i + shape.M - shape.N);
+  }
+
+  // The keys of a row that must be taken.
+  std::set<int64_t> forced(int64_t b, int64_t i) const {
+    const int64_t aligned = i + shape.M - shape.N, side = options.window / 2;
+    std::set<int64_t> keys;
+    for (int64_t j = 0; j < shape.M; ++j) {
+      if (!valid(b, i, j)) continue;
+      const bool in_window = options.is_causal ? j > aligned - options.window && j <= aligned
+                                               : std::abs(j - aligned) <= side;
+      if (static_cast<int64_t>(keys.size()) < options.num_sinks) {
+        keys.insert(j);
+      } else if (options.window > 0 && in_window) {
+        keys.insert(j);
+      }
+    }
+    return keys;
+  }
+
+  double score(int64_t b, int64_t i, int64_t j) const {
+    return scale * dot(q, b * shape.N + i, k, b * shape.M + j, shape.S);
+  }
+
+  Random random;
+  Shape shape;
+  Options options;
+  DType dtype;
+  double scale =
+      0.25;  // a power of two: scores of small multiples of 1/16 stay exact, ties stay ties
+  Rows q, k;
+  std::vector<uint8_t> key_mask;
+  std::vector<int32_t> indices;
+  std::vector<float> log_inclusion;
+  int32_t error = kNoError;
+};
+
+// ---- what every draw must satisfy
+// -----------------------------------------------------------------
+
+void check_row(const Problem& problem, int64_t b, int64_t i, const int32_t* index,
+               const float* log_inclusion) {
+  const int64_t K = problem.shape.K, M = problem.shape.M;
+  std::vector<int64_t> valid;
+  for (int64_t j = 0; j < M; ++j)
+    if (problem.valid(b, i, j)) valid.push_back(j);
+  const bool takes_all = static_cast<int64_t>(valid.size()) <= K;
+  const std::set<int64_t> forced = problem.forced(b, i);
+  const bool distinct = problem.options.method != SampleMethod::kMultinomial || takes_all;
+
+  const int64_t filled = takes_all ? static_cast<int64_t>(valid.size()) : K;
+  for (int64_t j = 0; j < K; ++j) {
+    if (j >= filled) {
+      CHECK(index[j] == -1);
+      CHECK(log_inclusion[j] == -kInf);
+      continue;
+    }
+    CHECK(index[j] >= 0 && index[j] < M && problem.valid(b, i, index[j]));
+    if (j > 0) CHECK(distinct ? index[j - 1] < index[j] : index[j - 1] <= index[j]);
+    if (takes_all || forced.count(index[j]) > 0 || problem.options.method == SampleMethod::kTopK)
+      CHECK(log_inclusion[j] == 0);
+    else if (distinct)
+      CHECK(log_inclusion[j] <= 0);
+    else
+      CHECK(std::isfinite(log_inclusion[j]));
+  }
+  if (takes_all) {
+    CHECK(std::equal(valid.begin(), valid.end(), index));
+    return;
+  }
+  for (const int64_t key : forced) CHECK(std::count(index, index + K, key) == 1);
+
+  if (problem.options.method == SampleMethod::kTopK) {
+    std::vector<int64_t> rest;
+    for (const int64_t j : valid)
+      if (forced.count(j) == 0) rest.push_back(j);
+    std::stable_sort(rest.begin(), rest.end(), [&](int64_t a, int64_t c) {
+      return problem.score(b, i, a) > problem.score(b, i, c);
+    });
+    std::set<int64_t> want = forced;
+    for (const int64_t j : rest)
+      if (static_cast<int64_t>(want.size()) < K) want.insert(j);
+    CHECK(std::equal(want.begin(), want.end(), index));
+  }
+}
+
+void test_rows(const Kernels& kernels, const Shape& shape, DType dtype, const Options& options) {
+  Problem problem(shape, dtype, options);
+  problem.sample(kernels);
+  CHECK(problem.error == kNoError);
+  for (int64_t row = 0; row < shape.B * shape.H_i * shape.N; ++row)
+    check_row(problem, row / (shape.H_i * shape.N), row % shape.N,
+              problem.indices.data() + row * shape.K, problem.log_inclusion.data() + row * shape.K);
+
+  const std::vector<int32_t> first = problem.indices;
+  problem.sample(kernels, /*reverse=*/true);
+  CHECK(problem.indices == first);
+}
+
+// ---- the laws
+// -------------------------------------------------------------------------------------
+
+// Probability that successive sampling of k keys without replacement takes each key.
+void add_successive(const std::vector<double>& p, std::vector<bool>& taken, double mass, int64_t k,
+                    double chance, std::vector<double>& inclusion) {
+  if (k == 0) return;
+  for (size_t j = 0; j < p.size(); ++j) {
+    if (taken[j]) continue;
+    const double here = chance * p[j] / mass;
+    inclusion[j] += here;
+    taken[j] = true;
+    add_successive(p, taken, mass - p[j], k - 1, here, inclusion);
+    taken[j] = false;
+  }
+}
+
+// min(1, c p) with c such that they sum to k.
+std::vector<double> capped(const std::vector<double>& p, int64_t k) {
+  double low = 0, high = 1e12;
+  std::vector<double> inclusion(p.size());
+  for (int step = 0; step < 200; ++step) {
+    const double c = (low + high) / 2;
+    double sum = 0;
+    for (size_t j = 0; j < p.size(); ++j) sum += inclusion[j] = std::min(1.0, c * p[j]);
+    (sum < static_cast<double>(k) ? low : high) = c;
+  }
+  return inclusion;
+}
+
+// How often each of a few keys is drawn, over many index heads, and what log_inclusion says of it.
+void test_law(const Kernels& kernels, SampleMethod method, double spread) {
+  const Shape shape{1, 1, 6, 16, 20000, 3};
+  Options options;
+  options.method = method;
+  Problem problem(shape, DType::kFloat32, options);
+  problem.scale = spread;
+  problem.sample(kernels);
+
+  const auto n = static_cast<double>(shape.H_i), K = static_cast<double>(shape.K);
+  std::vector<double> p, want(static_cast<size_t>(shape.M));
+  double sum = 0;
+  for (int64_t j = 0; j < shape.M; ++j) {
+    p.push_back(std::exp(problem.score(0, 0, j)));
+    sum += p.back();
+  }
+  for (double& x : p) x /= sum;
+  if (method == SampleMethod::kGumbel) {
+    std::vector<bool> taken(p.size());
+    add_successive(p, taken, 1, shape.K, 1, want);
+  } else if (method == SampleMethod::kSystematic) {
+    want = capped(p, shape.K);
+  } else {
+    for (size_t j = 0; j < p.size(); ++j) want[j] = K * p[j];
+  }
+
+  std::vector<double> count(p.size()), inverse(p.size()), square(p.size());
+  for (size_t slot = 0; slot < problem.indices.size(); ++slot) {
+    const auto j = static_cast<size_t>(problem.indices[slot]);
+    const double weight = std::exp(-static_cast<double>(problem.log_inclusion[slot]));
+    count[j] += 1, inverse[j] += weight, square[j] += weight * weight;
+    if (method != SampleMethod::kGumbel)
+      CHECK_CLOSE(problem.log_inclusion[slot], std::log(want[j]), 0, 1e-5);
+  }
+  for (size_t j = 0; j < p.size(); ++j) {
+    // Five standard deviations; draws with replacement within a head are independent, the others at
+    // most as dispersed. The seed is fixed, so a test that passes cannot flicker.
+    const double dispersion =
+        method == SampleMethod::kMultinomial ? want[j] : want[j] * (1 - want[j]);
+    CHECK_CLOSE(count[j] / n, want[j], 0, 5 * std::sqrt(std::max(dispersion, 0.0) / n) + 1e-6);
+    // Weighting each draw by 1 / inclusion counts every key once on average (Horvitz-Thompson).
+    CHECK_CLOSE(inverse[j] / n, 1.0, 0, 5 * std::sqrt(square[j]) / n + 1e-4);
+  }
+}
+
+// ---- bad values
+// -----------------------------------------------------------------------------------
+
+void test_not_a_number(const Kernels& kernels) {
+  const Shape shape{2, 3, 70, 9, 2, 8};
+  for (const SampleMethod method : kAllMethods)
+    for (const double bad : {kNan, kInf}) {
+      Options options;
+      options.method = method;
+      Problem in_key(shape, DType::kFloat32, options);
+      in_key.k.array.set(69 * in_key.k.stride + 3, bad);
+      in_key.sample(kernels);
+      CHECK(in_key.error == kSketchNotFinite);
+      Problem in_query(shape, DType::kFloat32, options);
+      in_query.q.array.set(5 * in_query.q.stride + 8, bad);
+      in_query.sample(kernels);
+      CHECK(in_query.error == kSketchNotFinite);
+    }
+}
+
+void test(const Kernels& kernels) {
+  const Shape shapes[] = {{1, 1, 1, 1, 1, 1},     {2, 3, 40, 16, 2, 8},  {1, 5, 5, 16, 3, 9},
+                          {1, 4, 300, 16, 2, 40}, {1, 9, 20, 16, 1, 20}, {1, 7, 64, 8, 2, 6}};
+  for (const SampleMethod method : kAllMethods)
+    for (const Shape& shape : shapes) {
+      for (const DType dtype : kAllDTypes) test_rows(kernels, shape, dtype, {.method = method});
+      for (const bool is_causal : {false, true})
+        for (const bool masked : {false, true})
+          for (const int64_t window : {0, 1, 3})
+            for (const int64_t num_sinks : {0, 2}) {
+              if (num_sinks + 2 * (window / 2) + 1 > shape.K) continue;
+              test_rows(kernels, shape, DType::kFloat32,
+                        {method, is_causal, masked, window, num_sinks});
+            }
+    }
+  for (const SampleMethod method :
+       {SampleMethod::kGumbel, SampleMethod::kSystematic, SampleMethod::kMultinomial})
+    for (const double spread : {0.0, 0.25, 1.0}) test_law(kernels, method, spread);
+  test_not_a_number(kernels);
+}
+
+}  // namespace
+}  // namespace smartbird::testing
+
+int main(int argc, char** argv) {
+  return smartbird::testing::run_test(argc, argv, smartbird::testing::test);
+}
