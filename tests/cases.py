@@ -1,0 +1,186 @@
+"""The problems that correctness, gradients, opcheck and benchmarks go through, and their inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smartbird import reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+METHODS = ("gumbel", "systematic", "multinomial", "topk")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and masks of one problem. Letters as in :mod:`smartbird.reference`."""
+
+    name: str
+    B: int = 2
+    N: int = 21
+    M: int = 21
+    H: int = 4
+    H_kv: int = 4
+    H_i: int = 4
+    D: int = 16
+    Dv: int = 16
+    S: int = 8
+    K: int = 6
+    is_causal: bool = False
+    masked: bool = False
+    window: int = 0
+    num_sinks: int = 0
+    strided: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = (
+    Case("self"),
+    Case("gqa", H=6, H_kv=2, H_i=3),
+    Case("mqa_shared_index", H_kv=1, H_i=1),
+    Case("index_heads_finer_than_kv", H=6, H_kv=3, H_i=2),
+    Case("kv_finer_than_index_heads", H=4, H_kv=4, H_i=2),
+    Case("cross", N=7, M=40),
+    Case("causal", is_causal=True),
+    Case("causal_cache", N=5, M=37, is_causal=True),
+    Case("causal_rows_without_keys", N=30, M=9, is_causal=True),
+    Case("masked", masked=True),
+    Case("masked_causal_gqa", H_kv=2, H_i=1, is_causal=True, masked=True),
+    Case("forced", window=3, num_sinks=2, masked=True),
+    Case("forced_causal", window=3, num_sinks=2, is_causal=True),
+    Case("forced_only", window=4, num_sinks=2, K=7, is_causal=False),
+    Case("odd_dims", D=7, Dv=5, S=3, K=5),
+    Case("dims_of_one", D=1, Dv=1, S=1),
+    Case("wide", N=9, M=33, D=80, Dv=144, S=33),
+    Case("past_the_tiles", B=1, N=70, M=333, H=2, H_kv=1, H_i=2, D=64, Dv=64, S=16, K=41),
+    Case("one_query", N=1, M=50, K=9),
+    Case("one_key", N=3, M=1, K=1),
+    Case("more_samples_than_keys", M=5, K=13),
+    Case("strided", strided=True, masked=True),
+    Case("empty_batch", B=0),
+    Case("no_queries", N=0),
+    Case("no_keys", M=0),
+)
+CASE = {case.name: case for case in CASES}
+
+
+@dataclass
+class Inputs:
+    """Tensors of one case. ``indices`` are arbitrary: duplicates, -1 anywhere, rows of -1 only."""
+
+    case: Case
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_sketch: Tensor
+    k_sketch: Tensor
+    key_mask: Tensor | None
+    indices: Tensor
+    seed: Tensor
+
+    def masks(self) -> dict[str, Any]:
+        """Keywords that say which keys are valid."""
+        return {"is_causal": self.case.is_causal, "key_mask": self.key_mask}
+
+    def sampling(self) -> dict[str, Any]:
+        """All keywords of sketch_sample but the method."""
+        return {
+            "num_index_heads": self.case.H_i,
+            "window": self.case.window,
+            "num_sinks": self.case.num_sinks,
+            "seed": self.seed,
+            **self.masks(),
+        }
+
+    def valid(self) -> Tensor:
+        """bool [B, N, M]."""
+        B, N, M = self.case.B, self.case.N, self.case.M
+        valid = torch.ones(B, N, M, dtype=torch.bool, device=self.q.device)
+        if self.case.is_causal:
+            valid = valid.tril(M - N)
+        return valid if self.key_mask is None else valid & self.key_mask[:, None]
+
+
+def make_inputs(
+    case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> Inputs:
+    """Standard normal tensors of ``case``, the same values for every dtype up to rounding."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(B: int, *shape: int) -> Tensor:
+        x = torch.randn(B, *shape, generator=rng, dtype=torch.float64).to(device, dtype)
+        if case.strided:  # a slice of a wider tensor, rows and heads in the other order
+            x = torch.cat([x, x.new_full(x.shape, math.nan)], -1).transpose(1, -2).contiguous()
+            x = x.transpose(1, -2)[..., : shape[-1]]
+        return x
+
+    key_mask = None
+    if case.masked:  # the last batch element has no valid key
+        key_mask = torch.rand(case.B, case.M, generator=rng) < 0.6
+        key_mask[-1] = False
+        key_mask = key_mask.to(device)
+    shape = (case.B, case.H_i, case.N, case.K)
+    indices = torch.randint(-1, max(case.M, 1), shape, generator=rng, dtype=torch.int32)
+    if case.M == 0:
+        indices.fill_(-1)
+    indices[:, :, 1::5] = -1
+    return Inputs(
+        case,
+        q=normal(case.B, case.H, case.N, case.D),
+        k=normal(case.B, case.H_kv, case.M, case.D),
+        v=normal(case.B, case.H_kv, case.M, case.Dv),
+        q_sketch=normal(case.B, case.N, case.S),
+        k_sketch=normal(case.B, case.M, case.S),
+        key_mask=key_mask,
+        indices=indices.to(device),
+        seed=torch.tensor([seed + 1, 7], device=device),
+    )
+
+
+def drawn_entries(inputs: Inputs, method: str = "multinomial") -> tuple[Tensor, Tensor]:
+    """Valid keys and their log_inclusion, drawn by the reference; multinomial holds duplicates."""
+    return reference.sketch_sample(
+        inputs.q_sketch, inputs.k_sketch, inputs.case.K, method=method, **inputs.sampling()
+    )
+
+
+def leaves(*tensors: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Copies that collect gradients, with the strides of the originals unless the dtype changes."""
+    return [x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
+
+
+def assert_accurate(actual: Tensor, same_dtype: Tensor, exact: Tensor) -> None:
+    """The error against float64 is at most twice that of same-dtype PyTorch, plus rounding.
+
+    The added term is one rounding of the result and 16 of the arithmetic (sums of up to a few
+    hundred terms in another order), at the scale of the largest entry or of the standard normal
+    inputs.
+    """
+    assert actual.shape == exact.shape
+    assert actual.dtype == same_dtype.dtype
+    finite = exact.isfinite()
+    # -inf is exact: empty rows, unused slots. NaN is never right.
+    assert torch.equal(actual.double()[~finite], exact[~finite])
+    assert actual[finite].isfinite().all()
+    if not finite.any():
+        return
+    arithmetic = torch.float64 if actual.dtype == torch.float64 else torch.float32
+    scale = exact[finite].abs().max().clamp(min=1.0)
+    rounding = (torch.finfo(actual.dtype).eps + 16 * torch.finfo(arithmetic).eps) * scale
+    error = (actual.double() - exact)[finite].abs().max()
+    allowed = 2 * (same_dtype.double() - exact)[finite].abs().max() + rounding
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_all_accurate(
+    actual: Sequence[Tensor], same_dtype: Sequence[Tensor], exact: Sequence[Tensor]
+) -> None:
+    for triple in zip(actual, same_dtype, exact, strict=True):
+        assert_accurate(*triple)

@@ -1,0 +1,414 @@
+"""gather_scores and gather_attention of the compiled extension, forward and backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from cases import (
+    CASE,
+    CASES,
+    DTYPES,
+    Case,
+    Inputs,
+    assert_accurate,
+    assert_all_accurate,
+    leaves,
+    make_inputs,
+)
+from conftest import Backend
+from torch import Tensor
+
+from smartbird import reference
+
+SMALL = Case("small", B=2, N=6, M=5, H=4, H_kv=2, H_i=2, D=3, Dv=2, K=3)
+
+
+def results_and_gradients(
+    run: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Outputs of ``run`` and the gradients of a fixed weighted sum of their finite entries."""
+    inputs = leaves(*tensors, dtype=dtype)
+    outputs = run(*inputs)
+    rng = torch.Generator().manual_seed(5)
+    total = inputs[0].sum() * 0.0
+    for out in outputs:
+        weights = torch.randn(out.shape, generator=rng, dtype=torch.float64)
+        weights = weights.to(out.device, out.dtype)
+        total = total + torch.where(out.isfinite(), out * weights, 0.0).sum()
+    gradients = torch.autograd.grad(total, inputs)
+    return [*(out.detach() for out in outputs), *gradients]
+
+
+def check_against_reference(
+    ops: ModuleType,
+    run: Callable[..., tuple[Tensor, ...]],
+    *tensors: Tensor,
+) -> None:
+    """Hold ``run(ops, *tensors)`` and its gradients to the reference, same dtype and float64."""
+    actual = results_and_gradients(lambda *x: run(ops, *x), *tensors)
+    same_dtype = results_and_gradients(lambda *x: run(reference, *x), *tensors)
+    exact = results_and_gradients(lambda *x: run(reference, *x), *tensors, dtype=torch.float64)
+    assert_all_accurate(actual, same_dtype, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_scores(backend: Backend, case: Case, dtype: torch.dtype) -> None:
+    x = make_inputs(case, dtype, backend.device)
+
+    def run(ops: ModuleType, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        return (ops.gather_scores(q, k, x.indices),)
+
+    check_against_reference(backend.ops, run, x.q, x.k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention(backend: Backend, case: Case, dtype: torch.dtype) -> None:
+    x = make_inputs(case, dtype, backend.device)
+
+    def run(ops: ModuleType, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return ops.gather_attention(q, k, v, x.indices, return_lse=True)
+
+    check_against_reference(backend.ops, run, x.q, x.k, x.v)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_over_sampled_keys(backend: Backend, case: Case) -> None:
+    """Ascending distinct indices with the unused slots at the end, and the sampling correction."""
+    x = make_inputs(case, torch.float32, backend.device)
+    indices, log_inclusion = reference.sketch_sample(x.q_sketch, x.k_sketch, case.K, **x.sampling())
+    bias = -log_inclusion.repeat_interleave(case.H // case.H_i, 1)
+
+    def run(ops: ModuleType, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return (ops.gather_attention(q, k, v, indices, bias=bias.to(q.dtype), scale=0.7),)
+
+    check_against_reference(backend.ops, run, x.q, x.k, x.v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 4, 21, 6),
+        (1, 4, 21, 6),
+        (2, 1, 1, 6),
+        (4, 1, 6),
+        (21, 1),
+        (6,),
+        (1, 1, 1, 1),
+        (),
+    ],
+    ids=str,
+)
+def test_bias(backend: Backend, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = make_inputs(CASE["self"], dtype, backend.device)
+    bias = torch.randn(shape, dtype=torch.float64).to(backend.device, dtype)
+
+    def run(ops: ModuleType, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return ops.gather_attention(q, k, v, x.indices, bias=bias, return_lse=True)
+
+    check_against_reference(backend.ops, run, x.q, x.k, x.v, bias)
+
+
+def test_bias_of_minus_infinity_removes_a_key(backend: Backend) -> None:
+    x = make_inputs(CASE["gqa"], torch.float32, backend.device)
+    bias = torch.zeros(x.case.B, x.case.H, x.case.N, x.case.K, device=backend.device)
+    bias[:, :, :, 2] = -math.inf
+    bias[:, :, 4] = -math.inf  # rows left without any key
+
+    def run(ops: ModuleType, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return ops.gather_attention(q, k, v, x.indices, bias=bias.to(q.dtype), return_lse=True)
+
+    check_against_reference(backend.ops, run, x.q, x.k, x.v)
+
+
+def test_large_logits(backend: Backend) -> None:
+    """Logits of a few thousand: the row maximum has to be taken out before exp."""
+    x = make_inputs(CASE["gqa"], torch.float32, backend.device)
+
+    def run(ops: ModuleType, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return ops.gather_attention(q, k, v, x.indices, scale=1024.0, return_lse=True)
+
+    actual = run(backend.ops, x.q, x.k, x.v)
+    same_dtype = run(reference, x.q, x.k, x.v)
+    exact = run(reference, x.q.double(), x.k.double(), x.v.double())
+    assert_all_accurate(actual, same_dtype, exact)
+
+
+@pytest.mark.parametrize("unused", ["out", "lse"])
+def test_gradient_of_one_output_only(backend: Backend, unused: str) -> None:
+    x = make_inputs(CASE["gqa"], torch.float64, backend.device)
+
+    def run(ops: ModuleType, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        out, lse = ops.gather_attention(q, k, v, x.indices, return_lse=True)
+        # v takes part in the loss even where only lse is used.
+        return (lse, 0.0 * v) if unused == "out" else (out,)
+
+    check_against_reference(backend.ops, run, x.q, x.k, x.v)
+
+
+@pytest.mark.parametrize("needed", range(4), ids=["q", "k", "v", "bias"])
+def test_gradient_of_one_input_only(backend: Backend, needed: int) -> None:
+    x = make_inputs(CASE["gqa"], torch.float64, backend.device)
+    bias = torch.randn(6, 21, 6, dtype=torch.float64, device=backend.device)
+    tensors = [x.q, x.k, x.v, bias]
+
+    def run(ops: ModuleType, leaf: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, b = [leaf if i == needed else t for i, t in enumerate(tensors)]
+        return ops.gather_attention(q, k, v, x.indices, bias=b, return_lse=True)
+
+    check_against_reference(backend.ops, run, tensors[needed])
+
+
+def test_gradcheck(backend: Backend) -> None:
+    x = make_inputs(SMALL, torch.float64, backend.device)
+    bias = torch.randn(4, 1, 3, dtype=torch.float64, device=backend.device)
+    used = (x.indices != -1).repeat_interleave(2, 1)
+
+    def scores(q: Tensor, k: Tensor) -> Tensor:
+        return backend.ops.gather_scores(q, k, x.indices)[used]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = backend.ops.gather_attention(
+            q, k, v, x.indices, bias=bias, dropout_p=0.4, seed=x.seed, return_lse=True
+        )
+        return out, lse[used.any(-1)]
+
+    assert torch.autograd.gradcheck(scores, leaves(x.q, x.k))
+    assert torch.autograd.gradcheck(attention, leaves(x.q, x.k, x.v, bias))
+
+
+def test_lse_is_float32_but_for_float64(backend: Backend) -> None:
+    for dtype in DTYPES:
+        x = make_inputs(SMALL, dtype, backend.device)
+        _, lse = backend.ops.gather_attention(x.q, x.k, x.v, x.indices, return_lse=True)
+        assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+# What is not attended must not be read, whatever it holds.
+
+
+def poisoned(x: Inputs) -> Inputs:
+    """NaN in every key and value that no index names, and in queries of rows without an index."""
+    read = torch.zeros(x.case.B, x.case.H, x.case.M + 1, dtype=torch.bool)
+    entries = x.indices.long().repeat_interleave(x.case.H // x.case.H_i, 1)
+    read.scatter_(2, entries.flatten(2).remainder(x.case.M + 1).cpu(), True)
+    read = read[..., : x.case.M].unflatten(1, (x.case.H_kv, -1)).any(2).to(x.k.device)
+    assert not read.all()
+    x.k = x.k.masked_fill(~read[..., None], math.nan)
+    x.v = x.v.masked_fill(~read[..., None], math.nan)
+    x.q = x.q.masked_fill((entries == -1).all(-1, keepdim=True), math.nan)
+    return x
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_poison(backend: Backend, dtype: torch.dtype) -> None:
+    case = Case("sparse", N=6, M=300, H=6, H_kv=2, H_i=3, K=9)
+    x = poisoned(make_inputs(case, dtype, backend.device))
+    bias = torch.randn(2, 6, 6, 9, device=backend.device).to(dtype)
+    unused = (x.indices == -1).repeat_interleave(2, 1)
+    bias = bias.masked_fill(unused, math.nan)
+    q, k, v, bias = leaves(x.q, x.k, x.v, bias)
+    out, lse = backend.ops.gather_attention(q, k, v, x.indices, bias=bias, return_lse=True)
+    scores = backend.ops.gather_scores(q, k, x.indices)
+    assert out.isfinite().all()
+    assert not lse.isnan().any()
+    assert torch.equal(scores == -math.inf, unused)
+    assert scores[~unused].isfinite().all()
+    used_lse, used_scores = lse[lse.isfinite()], scores[~unused]
+    (out.float().sum() + used_lse.sum() + used_scores.float().sum()).backward()
+    for leaf in (q, k, v, bias):
+        assert leaf.grad.isfinite().all()
+    assert (q.grad[q.isnan()] == 0).all()
+    assert (k.grad[k.isnan()] == 0).all()
+    assert (v.grad[v.isnan()] == 0).all()
+    assert (bias.grad[unused] == 0).all()
+
+
+# Dropout.
+
+
+def kept_weights(
+    backend: Backend, B: int, H: int, N: int, K: int, p: float, seed: Tensor
+) -> Tensor:
+    """bool [B, H, N, K]: the slots that survive. Weights are 1/K and value j is the j-th unit."""
+    q = torch.zeros(B, H, N, 1, device=backend.device)
+    k = torch.zeros(B, H, K, 1, device=backend.device)
+    v = torch.eye(K, device=backend.device).expand(B, H, K, K)
+    indices = torch.arange(K, dtype=torch.int32, device=backend.device).expand(B, H, N, K)
+    out = backend.ops.gather_attention(
+        q, k, v, indices.contiguous(), dropout_p=p, seed=seed.to(backend.device)
+    )
+    kept = out != 0
+    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / (K * (1 - p))))
+    return kept.cpu()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_rate(backend: Backend, p: float) -> None:
+    kept = kept_weights(backend, 2, 3, 211, 37, p, torch.tensor([3, 4])).double()
+    # Fixed seed; five standard deviations of the number kept: a right kernel fails 1 seed in 10^6.
+    for rate, count in ((kept.mean(), kept.numel()), (kept[..., -1].mean(), kept[..., -1].numel())):
+        assert abs(rate - (1 - p)) < 5 * math.sqrt(p * (1 - p) / count)
+
+
+def test_dropout_is_independent_between_entries(backend: Backend) -> None:
+    """No correlation between neighbours along batch, head, row, slot, seed and offset."""
+    kept = kept_weights(backend, 4, 4, 64, 32, 0.5, torch.tensor([3, 4])).double() * 2 - 1
+    others = [
+        kept_weights(backend, 4, 4, 64, 32, 0.5, torch.tensor(seed)).double() * 2 - 1
+        for seed in ([3, 5], [4, 4])
+    ]
+    products = [
+        kept.narrow(d, 1, n - 1) * kept.narrow(d, 0, n - 1) for d, n in enumerate(kept.shape)
+    ]
+    for product in [*products, *(kept * other for other in others)]:
+        assert abs(product.mean()) < 5 / math.sqrt(product.numel())
+
+
+def test_dropout_is_unbiased(backend: Backend) -> None:
+    x = make_inputs(CASE["gqa"], torch.float64, backend.device)
+    expected = backend.ops.gather_attention(x.q, x.k, x.v, x.indices)
+    draws = torch.stack(
+        [
+            backend.ops.gather_attention(
+                x.q, x.k, x.v, x.indices, dropout_p=0.3, seed=torch.tensor([n, 0])
+            )
+            for n in range(400)
+        ]
+    )
+    error = (draws.mean(0) - expected).abs()
+    deviation = draws.std(0) / math.sqrt(len(draws))
+    # About 4000 entries: five and a half standard errors for the largest of them.
+    assert (error <= 5.5 * deviation + 1e-12).all()
+    assert (deviation > 0).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_of_one_half_doubles_what_is_kept(backend: Backend, dtype: torch.dtype) -> None:
+    x = make_inputs(CASE["gqa"], dtype, backend.device)
+    kwargs = {"dropout_p": 0.5, "seed": x.seed}
+    ones = torch.ones_like(x.v)
+    _, lse = backend.ops.gather_attention(x.q, x.k, x.v, x.indices, return_lse=True, **kwargs)
+    _, without = backend.ops.gather_attention(x.q, x.k, x.v, x.indices, return_lse=True)
+    assert torch.equal(lse, without)
+    total = backend.ops.gather_attention(x.q, x.k, ones, x.indices, **kwargs)
+    assert (total >= 0).all()
+    assert (total <= 2 + 8 * torch.finfo(dtype).eps).all()
+
+
+def test_seed(backend: Backend) -> None:
+    x = make_inputs(CASE["gqa"], torch.float32, backend.device)
+
+    def run(**kwargs: object) -> Tensor:
+        return backend.ops.gather_attention(x.q, x.k, x.v, x.indices, dropout_p=0.5, **kwargs)
+
+    assert torch.equal(run(seed=x.seed), run(seed=x.seed.clone()))
+    assert not torch.equal(run(seed=x.seed), run(seed=x.seed + torch.tensor([0, 1])))
+    assert not torch.equal(run(seed=x.seed), run(seed=x.seed + torch.tensor([1, 0])))
+    assert not torch.equal(run(), run())
+
+    def seeded() -> Tensor:
+        return run(generator=torch.Generator(backend.device).manual_seed(3))
+
+    assert torch.equal(seeded(), seeded())
+    torch.manual_seed(3)
+    first = run()
+    torch.manual_seed(3)
+    assert torch.equal(first, run())
+
+
+# Equal seed, equal result.
+
+
+@pytest.mark.usefixtures("restore_num_threads")
+@pytest.mark.parametrize("name", ["gqa", "mqa_shared_index", "past_the_tiles"])
+def test_number_of_threads_does_not_matter(backend: Backend, name: str) -> None:
+    x = make_inputs(CASE[name], torch.float32, backend.device)
+    bias = torch.randn(x.case.H, 1, x.case.K, device=backend.device)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        attention = backend.ops.gather_attention(
+            q, k, v, x.indices, bias=bias, dropout_p=0.2, seed=x.seed, return_lse=True
+        )
+        return (*attention, backend.ops.gather_scores(q, k, x.indices))
+
+    results = []
+    for num_threads in (1, 2, 5):
+        torch.set_num_threads(num_threads)
+        results.append(results_and_gradients(run, x.q, x.k, x.v, bias))
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_batch_element_alone_is_the_same(backend: Backend) -> None:
+    x = make_inputs(CASE["gqa"], torch.float32, backend.device)
+
+    def run(n: int) -> Tensor:
+        return backend.ops.gather_attention(
+            x.q[:n], x.k[:n], x.v[:n], x.indices[:n], dropout_p=0.2, seed=x.seed
+        )
+
+    assert torch.equal(run(1), run(2)[:1])
+
+
+def test_no_gradient_mode_is_the_same(backend: Backend) -> None:
+    x = make_inputs(CASE["gqa"], torch.float32, backend.device)
+    with_grad = backend.ops.gather_attention(*leaves(x.q, x.k, x.v), x.indices)
+    with torch.inference_mode():
+        without = backend.ops.gather_attention(x.q, x.k, x.v, x.indices)
+    assert with_grad.requires_grad
+    assert not without.requires_grad
+    assert torch.equal(with_grad, without)
+
+
+# Sizes that overflow a grid dimension or a 32-bit offset.
+
+
+def test_many_heads_and_batch_elements(backend: Backend) -> None:
+    x = make_inputs(
+        Case("many", B=33000, N=1, M=2, H=2, H_kv=2, H_i=1, D=2, Dv=1, K=2),
+        torch.float32,
+        backend.device,
+    )
+
+    def run(ops: ModuleType, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return ops.gather_attention(q, k, v, x.indices, return_lse=True)
+
+    check_against_reference(backend.ops, run, x.q, x.k, x.v)
+
+
+@pytest.mark.slow
+def test_offsets_beyond_32_bits(backend: Backend) -> None:
+    """Strides of 2^31 elements; only the pages in use are ever touched."""
+    case = Case("far", B=2, N=4, M=3, H=2, H_kv=2, H_i=2, D=8, Dv=8, K=3)
+    x = make_inputs(case, torch.float16, backend.device)
+
+    def far(t: Tensor) -> Tensor:
+        H, N, D = t.shape[1:]
+        strides = (2**31 + 64, N * D, D, 1)
+        # Not torch.empty: deterministic mode would fill, and so commit, all of it.
+        storage = torch.UntypedStorage(2 * (strides[0] + H * N * D), device=t.device)
+        return t.new_empty(0).set_(storage, 0, t.shape, strides).copy_(t)
+
+    near = backend.ops.gather_attention(x.q, x.k, x.v, x.indices)
+    assert torch.equal(backend.ops.gather_attention(far(x.q), far(x.k), far(x.v), x.indices), near)
+
+
+def test_double_index_of_one_key_adds_up(backend: Backend) -> None:
+    """A key named twice weighs, and collects gradient, as two keys."""
+    x = make_inputs(Case("pair", B=1, N=1, M=2, H=1, H_kv=1, H_i=1, K=2), torch.float64)
+    indices = torch.zeros(1, 1, 1, 2, dtype=torch.int32)
+    q, k, v = leaves(x.q, x.k, x.v)
+    out, lse = backend.ops.gather_attention(q, k, v, indices, return_lse=True)
+    score = (x.q[0, 0, 0] @ x.k[0, 0, 0]) / math.sqrt(x.case.D)
+    assert_accurate(out[0, 0, 0].detach(), x.v[0, 0, 0], x.v[0, 0, 0])
+    assert lse.item() == pytest.approx(score.item() + math.log(2))
+    out.sum().backward()
+    torch.testing.assert_close(v.grad[0, 0], torch.tensor([[1.0], [0.0]]).double().expand(2, 16))
