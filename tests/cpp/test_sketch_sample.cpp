@@ -289,7 +289,7 @@ void test_not_a_number(const Kernels& kernels) {
 }
 
 void test(const Kernels& kernels) {
-  const Shape shapes[] = {{1, 1, 1, 1, 1, 1},     {2, 3, 40, 16, 2, 8},  {1, 5, 5, 16, 3, 9},
+  const Shape shapes[] = {{1, 1, 1, 1, 1, 1},     {2, 3, 40, 16, 2, 8},  {1, 6, 4, 16, 3, 9},
                           {1, 4, 300, 16, 2, 40}, {1, 9, 20, 16, 1, 20}, {1, 7, 64, 8, 2, 6}};
   for (const SampleMethod method : kAllMethods)
     for (const Shape& shape : shapes) {
