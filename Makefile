@@ -4,7 +4,7 @@
 
 PYTHON      ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-OUT         ?= build/demo
+DEMO_FLAGS  ?= --out build/demo
 
 SHELL       := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -24,7 +24,7 @@ SOURCES   := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CPP_FILES := $(SOURCES) $(shell find tests/cpp -name '*.cpp' -o -name '*.h' 2>/dev/null)
 OP_TESTS  := tests/test_sketch_sample.py tests/test_gather.py tests/test_distill.py
 
-.PHONY: help setup build test test-quick test-isa test-slow cpp-test lint format demo bench clean
+.PHONY: help setup build test test-quick test-isa test-slow cpp-test lint format demo bench wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,11 +64,20 @@ format: $(READY)  ## rewrite the sources as lint wants them
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-demo: $(BUILT)  ## train Smart Bird beside dense attention on real text; report in $(OUT)
-	$(BIN)/python -m smartbird.demo --out $(OUT)
+demo: $(BUILT)  ## train Smart Bird beside dense attention on real text; report in build/demo
+	$(BIN)/python -m smartbird.demo $(DEMO_FLAGS)
 
 bench: $(BUILT)  ## time attention against PyTorch's; JSON in build/bench
 	$(BIN)/python -m benchmarks.attention --out build/bench/attention.json
+
+# The wheel, unpacked elsewhere, must import without the source tree.
+wheel: $(BUILT)  ## build a wheel in dist and try it
+	rm -rf dist build/wheel
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+	$(BIN)/abi3audit --strict dist/*.whl
+	$(BIN)/pip install -q --no-deps --target build/wheel dist/*.whl
+	cd build/wheel && PYTHONPATH=. $(CURDIR)/$(BIN)/python -c \
+	    'import smartbird; assert "build/wheel" in smartbird.__file__; print(smartbird.build_info())'
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info $(BUILT)

@@ -9,10 +9,6 @@ README = Path(__file__).parent.parent / "README.md"
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("example", EXAMPLES, ids=["function", "layer"])
 def test_example_runs(example: str) -> None:
     exec(compile(example, str(README), "exec"), {})
-
-
-def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 2

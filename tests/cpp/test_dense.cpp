@@ -70,3 +70,83 @@ struct Problem {
   std::vector<uint8_t> row_mask, col_mask;
   Array tiles, col_bias;
 };
+
+enum class Mask { kNone, kCausal, kCausalTransposed };
+
+bool sees(Mask mask, int64_t r, int64_t c, int64_t offset) {
+  switch (mask) {
+    case Mask::kNone:
+      return true;
+    case Mask::kCausal:
+      return c <= r + offset;
+    case Mask::kCausalTransposed:
+      return c >= r - offset;
+  }
+  return false;
+}
+
+void test_dense(const Kernels& kernels, const Shape& s, DType dtype, Mask mask) {
+  Problem problem(kernels, s, dtype);
+  const DType acc = problem.acc;
+  Array lse(acc, s.B * s.H * s.R), row_shift = lse, col_shift(acc, s.B * s.H * s.C);
+  Array col_weight(acc, s.B * s.C), values(acc, s.B * s.C * s.Dv), out(acc, s.B * s.R * s.Dv);
+  for (Array* array : {&row_shift, &col_shift, &col_weight, &values})
+    for (int64_t i = 0; i < array->size(); ++i) array->set(i, problem.random.value());
+
+  DenseParams p = problem.params(s, dtype);
+  p.is_causal = mask != Mask::kNone;
+  p.cols_are_queries = mask == Mask::kCausalTransposed;
+  p.causal_offset = p.cols_are_queries ? s.R - s.C : s.C - s.R;
+  p.lse = lse.data();
+  run(kernels.dense_lse, p);
+  p.row_shift = row_shift.data(), p.col_shift = col_shift.data();
+  p.col_weight = col_weight.data(), p.values = values.data();
+  p.out = out.data();
+  run(kernels.dense_mean, p);
+
+  // exp to 2 ulp of scores that carry the rounding of a sum of D terms.
+  const double rounding = (16 + 4 * static_cast<double>(s.D)) * epsilon(acc);
+  for (int64_t b = 0; b < s.B; ++b)
+    for (int64_t r = 0; r < s.R; ++r) {
+      std::vector<double> mean(static_cast<size_t>(s.Dv));
+      double magnitude = 0;
+      for (int64_t h = 0; h < s.H; ++h) {
+        double sum = 0;
+        for (int64_t c = 0; c < s.C; ++c) {
+          if (!problem.row_mask[static_cast<size_t>(b * s.R + r)] ||
+              !problem.col_mask[static_cast<size_t>(b * s.C + c)] ||
+              !sees(mask, r, c, p.causal_offset))
+            continue;
+          const int64_t row = (b * s.H + h) / s.rows_per_head * s.R + r;
+          const int64_t col = (b * s.H + h) / s.cols_per_head * s.C + c;
+          const double score = p.scale * dot(problem.rows, row, problem.cols, col, s.D);
+          sum += std::exp(score);
+          const double weight = std::exp(score - row_shift[(b * s.H + h) * s.R + r] -
+                                         col_shift[(b * s.H + h) * s.C + c]) *
+                                col_weight[b * s.C + c];
+          magnitude += std::fabs(weight);
+          for (int64_t d = 0; d < s.Dv; ++d)
+            mean[static_cast<size_t>(d)] += weight * values[(b * s.C + c) * s.Dv + d];
+        }
+        CHECK_CLOSE(lse[(b * s.H + h) * s.R + r], sum > 0 ? std::log(sum) : -kInf, rounding,
+                    rounding);
+      }
+      for (int64_t d = 0; d < s.Dv; ++d)
+        CHECK_CLOSE(out[(b * s.R + r) * s.Dv + d], mean[static_cast<size_t>(d)], rounding,
+                    2 * magnitude * rounding);
+    }
+}
+
+void test(const Kernels& kernels) {
+  for (const Shape& shape : kShapes)
+    for (const DType dtype : kAllDTypes)
+      for (const Mask mask : {Mask::kNone, Mask::kCausal, Mask::kCausalTransposed})
+        test_dense(kernels, shape, dtype, mask);
+}
+
+}  // namespace
+}  // namespace smartbird::testing
+
+int main(int argc, char** argv) {
+  return smartbird::testing::run_test(argc, argv, smartbird::testing::test);
+}

@@ -31,6 +31,5 @@ void test_dispatch(const Kernels& kernels) {
 }  // namespace smartbird::testing
 
 int main(int argc, char** argv) {
-  using namespace smartbird::testing;
-  return run_test(argc, argv, test_dispatch);
+  return smartbird::testing::run_test(argc, argv, smartbird::testing::test_dispatch);
 }

@@ -35,13 +35,14 @@ void test_uniforms_stay_below_one() {
   CHECK(uniform_double(~0u) < 1.0);
 }
 
-}  // namespace
-}  // namespace smartbird::testing
-
-int main() {
-  using namespace smartbird::testing;
+int test() {
   test_known_answers();
   test_streams_differ();
   test_uniforms_stay_below_one();
   return failures == 0 ? 0 : 1;
 }
+
+}  // namespace
+}  // namespace smartbird::testing
+
+int main() { return smartbird::testing::test(); }

@@ -105,11 +105,8 @@ struct Problem {
       if (!valid(b, i, j)) continue;
       const bool in_window = options.is_causal ? j > aligned - options.window && j <= aligned
                                                : std::abs(j - aligned) <= side;
-      if (static_cast<int64_t>(keys.size()) < options.num_sinks) {
-        keys.insert(j);
-      } else if (options.window > 0 && in_window) {
-        keys.insert(j);
-      }
+      const bool is_sink = static_cast<int64_t>(keys.size()) < options.num_sinks;
+      if (is_sink || (options.window > 0 && in_window)) keys.insert(j);
     }
     return keys;
   }
