@@ -1,0 +1,75 @@
+"""The encoder that every attention is put into."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from smartbird.tasks.attention import build_attention
+from smartbird.tasks.config import Config
+from smartbird.tasks.data import Task
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer layer: attention, then a feed-forward of four times the width."""
+
+    def __init__(self, config: Config, is_causal: bool) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.dim)
+        self.attention = build_attention(config, is_causal)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(config.dim),
+            nn.Linear(config.dim, 4 * config.dim),
+            nn.GELU(),
+            nn.Linear(4 * config.dim, config.dim),
+            nn.Dropout(config.dropout),
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), key_mask))
+        x = x + self.feed_forward(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Token and learned position embeddings, layers, and a linear head.
+
+    Args:
+        config: sizes and the attention.
+        task: vocabulary, classes, direction, and whether each position answers or the mean does.
+    """
+
+    def __init__(self, config: Config, task: Task) -> None:
+        super().__init__()
+        self.per_position = task.per_position
+        self.tokens = nn.Embedding(task.vocab_size, config.dim)
+        self.positions = nn.Embedding(config.seq_len, config.dim)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        nn.init.normal_(self.positions.weight, std=0.02)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config, task.is_causal) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.dim)
+        self.head = nn.Linear(config.dim, task.num_classes)
+
+    def forward(self, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Logits of `tokens` (int64 [B, N]): [B, N, classes] per position, else [B, classes].
+
+        `key_mask` (bool [B, N], True = a token) keeps padding out of attention and of the mean.
+        """
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        x = self.dropout(x)
+        for layer in self.layers:
+            x = layer(x, key_mask)
+        x = self.norm(x)
+        if not self.per_position:
+            x = _mean(x, key_mask)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def _mean(x: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Mean over the positions of x [B, N, dim] that `key_mask` keeps."""
+    if key_mask is None:
+        return x.mean(dim=1)
+    weights = key_mask.unsqueeze(-1).to(x.dtype)
+    return (x * weights).sum(dim=1) / weights.sum(dim=1)

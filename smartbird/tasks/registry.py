@@ -1,0 +1,58 @@
+"""The tasks by name, and configurations with their defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from smartbird.tasks.attention import ATTENTIONS
+from smartbird.tasks.config import Config
+from smartbird.tasks.data import Task
+from smartbird.tasks.listops import ListOps, ListOpsSmall
+from smartbird.tasks.mqar import Mqar
+from smartbird.tasks.sotu import Sotu
+
+TASKS: dict[str, type[Task]] = {
+    "sotu": Sotu,
+    "mqar": Mqar,
+    "listops": ListOps,
+    "listops-small": ListOpsSmall,
+}
+
+_DEFAULTS: dict[str, Any] = {
+    "attention": "smartbird",
+    "window": 1,
+    "sketch_dim": 16,
+    "learning": ("distill",),
+    "dense_warmup": 0,
+    "dropout": 0.1,
+    "vocab_size": None,
+    "num_pairs": None,
+    "seed": 0,
+    "log_every": 50,
+    "checkpoint_every": 100,
+    "threads": None,
+}
+
+
+def default_config(task: str, **changes: Any) -> Config:
+    """The configuration of `task`: its defaults with `changes` (fields of `Config`).
+
+    `out` defaults to "runs/TASK-ATTENTION".
+
+    Raises:
+        ValueError: an unknown task or attention, a field out of its range, or one that the task has
+            no use for.
+        TypeError: a change that is no field of `Config`.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    fields = {**_DEFAULTS, **TASKS[task].defaults, **changes}
+    if fields["attention"] not in ATTENTIONS:
+        raise ValueError(
+            f"attention must be one of {', '.join(ATTENTIONS)}, got {fields['attention']!r}"
+        )
+    for name in ("vocab_size", "num_pairs"):
+        if fields[name] is not None and name not in TASKS[task].defaults:
+            raise ValueError(f"{name} means nothing to task {task}, got {fields[name]}")
+    fields.setdefault("out", f"runs/{task}-{fields['attention']}")
+    return Config(task=task, **fields)
