@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,13 @@ __all__ = [
 ]
 
 LEARNING_ROUTES = ("distill", "bias", "value")
+
+
+class _Masks(TypedDict):
+    """Which keys are valid, as every op takes it."""
+
+    is_causal: bool
+    key_mask: Tensor | None
 
 
 class SmartBirdAttention(nn.Module):
@@ -125,6 +132,19 @@ class SmartBirdAttention(nn.Module):
         }.items():
             if num_heads % heads:
                 raise ValueError(f"{name} must divide num_heads {num_heads}, got {heads}")
+        # An empty draw has the op itself judge what it will be given.
+        empty = torch.empty(1, 0, sketch_dim, device="cpu")
+        ops.sketch_sample(
+            empty,
+            empty,
+            num_samples,
+            num_index_heads=num_index_heads,
+            method=method,
+            is_causal=is_causal,
+            window=window,
+            num_sinks=num_sinks,
+            seed=torch.zeros(2, dtype=torch.int64, device="cpu"),
+        )
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         if isinstance(learning, str) or not set(learning) <= set(LEARNING_ROUTES):
@@ -211,18 +231,11 @@ class SmartBirdAttention(nn.Module):
         Raises:
             ValueError, TypeError: an argument that does not fit, by name.
         """
-        is_causal = self.is_causal if is_causal is None else is_causal
-        batched = query.dim() == 3
-        tokens = self._tokens("query", query)
-        keys = tokens if key is None or key is query else self._tokens("key", key)
-        if value is None or value is key:
-            values = keys
-        else:
-            values = tokens if value is query else self._tokens("value", value)
-        if key_mask is not None:
-            check_key_mask(key_mask, keys.shape[:2] if batched else keys.shape[1:2])
-            key_mask = key_mask.view(keys.shape[:2])
-
+        tokens, keys, values, key_mask = self._inputs(query, key, value, key_mask)
+        masks: _Masks = {
+            "is_causal": self.is_causal if is_causal is None else is_causal,
+            "key_mask": key_mask,
+        }
         q, k, v = self._project(tokens, keys, values)
         q_sketch, k_sketch = self._sketch(tokens.detach(), keys.detach())
         # The same sketch once more, now part of the function that the trunk is trained through.
@@ -230,55 +243,60 @@ class SmartBirdAttention(nn.Module):
         if "bias" in self.learning or "value" in self.learning:
             learned_sketch = self._sketch(tokens, keys)
         scored_sketch = learned_sketch if "bias" in self.learning else None
-        dropout_p = self.dropout if self.training else 0.0
 
         indices = log_inclusion = None
+        dropout_p = self.dropout if self.training else 0.0
         if self.dense:
             if return_indices:
                 raise ValueError("return_indices must be False while dense: no keys are sampled")
-            out = _dense_attention(q, k, v, scored_sketch, is_causal, key_mask, dropout_p)
+            out = _dense_attention(q, k, v, scored_sketch, dropout_p, masks)
         else:
             seed = ops.draw_seed(query.device) if self.training else self.eval_seed
-            indices, log_inclusion = ops.sketch_sample(
-                q_sketch,
-                k_sketch,
-                self.num_samples,
-                num_index_heads=self.num_index_heads,
-                method=self.method,
-                is_causal=is_causal,
-                key_mask=key_mask,
-                window=self.window,
-                num_sinks=self.num_sinks,
-                seed=seed,
-            )
-            if not self.correction:
-                log_inclusion = None
+            indices, log_inclusion = self._sample(q_sketch, k_sketch, seed, masks)
             bias = _logit_bias(q, scored_sketch, indices, log_inclusion)
             out = ops.gather_attention(q, k, v, indices, bias=bias, dropout_p=dropout_p, seed=seed)
-
         if self.training and "distill" in self.learning:
-            loss = ops.distill_loss(
-                q.detach(),
-                k.detach(),
-                q_sketch,
-                k_sketch,
-                indices=indices,
-                log_inclusion=log_inclusion,
-                is_causal=is_causal,
-                key_mask=key_mask,
+            self._keep_loss(
+                ops.distill_loss(
+                    q, k, q_sketch, k_sketch, indices=indices, log_inclusion=log_inclusion, **masks
+                )
             )
-            # Recomputing for a checkpoint: this loss was collected before backward began.
-            if torch.compiler.is_compiling() or not _in_backward():
-                self._sketch_loss = loss
 
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if learned_sketch is not None and "value" in self.learning:
-            out = out + self._sketch_output(*learned_sketch, values, is_causal, key_mask)
-        if not batched:
+            out = out + self._sketch_output(*learned_sketch, values, masks)
+        if query.dim() == 2:
             out = out.squeeze(0)
         elif not self.batch_first:
             out = out.transpose(0, 1)
         return out if indices is None or not return_indices else (out, indices)
+
+    def _inputs(
+        self, query: Tensor, key: Tensor | None, value: Tensor | None, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Tokens, keys and values [B, length, E] and the key mask [B, M] of the arguments.
+
+        What is one tensor stays one: it is projected at once.
+        """
+        tokens = self._tokens("query", query)
+        keys = tokens if key is None or key is query else self._tokens("key", key)
+        if value is None or value is key:
+            values = keys
+        else:
+            values = tokens if value is query else self._tokens("value", value)
+        if len(keys) != len(tokens):
+            raise ValueError(
+                f"key must have the batch size of query, {len(tokens)}, got {len(keys)}"
+            )
+        if values.shape != keys.shape:
+            raise ValueError(
+                f"value must have the batch size and length of key, {list(keys.shape[:2])}, "
+                f"got {list(values.shape[:2])}"
+            )
+        if key_mask is not None:
+            check_key_mask(key_mask, keys.shape[:2] if query.dim() == 3 else keys.shape[1:2])
+            key_mask = key_mask.view(keys.shape[:2])
+        return tokens, keys, values, key_mask
 
     def _tokens(self, name: str, x: Tensor) -> Tensor:
         """The argument ``name`` as [B, length, E]."""
@@ -313,22 +331,35 @@ class SmartBirdAttention(nn.Module):
         q_weight, k_weight = self.sketch_proj_weight.chunk(2)
         return F.linear(query, q_weight, self.sketch_proj_bias), F.linear(key, k_weight)
 
+    def _sample(
+        self, q_sketch: Tensor, k_sketch: Tensor, seed: Tensor, masks: _Masks
+    ) -> tuple[Tensor, Tensor | None]:
+        """Indices [B, H_i, N, K], and their log_inclusion where the layer corrects for it."""
+        indices, log_inclusion = ops.sketch_sample(
+            q_sketch,
+            k_sketch,
+            self.num_samples,
+            num_index_heads=self.num_index_heads,
+            method=self.method,
+            window=self.window,
+            num_sinks=self.num_sinks,
+            seed=seed,
+            **masks,
+        )
+        return indices, log_inclusion if self.correction else None
+
     def _sketch_output(
-        self,
-        q_sketch: Tensor,
-        k_sketch: Tensor,
-        value: Tensor,
-        is_causal: bool,
-        key_mask: Tensor | None,
+        self, q_sketch: Tensor, k_sketch: Tensor, value: Tensor, masks: _Masks
     ) -> Tensor:
         """The sketch as a head of its own, [B, N, E]."""
         v_sketch = F.linear(value, self.sketch_value_weight)
-        out = dense_attention(
-            *(x.unsqueeze(1) for x in (q_sketch, k_sketch, v_sketch)),
-            is_causal=is_causal,
-            key_mask=key_mask,
-        )
-        return F.linear(out.squeeze(1), self.sketch_out_weight)
+        q, k, v = (x.unsqueeze(1) for x in (q_sketch, k_sketch, v_sketch))
+        return F.linear(dense_attention(q, k, v, **masks).squeeze(1), self.sketch_out_weight)
+
+    def _keep_loss(self, loss: Tensor) -> None:
+        # Inside backward a checkpoint recomputes this call, whose loss was collected before.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self._sketch_loss = loss
 
     def extra_repr(self) -> str:
         return (
@@ -366,26 +397,18 @@ def _dense_attention(
     k: Tensor,
     v: Tensor,
     sketch: tuple[Tensor, Tensor] | None,
-    is_causal: bool,
-    key_mask: Tensor | None,
     dropout_p: float,
+    masks: _Masks,
 ) -> Tensor:
     """Attention to every valid key; the scores of ``sketch``, if given, join the logits."""
     scale = q.shape[-1] ** -0.5
     if sketch is not None:
         # q.k * scale + qs.ks * sketch_scale is one dot product of longer vectors: no N x M bias.
         q_sketch, k_sketch = (x.unsqueeze(1) for x in sketch)
-        sketch_scale = q_sketch.shape[-1] ** -0.5
-        q_sketch = q_sketch * (sketch_scale / scale)
+        q_sketch = q_sketch * (q_sketch.shape[-1] ** -0.5 / scale)
         q = torch.cat([q, q_sketch.expand(-1, q.shape[1], -1, -1)], dim=-1)
         k = torch.cat([k, k_sketch.expand(-1, k.shape[1], -1, -1)], dim=-1)
-    return dense_attention(
-        q, k, v, is_causal=is_causal, key_mask=key_mask, dropout_p=dropout_p, scale=scale
-    )
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+    return dense_attention(q, k, v, dropout_p=dropout_p, scale=scale, **masks)
 
 
 class SmartBirdEncoderLayer(nn.Module):

@@ -1,0 +1,590 @@
+"""The layers: equal to PyTorch's own when every key is drawn, and a sketch that learns."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from smartbird.modules import (
+    DenseWarmup,
+    SmartBirdAttention,
+    SmartBirdEncoderLayer,
+    seed_evaluation,
+    sketch_loss,
+)
+
+E, H, N = 16, 4, 9
+ROUTES = ("distill", "bias", "value")
+
+
+def make_layer(**arguments: Any) -> SmartBirdAttention:
+    return SmartBirdAttention(E, H, **{"num_samples": 4, "sketch_dim": 4, **arguments})
+
+
+def padding_mask() -> Tensor:
+    """PyTorch's sense, True = ignored: the last three tokens of the second of two sequences."""
+    mask = torch.zeros(2, N, dtype=torch.bool)
+    mask[1, -3:] = True
+    return mask
+
+
+def causal_mask(kind: str) -> Tensor:
+    mask = nn.Transformer.generate_square_subsequent_mask(N)
+    return mask if kind == "additive" else mask == -torch.inf
+
+
+def start_value_route(layer: SmartBirdAttention) -> None:
+    """Leave the start where the output of the value route is multiplied by zero."""
+    nn.init.normal_(layer.sketch_out_weight)
+
+
+# --- nn.MultiheadAttention ---
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_equals_multihead_attention_when_every_key_is_drawn(batch_first: bool, bias: bool) -> None:
+    expected = nn.MultiheadAttention(E, H, bias=bias, batch_first=batch_first).eval()
+    layer = make_layer(num_samples=N, bias=bias, batch_first=batch_first).eval()
+    missing, unexpected = layer.load_state_dict(expected.state_dict(), strict=False)
+    assert missing == ["sketch_proj_weight", "sketch_proj_bias"][: 1 + bias]
+    assert unexpected == []
+    query, key, value = torch.randn(3, 2, N, E).unbind()
+    if not batch_first:
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    padding = padding_mask()
+    for arguments in ((query, query, query), (query, key, key), (query, key, value)):
+        torch.testing.assert_close(
+            layer(*arguments, key_mask=~padding),
+            expected(*arguments, key_padding_mask=padding, need_weights=False)[0],
+        )
+
+
+def test_cross_attention_of_another_length() -> None:
+    expected = nn.MultiheadAttention(E, H, batch_first=True).eval()
+    layer = make_layer(num_samples=N).eval()
+    layer.load_state_dict(expected.state_dict(), strict=False)
+    query, key = torch.randn(2, 5, E), torch.randn(2, N, E)
+    torch.testing.assert_close(layer(query, key), expected(query, key, key)[0])
+
+
+def test_initial_weights_are_those_of_multihead_attention() -> None:
+    torch.manual_seed(1)
+    expected = nn.MultiheadAttention(64, 4).state_dict()
+    drawn = SmartBirdAttention(64, 4).state_dict()
+    for name, weight in expected.items():
+        # Uniform weights: equal ranges up to what the extremes of thousands of draws leave.
+        torch.testing.assert_close(drawn[name].abs().max(), weight.abs().max(), rtol=0.01, atol=0)
+
+
+# --- Layouts and sizes ---
+
+
+def test_layouts_agree() -> None:
+    layer = make_layer().eval()
+    x = torch.randn(2, N, E)
+    mask = ~padding_mask()
+    expected, indices = layer(x, key_mask=mask, return_indices=True)
+    assert indices.shape == (2, H, N, 4)
+    alone, alone_indices = layer(x[0], key_mask=mask[0], return_indices=True)
+    torch.testing.assert_close(alone, expected[0])
+    assert alone_indices.equal(indices[:1])
+    layer.batch_first = False
+    torch.testing.assert_close(layer(x.transpose(0, 1), key_mask=mask), expected.transpose(0, 1))
+
+
+@pytest.mark.parametrize("learning", [(), ROUTES])
+@pytest.mark.parametrize(("num_kv_heads", "num_index_heads"), [(1, 1), (2, 4), (4, 2)])
+def test_head_ratios(num_kv_heads: int, num_index_heads: int, learning: tuple[str, ...]) -> None:
+    layer = make_layer(
+        num_kv_heads=num_kv_heads,
+        num_index_heads=num_index_heads,
+        learning=learning,
+        correction=True,
+    )
+    x = torch.randn(2, N, E)
+    out, indices = layer(x, return_indices=True)
+    assert out.shape == x.shape
+    assert indices.shape == (2, num_index_heads, N, 4)
+    (out.sum() + sketch_loss(layer)).backward()
+    for name, parameter in layer.named_parameters():
+        if learning or not name.startswith("sketch"):
+            assert parameter.grad is not None, name
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes(dtype: torch.dtype, dense: bool) -> None:
+    layer = make_layer(dtype=dtype, learning=ROUTES, correction=True)
+    layer.dense = dense
+    out = layer(torch.randn(2, N, E, dtype=dtype))
+    assert out.dtype == dtype
+    (out.sum() + sketch_loss(layer)).backward()
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in layer.parameters())
+
+
+# --- Masks ---
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("learning", [("distill",), ROUTES])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_masked_keys_do_not_matter(is_causal: bool, learning: tuple[str, ...], dense: bool) -> None:
+    layer = make_layer(learning=learning, is_causal=is_causal).eval()
+    layer.dense = dense
+    if "value" in learning:
+        start_value_route(layer)
+    x = torch.randn(2, N, E)
+    mask = torch.ones(2, N, dtype=torch.bool)
+    mask[1, 2:5] = False
+    changed = torch.where(mask[..., None], x, 1e3)
+    out, out_changed = layer(x, key_mask=mask), layer(changed, key_mask=mask)
+    assert out[mask].equal(out_changed[mask])
+    assert not out[mask].equal(layer(x)[mask])
+
+
+@pytest.mark.parametrize("learning", [("distill",), ROUTES])
+def test_causal_layer_does_not_look_ahead(learning: tuple[str, ...]) -> None:
+    layer = make_layer(learning=learning, is_causal=True).eval()
+    x = torch.randn(2, N, E)
+    changed = torch.cat([x[:, :5], torch.randn(2, N - 5, E)], dim=1)
+    assert layer(x)[:, :5].equal(layer(changed)[:, :5])
+    assert not layer(x, is_causal=False)[:, :5].equal(layer(changed, is_causal=False)[:, :5])
+
+
+# --- Evaluation and training ---
+
+
+def test_evaluation_is_a_function_of_its_input() -> None:
+    layer = make_layer(dropout=0.5).eval()
+    x = torch.randn(2, N, E)
+    torch.manual_seed(1)
+    out = layer(x)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert layer(x).equal(out)
+    assert torch.get_rng_state().equal(state)
+    assert "eval_seed" not in layer.state_dict()
+
+
+def test_training_draws_from_the_global_generator() -> None:
+    layer = make_layer(dropout=0.5)
+    x = torch.randn(2, N, E)
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(layer(x))
+    assert outs[0].equal(outs[1])
+    assert not outs[0].equal(outs[2])
+    assert not layer(x).equal(layer(x))
+
+
+def test_seed_evaluation() -> None:
+    model = nn.ModuleList([make_layer(), make_layer()]).eval()
+    model[1].load_state_dict(model[0].state_dict())
+    x = torch.randn(2, N, E)
+    assert model[0](x).equal(model[1](x))
+    first = []
+    for seed in (0, 1, 0):
+        seed_evaluation(model, seed)
+        assert not model[0](x).equal(model[1](x))
+        first.append(model[0](x))
+    assert first[0].equal(first[2])
+    assert not first[0].equal(first[1])
+
+
+# --- How the sketch learns ---
+
+
+def gradients(layer: SmartBirdAttention, x: Tensor, loss: Tensor) -> dict[str, bool]:
+    """Which parameters, and whether the input ("x"), get a gradient other than zero."""
+    names = dict(layer.named_parameters(), x=x)
+    grads = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
+    return {n: g is not None and bool((g != 0).any()) for n, g in zip(names, grads, strict=True)}
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_distill_moves_the_sketch_only(dense: bool) -> None:
+    layer, x = make_layer(), torch.randn(2, N, E, requires_grad=True)
+    layer.dense = dense
+    out = layer(x)
+    of_loss = gradients(layer, x, sketch_loss(layer))
+    assert {n for n, moved in of_loss.items() if moved} == {
+        "sketch_proj_weight",
+        "sketch_proj_bias",
+    }
+    of_out = gradients(layer, x, out.square().sum())
+    assert {n for n, moved in of_out.items() if not moved} == {
+        "sketch_proj_weight",
+        "sketch_proj_bias",
+    }
+
+
+@pytest.mark.parametrize("route", ["bias", "value"])
+def test_other_routes_learn_from_the_output(route: str) -> None:
+    layer, x = make_layer(learning=(route,)), torch.randn(2, N, E, requires_grad=True)
+    if route == "value":
+        start_value_route(layer)
+    moved = gradients(layer, x, layer(x).square().sum())
+    assert all(moved.values()), moved
+    assert sketch_loss(layer).item() == 0.0
+
+
+def test_value_route_starts_at_zero() -> None:
+    plain, layer = make_layer().eval(), make_layer(learning=("value",)).eval()
+    layer.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(2, N, E)
+    assert layer(x).equal(plain(x))
+
+
+@pytest.mark.parametrize("route", ["bias", "value"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_dense_is_what_drawing_every_key_gives(is_causal: bool, route: str) -> None:
+    layer = make_layer(num_samples=N, num_kv_heads=2, learning=(route,), is_causal=is_causal).eval()
+    if route == "value":
+        start_value_route(layer)
+    x, mask = torch.randn(2, N, E), ~padding_mask()
+    sampled = layer(x, key_mask=mask)
+    layer.dense = True
+    torch.testing.assert_close(layer(x, key_mask=mask), sampled)
+
+
+@pytest.mark.parametrize("correction", [False, True])
+@pytest.mark.parametrize("dense_steps", [0, 30])
+def test_distilled_sketch_finds_what_attention_looks_at(dense_steps: int, correction: bool) -> None:
+    # Attention sharp enough to have favourites, and a sketch just wide enough to know them.
+    layer = make_layer(num_samples=8, sketch_dim=8, num_index_heads=1, correction=correction)
+    with torch.no_grad():
+        layer.in_proj_weight.mul_(3.0)
+    x = torch.randn(4, 64, E)
+
+    def mass_drawn() -> float:
+        layer.eval()
+        q, k, _ = layer._project(x, x, x)
+        attention = (q @ k.mT * layer.head_dim**-0.5).softmax(-1).mean(1)
+        indices = layer(x, return_indices=True)[1][:, 0].long()
+        layer.train()
+        return attention.gather(-1, indices).sum(-1).mean().item()
+
+    before = mass_drawn()
+    sketch = [layer.sketch_proj_weight, layer.sketch_proj_bias]
+    optimizer = torch.optim.Adam(sketch, lr=0.03)
+    warmup = DenseWarmup(layer, dense_steps)
+    losses = []
+    for _ in range(60):
+        layer(x)
+        loss = sketch_loss(layer)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        warmup.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    # 8 of 64 keys hold 1/8 of the mass by chance; a sketch at random does no better.
+    assert before < 0.25
+    assert mass_drawn() > 2 * before
+
+
+def test_sketch_loss_sums_layers_and_clears() -> None:
+    model = nn.Sequential(make_layer(), make_layer())
+    x = torch.randn(2, N, E)
+    model(x)
+    parts = [layer._sketch_loss for layer in model]
+    total = sketch_loss(model)
+    assert total.shape == ()
+    torch.testing.assert_close(total, parts[0] + parts[1])
+    assert sketch_loss(model).item() == 0.0
+    assert sketch_loss(nn.Linear(2, 2)).item() == 0.0
+    assert sketch_loss(nn.ReLU()).item() == 0.0
+
+
+def test_evaluation_leaves_no_sketch_loss() -> None:
+    layer = make_layer().eval()
+    layer(torch.randn(2, N, E))
+    assert sketch_loss(layer).item() == 0.0
+
+
+def test_sketch_loss_warns_where_it_cannot_teach() -> None:
+    layer = make_layer()
+    x = torch.randn(2, N, E)
+    with torch.no_grad():
+        layer(x)
+    with pytest.warns(UserWarning, match="without gradients"):
+        sketch_loss(layer)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x)
+        assert sketch_loss(layer) > 0
+
+
+def test_no_sketch_loss_without_the_distill_route() -> None:
+    layer = make_layer(learning=())
+    layer(torch.randn(2, N, E))
+    assert sketch_loss(layer).item() == 0.0
+
+
+# --- Dense warm-up ---
+
+
+def test_dense_warmup() -> None:
+    expected = nn.MultiheadAttention(E, H, batch_first=True)
+    layer = make_layer()
+    layer.load_state_dict(expected.state_dict(), strict=False)
+    x = torch.randn(2, N, E)
+    dense = expected(x, x, x, need_weights=False)[0]
+    warmup = DenseWarmup(nn.Sequential(layer), steps=2)
+    for _ in range(2):
+        torch.testing.assert_close(layer(x), dense)
+        torch.testing.assert_close(layer.eval()(x), dense)
+        layer.train()
+        warmup.step()
+    assert not torch.allclose(layer(x), dense)
+
+
+def test_dense_warmup_goes_on_where_it_was_saved() -> None:
+    layer = make_layer()
+    warmup = DenseWarmup(layer, steps=3)
+    warmup.step()
+    other_layer = make_layer()
+    other = DenseWarmup(other_layer, steps=0)
+    assert not other_layer.dense
+    other.load_state_dict(pickle.loads(pickle.dumps(warmup.state_dict())))
+    dense = []
+    for _ in range(2):
+        dense.append(other_layer.dense)
+        other.step()
+    assert [*dense, other_layer.dense] == [True, True, False]
+
+
+def test_dense_layer_has_no_indices_to_return() -> None:
+    layer = make_layer()
+    DenseWarmup(layer, steps=1)
+    with pytest.raises(ValueError, match="return_indices"):
+        layer(torch.randn(2, N, E), return_indices=True)
+
+
+# --- nn.TransformerEncoderLayer ---
+
+
+def make_pair(**arguments: Any) -> tuple[nn.TransformerEncoderLayer, SmartBirdEncoderLayer]:
+    expected = nn.TransformerEncoderLayer(E, H, 32, **arguments).eval()
+    layer = SmartBirdEncoderLayer(E, H, 32, num_samples=N, sketch_dim=4, **arguments).eval()
+    missing, unexpected = layer.load_state_dict(expected.state_dict(), strict=False)
+    assert all(name.startswith("self_attn.sketch_") for name in missing)
+    assert unexpected == []
+    return expected, layer
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh])
+@pytest.mark.parametrize("bias", [False, True])
+def test_encoder_layer_equals_pytorchs(
+    bias: bool, activation: Any, batch_first: bool, norm_first: bool
+) -> None:
+    expected, layer = make_pair(
+        activation=activation,
+        batch_first=batch_first,
+        norm_first=norm_first,
+        bias=bias,
+        layer_norm_eps=1e-3,
+    )
+    x = torch.randn(2, N, E) if batch_first else torch.randn(N, 2, E)
+    torch.testing.assert_close(layer(x), expected(x))
+    torch.testing.assert_close(layer(x[:, 0]), expected(x[:, 0]))
+
+
+@pytest.mark.parametrize("causal", [None, "additive", "boolean"])
+@pytest.mark.parametrize("padding", [None, "additive", "boolean"])
+@pytest.mark.parametrize("hint", [False, True])
+def test_encoder_layer_masks(causal: str | None, padding: str | None, hint: bool) -> None:
+    expected, layer = make_pair(batch_first=True)
+    masks: dict[str, Any] = {}
+    if causal is not None:
+        masks = {"src_mask": causal_mask(causal), "is_causal": hint}
+    if padding == "boolean":
+        masks["src_key_padding_mask"] = padding_mask()
+    elif padding == "additive":
+        masks["src_key_padding_mask"] = torch.zeros(2, N).masked_fill(padding_mask(), -torch.inf)
+    x = torch.randn(2, N, E)
+    # PyTorch's fast path leaves the padded positions at zero; no one reads them.
+    kept = ~padding_mask()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Support for mismatched", UserWarning)
+        torch.testing.assert_close(layer(x, **masks)[kept], expected(x, **masks)[kept])
+
+
+def test_encoder_layer_is_causal_without_a_mask() -> None:
+    expected, layer = make_pair(batch_first=True)
+    x = torch.randn(2, N, E)
+    causal = expected(x, src_mask=causal_mask("additive"), is_causal=True)
+    torch.testing.assert_close(layer(x, is_causal=True), causal)
+    layer.self_attn.is_causal = True
+    torch.testing.assert_close(layer(x), causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_inside_transformer_encoder(training: bool, padded: bool, causal: bool) -> None:
+    layers = make_pair(batch_first=True, dropout=0.0)
+    expected, model = (nn.TransformerEncoder(x, 2, enable_nested_tensor=False) for x in layers)
+    expected.train(training)
+    model.train(training)
+    masks = {
+        "mask": causal_mask("additive") if causal else None,
+        "src_key_padding_mask": padding_mask() if padded else None,
+    }
+    x = torch.randn(2, N, E)
+    kept = ~padding_mask()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Support for mismatched", UserWarning)
+        torch.testing.assert_close(model(x, **masks)[kept], expected(x, **masks)[kept])
+
+
+def test_encoder_layer_dropout_is_active_in_training_only() -> None:
+    layer = SmartBirdEncoderLayer(E, H, 32, dropout=0.5, num_samples=N, batch_first=True)
+    x = torch.randn(2, N, E)
+    assert not layer(x).equal(layer(x))
+    layer.eval()
+    assert layer(x).equal(layer(x))
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [
+        {"src_mask": torch.zeros(N, N)},
+        {"src_mask": torch.zeros(N, N, dtype=torch.bool)},
+        {"src_mask": causal_mask("boolean").T},
+        {"src_mask": 0.5 * torch.ones(N, N) + causal_mask("additive")},
+        {"src_mask": causal_mask("boolean").expand(2 * H, N, N)},
+        {"src_mask": nn.Transformer.generate_square_subsequent_mask(N - 1)},
+        {"src_key_padding_mask": torch.full((2, N), 0.5)},
+        {"src_key_padding_mask": torch.zeros(2, N - 1, dtype=torch.bool)},
+    ],
+)
+def test_masks_that_cannot_be_honoured_are_refused(masks: dict[str, Tensor]) -> None:
+    layer = SmartBirdEncoderLayer(E, H, batch_first=True)
+    # A padding mask reaches the attention as its key_mask.
+    name = "src_mask" if "src_mask" in masks else "src_key_padding_mask|key_mask"
+    with pytest.raises(ValueError, match=name):
+        layer(torch.randn(2, N, E), **masks)
+
+
+# --- Copies ---
+
+
+def test_copies_are_equal_and_leave_a_pending_loss_behind() -> None:
+    layer = make_layer(learning=ROUTES)
+    x = torch.randn(2, N, E)
+    layer(x)
+    copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), make_layer(learning=ROUTES)]
+    copies[2].load_state_dict(layer.state_dict())
+    expected = layer.eval()(x)
+    for other in copies:
+        assert sketch_loss(other).item() == 0.0
+        assert other.eval()(x).equal(expected)
+    assert sketch_loss(layer) > 0
+
+
+def test_encoder_layer_copies() -> None:
+    layer = SmartBirdEncoderLayer(E, H, num_samples=4, activation="gelu")
+    x = torch.randn(N, 2, E)
+    layer(x)
+    expected = layer.eval()(x)
+    assert copy.deepcopy(layer)(x).equal(expected)
+    assert pickle.loads(pickle.dumps(layer))(x).equal(expected)
+
+
+# --- Bad input ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"num_samples": 0}, "num_samples"),
+        ({"sketch_dim": 0}, "sketch_dim"),
+        ({"num_kv_heads": 3}, "num_kv_heads"),
+        ({"num_index_heads": 8}, "num_index_heads"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"dropout": -0.1}, "dropout"),
+        ({"learning": "distill"}, "learning"),
+        ({"learning": ("distil",)}, "learning"),
+        ({"method": "best"}, "method"),
+        ({"window": -1}, "window"),
+        ({"num_sinks": -1}, "num_sinks"),
+        ({"num_samples": 4, "window": 4, "num_sinks": 1, "is_causal": True}, "num_samples"),
+        ({"num_samples": 4, "window": 4}, "num_samples"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        make_layer(**arguments)
+
+
+def test_bad_sizes_are_named() -> None:
+    with pytest.raises(ValueError, match="num_heads must divide embed_dim"):
+        SmartBirdAttention(16, 3)
+    with pytest.raises(ValueError, match="embed_dim"):
+        SmartBirdAttention(0, 3)
+    with pytest.raises(ValueError, match="activation"):
+        SmartBirdEncoderLayer(16, 4, activation="selu")
+    with pytest.raises(ValueError, match="steps"):
+        DenseWarmup(make_layer(), -1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "name"),
+    [
+        ({"query": torch.randn(2, N, E + 1)}, ValueError, "query"),
+        ({"query": torch.randn(E)}, ValueError, "query"),
+        ({"query": torch.randn(2, N, E), "key": torch.randn(2, N, 3)}, ValueError, "key"),
+        ({"query": torch.randn(2, N, E), "key": torch.randn(3, N, E)}, ValueError, "key"),
+        (
+            {
+                "query": torch.randn(2, N, E),
+                "key": torch.randn(2, 5, E),
+                "value": torch.randn(2, 6, E),
+            },
+            ValueError,
+            "value",
+        ),
+        ({"query": torch.randn(2, N, E), "key_mask": torch.ones(2, N)}, TypeError, "key_mask"),
+        (
+            {"query": torch.randn(2, N, E), "key_mask": torch.ones(N, 2, dtype=torch.bool)},
+            ValueError,
+            "key_mask",
+        ),
+        (
+            {"query": torch.nested.nested_tensor([torch.randn(3, E)], layout=torch.jagged)},
+            TypeError,
+            "query",
+        ),
+    ],
+)
+@pytest.mark.parametrize("dense", [False, True])
+def test_bad_input_is_named(
+    arguments: dict[str, Tensor], error: type[Exception], name: str, dense: bool
+) -> None:
+    layer = make_layer()
+    layer.dense = dense
+    with pytest.raises(error, match=name):
+        layer(**arguments)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("shape", [(0, N, E), (2, 0, E)])
+def test_empty_input(shape: tuple[int, ...], dense: bool) -> None:
+    layer = make_layer()
+    layer.dense = dense
+    x = torch.randn(shape, requires_grad=True)
+    out = layer(x)
+    assert out.shape == shape
+    (out.sum() + sketch_loss(layer)).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
