@@ -1,10 +1,12 @@
-"""The problems that correctness, gradients, opcheck and benchmarks go through, and their inputs."""
+"""The problems that correctness, gradients, opcheck and benchmarks go through, their inputs, and
+how results are held to the reference."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -184,3 +186,31 @@ def assert_all_accurate(
 ) -> None:
     for triple in zip(actual, same_dtype, exact, strict=True):
         assert_accurate(*triple)
+
+
+def results_and_gradients(
+    run: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Outputs of ``run`` and the gradients of a fixed weighted sum of their finite entries."""
+    inputs = leaves(*tensors, dtype=dtype)
+    outputs = run(*inputs)
+    rng = torch.Generator().manual_seed(5)
+    total = inputs[0].sum() * 0.0
+    for out in outputs:
+        weights = torch.randn(out.shape, generator=rng, dtype=torch.float64)
+        weights = weights.to(out.device, out.dtype)
+        total = total + torch.where(out.isfinite(), out * weights, 0.0).sum()
+    gradients = torch.autograd.grad(total, inputs)
+    return [*(out.detach() for out in outputs), *gradients]
+
+
+def check_against_reference(
+    ops: ModuleType,
+    run: Callable[..., tuple[Tensor, ...]],
+    *tensors: Tensor,
+) -> None:
+    """Hold ``run(ops, *tensors)`` and its gradients to the reference, same dtype and float64."""
+    actual = results_and_gradients(lambda *x: run(ops, *x), *tensors)
+    same_dtype = results_and_gradients(lambda *x: run(reference, *x), *tensors)
+    exact = results_and_gradients(lambda *x: run(reference, *x), *tensors, dtype=torch.float64)
+    assert_all_accurate(actual, same_dtype, exact)

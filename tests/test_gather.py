@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -16,8 +15,10 @@ from cases import (
     Inputs,
     assert_accurate,
     assert_all_accurate,
+    check_against_reference,
     leaves,
     make_inputs,
+    results_and_gradients,
 )
 from conftest import Backend
 from torch import Tensor
@@ -25,34 +26,6 @@ from torch import Tensor
 from smartbird import reference
 
 SMALL = Case("small", B=2, N=6, M=5, H=4, H_kv=2, H_i=2, D=3, Dv=2, K=3)
-
-
-def results_and_gradients(
-    run: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, dtype: torch.dtype | None = None
-) -> list[Tensor]:
-    """Outputs of ``run`` and the gradients of a fixed weighted sum of their finite entries."""
-    inputs = leaves(*tensors, dtype=dtype)
-    outputs = run(*inputs)
-    rng = torch.Generator().manual_seed(5)
-    total = inputs[0].sum() * 0.0
-    for out in outputs:
-        weights = torch.randn(out.shape, generator=rng, dtype=torch.float64)
-        weights = weights.to(out.device, out.dtype)
-        total = total + torch.where(out.isfinite(), out * weights, 0.0).sum()
-    gradients = torch.autograd.grad(total, inputs)
-    return [*(out.detach() for out in outputs), *gradients]
-
-
-def check_against_reference(
-    ops: ModuleType,
-    run: Callable[..., tuple[Tensor, ...]],
-    *tensors: Tensor,
-) -> None:
-    """Hold ``run(ops, *tensors)`` and its gradients to the reference, same dtype and float64."""
-    actual = results_and_gradients(lambda *x: run(ops, *x), *tensors)
-    same_dtype = results_and_gradients(lambda *x: run(reference, *x), *tensors)
-    exact = results_and_gradients(lambda *x: run(reference, *x), *tensors, dtype=torch.float64)
-    assert_all_accurate(actual, same_dtype, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

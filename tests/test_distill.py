@@ -1,0 +1,223 @@
+"""sketch_lse and distill_loss of the compiled extension, forward and backward."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import pytest
+import torch
+from cases import (
+    CASE,
+    CASES,
+    DTYPES,
+    Case,
+    Inputs,
+    assert_accurate,
+    check_against_reference,
+    drawn_entries,
+    leaves,
+    make_inputs,
+    results_and_gradients,
+)
+from conftest import Backend
+from torch import Tensor
+
+TARGETS = ("dense", "sampled", "corrected")
+SMALL = Case("small", B=2, N=4, M=5, H=4, H_kv=2, H_i=2, D=3, Dv=2, S=2, K=3, masked=True)
+
+
+def target_keywords(x: Inputs, target: str) -> dict[str, Tensor]:
+    """Dense, or with replacement so that duplicates occur, with or without log_inclusion."""
+    if target == "dense":
+        return {}
+    indices, log_inclusion = drawn_entries(x)
+    if target == "sampled":
+        return {"indices": indices}
+    return {"indices": indices, "log_inclusion": log_inclusion}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sketch_lse(backend: Backend, case: Case, dtype: torch.dtype) -> None:
+    x = make_inputs(case, dtype, backend.device)
+
+    def run(ops: ModuleType, q_sketch: Tensor, k_sketch: Tensor) -> tuple[Tensor, ...]:
+        return (ops.sketch_lse(q_sketch, k_sketch, **x.masks()),)
+
+    check_against_reference(backend.ops, run, x.q_sketch, x.k_sketch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_distill_loss(backend: Backend, case: Case, target: str, dtype: torch.dtype) -> None:
+    x = make_inputs(case, dtype, backend.device)
+    keywords = target_keywords(x, target) | x.masks()
+
+    def run(ops: ModuleType, q_sketch: Tensor, k_sketch: Tensor) -> tuple[Tensor, ...]:
+        q, k = x.q.to(q_sketch.dtype), x.k.to(q_sketch.dtype)
+        return (ops.distill_loss(q, k, q_sketch, k_sketch, **keywords),)
+
+    check_against_reference(backend.ops, run, x.q_sketch, x.k_sketch)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_scales(backend: Backend, target: str) -> None:
+    x = make_inputs(CASE["gqa"], torch.float64, backend.device)
+    keywords = target_keywords(x, target)
+
+    def run(ops: ModuleType, q_sketch: Tensor, k_sketch: Tensor) -> tuple[Tensor, ...]:
+        loss = ops.distill_loss(
+            x.q, x.k, q_sketch, k_sketch, scale=0.3, sketch_scale=1.7, **keywords
+        )
+        return loss, ops.sketch_lse(q_sketch, k_sketch, scale=1.7)
+
+    check_against_reference(backend.ops, run, x.q_sketch, x.k_sketch)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_large_scores(backend: Backend, target: str) -> None:
+    """Scores of hundreds: the row maximum has to be taken out before exp."""
+    x = make_inputs(CASE["gqa"], torch.float32, backend.device)
+    keywords = target_keywords(x, target)
+
+    def run(ops: ModuleType, q_sketch: Tensor, k_sketch: Tensor) -> tuple[Tensor, ...]:
+        q, k = x.q.to(q_sketch.dtype), x.k.to(q_sketch.dtype)
+        loss = ops.distill_loss(q, k, q_sketch, k_sketch, scale=64.0, sketch_scale=64.0, **keywords)
+        return loss, ops.sketch_lse(q_sketch, k_sketch, scale=64.0)
+
+    check_against_reference(backend.ops, run, x.q_sketch, x.k_sketch)
+
+
+def test_results_are_float32_but_for_float64(backend: Backend) -> None:
+    for dtype in DTYPES:
+        x = make_inputs(SMALL, dtype, backend.device)
+        expected = torch.float64 if dtype == torch.float64 else torch.float32
+        assert backend.ops.sketch_lse(x.q_sketch, x.k_sketch).dtype == expected
+        loss = backend.ops.distill_loss(x.q, x.k, x.q_sketch, x.k_sketch)
+        assert (loss.dtype, loss.shape) == (expected, ())
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("target", TARGETS)
+def test_gradcheck_distill_loss(backend: Backend, target: str, is_causal: bool) -> None:
+    x = make_inputs(SMALL, torch.float64, backend.device)
+    x.case = Case(**(vars(SMALL) | {"is_causal": is_causal}))
+    keywords = target_keywords(x, target) | x.masks()
+
+    def loss(q_sketch: Tensor, k_sketch: Tensor) -> Tensor:
+        return backend.ops.distill_loss(x.q, x.k, q_sketch, k_sketch, **keywords)
+
+    assert torch.autograd.gradcheck(loss, leaves(x.q_sketch, x.k_sketch))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gradcheck_sketch_lse(backend: Backend, is_causal: bool) -> None:
+    x = make_inputs(SMALL, torch.float64, backend.device)
+
+    def lse(q_sketch: Tensor, k_sketch: Tensor) -> Tensor:
+        rows = backend.ops.sketch_lse(q_sketch, k_sketch, is_causal=is_causal, key_mask=x.key_mask)
+        return rows[rows.isfinite()]
+
+    assert torch.autograd.gradcheck(lse, leaves(x.q_sketch, x.k_sketch))
+
+
+@pytest.mark.parametrize("needed", [0, 1], ids=["q_sketch", "k_sketch"])
+def test_gradient_of_one_input_only(backend: Backend, needed: int) -> None:
+    x = make_inputs(CASE["gqa"], torch.float64, backend.device)
+    tensors = [x.q_sketch, x.k_sketch]
+
+    def run(ops: ModuleType, leaf: Tensor) -> tuple[Tensor, ...]:
+        pair = [leaf if i == needed else t for i, t in enumerate(tensors)]
+        return ops.distill_loss(x.q, x.k, *pair), ops.sketch_lse(*pair)
+
+    check_against_reference(backend.ops, run, tensors[needed])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_target_is_constant(backend: Backend, target: str) -> None:
+    x = make_inputs(CASE["gqa"], torch.float32, backend.device)
+    q, k, q_sketch, k_sketch = leaves(x.q, x.k, x.q_sketch, x.k_sketch)
+    loss = backend.ops.distill_loss(q, k, q_sketch, k_sketch, **target_keywords(x, target))
+    loss.backward()
+    assert q.grad is None
+    assert k.grad is None
+    assert q_sketch.grad.abs().sum() > 0
+    constant = backend.ops.distill_loss(q, k, x.q_sketch, x.k_sketch, **target_keywords(x, target))
+    assert not constant.requires_grad
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_loss_is_least_where_the_sketch_is_the_target(backend: Backend, target: str) -> None:
+    """One head, sketch = q and k: cross-entropy is entropy, and its gradient is zero."""
+    x = make_inputs(Case("one_head", H=1, H_kv=1, H_i=1, K=21), torch.float64, backend.device)
+    keywords = {} if target == "dense" else target_keywords(x, target)
+    q_sketch, k_sketch = leaves(x.q[:, 0], x.k[:, 0])
+    loss = backend.ops.distill_loss(x.q, x.k, q_sketch, k_sketch, **keywords)
+    loss.backward()
+    p = (x.q @ x.k.mT / math.sqrt(x.case.D)).softmax(-1)
+    entropy = -(p * p.log()).sum(-1).mean()
+    assert_accurate(loss.detach(), entropy, entropy)
+    for leaf in (q_sketch, k_sketch):
+        torch.testing.assert_close(leaf.grad, torch.zeros_like(leaf), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_valid_key_at_all(backend: Backend, target: str) -> None:
+    x = make_inputs(CASE["masked"], torch.float32, backend.device)
+    x.key_mask = torch.zeros_like(x.key_mask)
+    q_sketch, k_sketch = leaves(x.q_sketch, x.k_sketch)
+    keywords = target_keywords(x, target) | x.masks()
+    loss = backend.ops.distill_loss(x.q, x.k, q_sketch, k_sketch, **keywords)
+    lse = backend.ops.sketch_lse(q_sketch, k_sketch, **x.masks())
+    (loss + lse.sum()).backward()
+    assert loss == 0
+    assert (lse == -math.inf).all()
+    assert (q_sketch.grad == 0).all()
+    assert (k_sketch.grad == 0).all()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_poison(backend: Backend, target: str) -> None:
+    """NaN in masked keys and in rows without a valid key reaches neither results nor gradients."""
+    x = make_inputs(CASE["masked_causal_gqa"], torch.float32, backend.device)
+    keywords = target_keywords(x, target) | x.masks()
+    hidden = ~x.key_mask
+    rows = ~x.valid().any(-1)
+    q = x.q.masked_fill(rows[:, None, :, None], math.nan)
+    k = x.k.masked_fill(hidden[:, None, :, None], math.nan)
+    q_sketch, k_sketch = leaves(
+        x.q_sketch.masked_fill(rows[..., None], math.nan),
+        x.k_sketch.masked_fill(hidden[..., None], math.nan),
+    )
+    loss = backend.ops.distill_loss(q, k, q_sketch, k_sketch, **keywords)
+    lse = backend.ops.sketch_lse(q_sketch, k_sketch, **x.masks())
+    (loss + lse[~rows].sum()).backward()
+    clean = backend.ops.distill_loss(x.q, x.k, x.q_sketch, x.k_sketch, **keywords)
+    assert torch.equal(loss.detach(), clean)
+    assert torch.equal(lse.detach(), backend.ops.sketch_lse(x.q_sketch, x.k_sketch, **x.masks()))
+    assert q_sketch.grad.isfinite().all()
+    assert k_sketch.grad.isfinite().all()
+    assert (q_sketch.grad[rows] == 0).all()
+    assert (k_sketch.grad[hidden] == 0).all()
+
+
+@pytest.mark.usefixtures("restore_num_threads")
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["gqa", "past_the_tiles"])
+def test_number_of_threads_does_not_matter(backend: Backend, name: str, target: str) -> None:
+    x = make_inputs(CASE[name], torch.float32, backend.device)
+    keywords = target_keywords(x, target)
+
+    def run(q_sketch: Tensor, k_sketch: Tensor) -> tuple[Tensor, ...]:
+        loss = backend.ops.distill_loss(x.q, x.k, q_sketch, k_sketch, **keywords)
+        return loss, backend.ops.sketch_lse(q_sketch, k_sketch)
+
+    results = []
+    for num_threads in (1, 2, 5):
+        torch.set_num_threads(num_threads)
+        results.append(results_and_gradients(run, x.q_sketch, x.k_sketch))
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            assert torch.equal(a, b)
