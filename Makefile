@@ -40,7 +40,7 @@ test-quick: $(BUILT)
 
 # An instruction set this machine lacks is not tried: forcing it is an error.
 test-isa: $(BUILT)  ## the op tests with each instruction set of this machine forced in turn
-	for isa in $$($(BIN)/python -c 'import smartbird; print(*smartbird.build_info()["cpu_isa_available"])'); do
+	for isa in $$($(BIN)/python -c 'import smartbird; print(*smartbird.build_info()["cpu_isas"])'); do
 	    echo "SMARTBIRD_CPU_ISA=$$isa"
 	    SMARTBIRD_CPU_ISA=$$isa $(BIN)/pytest -q $(OP_TESTS)
 	done

@@ -260,8 +260,9 @@ void test_law(const Kernels& kernels, SampleMethod method, double spread) {
     const double dispersion =
         method == SampleMethod::kMultinomial ? want[j] : want[j] * (1 - want[j]);
     CHECK_CLOSE(count[j] / n, want[j], 0, 5 * std::sqrt(std::max(dispersion, 0.0) / n) + 1e-6);
-    // Weighting each draw by 1 / inclusion counts every key once on average (Horvitz-Thompson).
-    CHECK_CLOSE(inverse[j] / n, 1.0, 0, 5 * std::sqrt(square[j]) / n + 1e-4);
+    // Weighting each draw by 1 / inclusion counts every key once on average (Horvitz-Thompson); the
+    // mean of a key that is hardly ever drawn is far from normal, and says nothing.
+    if (n * want[j] > 200) CHECK_CLOSE(inverse[j] / n, 1.0, 0, 5 * std::sqrt(square[j]) / n + 1e-4);
   }
 }
 
