@@ -128,8 +128,7 @@ struct Problem {
   int32_t error = kNoError;
 };
 
-// ---- what every draw must satisfy
-// -----------------------------------------------------------------
+// ---- what every draw must satisfy -------------------------------------------------------------
 
 void check_row(const Problem& problem, int64_t b, int64_t i, const int32_t* index,
                const float* log_inclusion) {
@@ -190,8 +189,7 @@ void test_rows(const Kernels& kernels, const Shape& shape, DType dtype, const Op
   CHECK(problem.indices == first);
 }
 
-// ---- the laws
-// -------------------------------------------------------------------------------------
+// ---- the laws ---------------------------------------------------------------------------------
 
 // Probability that successive sampling of k keys without replacement takes each key.
 void add_successive(const std::vector<double>& p, std::vector<bool>& taken, double mass, int64_t k,
@@ -266,8 +264,7 @@ void test_law(const Kernels& kernels, SampleMethod method, double spread) {
   }
 }
 
-// ---- bad values
-// -----------------------------------------------------------------------------------
+// ---- bad values -------------------------------------------------------------------------------
 
 void test_not_a_number(const Kernels& kernels) {
   const Shape shape{2, 3, 70, 9, 2, 8};

@@ -41,8 +41,7 @@ inline int failures = 0;
     }                                                                                          \
   } while (false)
 
-// ---- arrays
-// ---------------------------------------------------------------------------------------
+// ---- arrays -----------------------------------------------------------------------------------
 
 constexpr DType kAllDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16,
                                 DType::kFloat16};
@@ -192,8 +191,7 @@ inline double dot(const Rows& a, int64_t i, const Rows& b, int64_t j, int64_t si
   return sum;
 }
 
-// ---- running a kernel
-// -----------------------------------------------------------------------------
+// ---- running a kernel -------------------------------------------------------------------------
 
 // Runs every task of a kernel, last to first if `reverse`, each on scratch that holds NaN (all bits
 // set).
