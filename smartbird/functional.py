@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,8 +13,8 @@ from smartbird import ops
 __all__ = [
     "check_key_mask",
     "dense_attention",
-    "inclusion_bias",
     "per_head",
+    "sample_keys",
     "smart_bird_attention",
 ]
 
@@ -78,10 +80,11 @@ def smart_bird_attention(
     if seed is None:
         seed = ops.draw_seed(q.device, generator)
     num_heads = q.shape[1] if q.dim() == 4 else 1  # a q of another rank is for the op to refuse
-    indices, log_inclusion = ops.sketch_sample(
+    indices, log_inclusion = sample_keys(
         q_sketch,
         k_sketch,
         num_samples,
+        correction=correction,
         num_index_heads=num_heads if num_index_heads is None else num_index_heads,
         method=method,
         scale=sketch_scale,
@@ -96,7 +99,7 @@ def smart_bird_attention(
         k,
         v,
         indices,
-        bias=inclusion_bias(log_inclusion, num_heads, q.dtype) if correction else None,
+        bias=None if log_inclusion is None else per_head(-log_inclusion, num_heads),
         scale=scale,
         dropout_p=dropout_p,
         seed=seed,
@@ -104,9 +107,13 @@ def smart_bird_attention(
     return (out, indices) if return_indices else out
 
 
-def inclusion_bias(log_inclusion: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
-    """The logit bias, broadcastable to [B, H, N, K], that undoes unequal chances of being drawn."""
-    return per_head(-log_inclusion, num_heads).to(dtype)
+def sample_keys(
+    q_sketch: Tensor, k_sketch: Tensor, num_samples: int, *, correction: bool, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """``smartbird.ops.sketch_sample``, with ``log_inclusion`` only where a correction needs it."""
+    if correction:
+        return ops.sketch_sample(q_sketch, k_sketch, num_samples, **options)
+    return ops.sample_indices(q_sketch, k_sketch, num_samples, **options), None
 
 
 def per_head(x: Tensor, num_heads: int) -> Tensor:

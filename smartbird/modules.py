@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smartbird import ops
-from smartbird.functional import check_key_mask, dense_attention, inclusion_bias, per_head
+from smartbird.functional import check_key_mask, dense_attention, per_head, sample_keys
 
 __all__ = [
     "DenseWarmup",
@@ -252,7 +252,18 @@ class SmartBirdAttention(nn.Module):
             out = _dense_attention(q, k, v, scored_sketch, dropout_p, masks)
         else:
             seed = ops.draw_seed(query.device) if self.training else self.eval_seed
-            indices, log_inclusion = self._sample(q_sketch, k_sketch, seed, masks)
+            indices, log_inclusion = sample_keys(
+                q_sketch,
+                k_sketch,
+                self.num_samples,
+                correction=self.correction,
+                num_index_heads=self.num_index_heads,
+                method=self.method,
+                window=self.window,
+                num_sinks=self.num_sinks,
+                seed=seed,
+                **masks,
+            )
             bias = _logit_bias(q, scored_sketch, indices, log_inclusion)
             out = ops.gather_attention(q, k, v, indices, bias=bias, dropout_p=dropout_p, seed=seed)
         if self.training and "distill" in self.learning:
@@ -331,23 +342,6 @@ class SmartBirdAttention(nn.Module):
         q_weight, k_weight = self.sketch_proj_weight.chunk(2)
         return F.linear(query, q_weight, self.sketch_proj_bias), F.linear(key, k_weight)
 
-    def _sample(
-        self, q_sketch: Tensor, k_sketch: Tensor, seed: Tensor, masks: _Masks
-    ) -> tuple[Tensor, Tensor | None]:
-        """Indices [B, H_i, N, K], and their log_inclusion where the layer corrects for it."""
-        indices, log_inclusion = ops.sketch_sample(
-            q_sketch,
-            k_sketch,
-            self.num_samples,
-            num_index_heads=self.num_index_heads,
-            method=self.method,
-            window=self.window,
-            num_sinks=self.num_sinks,
-            seed=seed,
-            **masks,
-        )
-        return indices, log_inclusion if self.correction else None
-
     def _sketch_output(
         self, q_sketch: Tensor, k_sketch: Tensor, value: Tensor, masks: _Masks
     ) -> Tensor:
@@ -383,7 +377,7 @@ def _logit_bias(
     num_heads = q.shape[1]
     bias = None
     if log_inclusion is not None:
-        bias = inclusion_bias(log_inclusion, num_heads, q.dtype)
+        bias = per_head(-log_inclusion, num_heads)
     if sketch is not None:
         q_sketch, k_sketch = sketch
         q_sketch = q_sketch.unsqueeze(1).expand(-1, indices.shape[1], -1, -1)

@@ -1,0 +1,216 @@
+"""Pictures of sampled keys, from the indices that the attention returns. Needs matplotlib.
+
+Indices are [..., N, K] as ``return_indices=True`` gives them; the leading dimensions (sequences,
+index heads, repeated draws) are pooled. Each function returns a matplotlib ``Figure``, to be shown
+in a notebook or saved with ``figure.savefig``; pyplot and its global state are not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Arc
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+except ImportError as error:
+    raise ImportError("smartbird.plot needs matplotlib: pip install 'smartbird[plot]'") from error
+
+__all__ = ["draw_rates", "plot_arcs", "plot_heat_map"]
+
+_MAX_LABELS = 48  # tokens that can be read along an axis of a panel
+_LEAST_RATE = 0.1  # where the colour scale of a heat map ends; 0 has no logarithm
+_INCHES = 0.26  # per token of an arc diagram
+_ARC_FLATNESS = 0.6  # height of an arc over its width
+
+
+def draw_rates(indices: Tensor, num_keys: int, *, cells: tuple[int, int] | None = None) -> Tensor:
+    """How often each query draws each key, relative to drawing all keys alike.
+
+    Args:
+        indices: integers [..., N, K], -1 in unused places.
+        num_keys: M.
+        cells: pool queries and keys into this many intervals of equal length (at most N and M).
+            None: one for each, which makes an N x M tensor.
+
+    Returns:
+        float32 [cells]: 1 where keys are drawn as often as by chance, 0 where never. Chance is
+        that of the places in use, spread over all M keys.
+
+    Raises:
+        ValueError: an index is not in [-1, M), or nothing is drawn.
+    """
+    num_queries = indices.shape[-2]
+    rows, columns = cells or (num_queries, num_keys)
+    rows, columns = min(rows, num_queries), min(columns, num_keys)
+    drawn = indices >= 0
+    keys = indices[drawn].long()
+    if not len(keys) or int(keys.max()) >= num_keys or int(indices.min()) < -1:
+        raise ValueError(f"indices must be in [-1, {num_keys}) and not all -1")
+    query = torch.arange(num_queries, device=indices.device)[:, None].expand(indices.shape)[drawn]
+    cell = (query * rows // num_queries) * columns + keys * columns // num_keys
+    counts = cell.bincount(minlength=rows * columns).view(rows, columns).float()
+    # Intervals of queries and keys differ in length by up to one.
+    height = (torch.arange(num_queries, device=counts.device) * rows // num_queries).bincount()
+    width = (torch.arange(num_keys, device=counts.device) * columns // num_keys).bincount()
+    by_chance = len(keys) / (num_queries * num_keys)
+    return (counts / (height[:, None] * width * by_chance)).cpu()
+
+
+def plot_heat_map(
+    panels: Mapping[str, Tensor],
+    num_keys: int,
+    *,
+    tokens: Sequence[str] | None = None,
+    cells: int = 96,
+) -> Figure:
+    """Which keys (across) each query (down) draws, one panel for each set of indices.
+
+    Args:
+        panels: indices [..., N, K] by title, for example one entry per layer or head.
+        num_keys: M.
+        tokens: labels of queries and keys, for N = M of up to 48 tokens.
+        cells: intervals that each axis is pooled into where it is longer.
+
+    Returns:
+        A figure with a logarithmic colour scale: 1 is chance, see :func:`draw_rates`.
+
+    Raises:
+        ValueError: no panels, or tokens that do not fit.
+    """
+    if not panels:
+        raise ValueError("panels must hold at least one set of indices, got none")
+    if tokens is not None and len(tokens) > _MAX_LABELS:
+        raise ValueError(f"tokens must be at most {_MAX_LABELS} to be read, got {len(tokens)}")
+    rates = {
+        title: draw_rates(indices, num_keys, cells=(cells, cells))
+        for title, indices in panels.items()
+    }
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    side = 3.0 if tokens is None else max(3.0, 0.17 * len(tokens))
+    figure = Figure(figsize=(side * columns + 1.2, (side + 0.5) * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
+    # One scale for all panels; a cell that is never drawn is dark, not missing.
+    norm = LogNorm(
+        vmin=_LEAST_RATE, vmax=max(10.0, *(float(rate.max()) for rate in rates.values()))
+    )
+    image = None
+    for axis, (title, rate) in zip(axes.flat, rates.items(), strict=False):
+        num_queries = panels[title].shape[-2]
+        image = axis.imshow(
+            rate.clamp(min=_LEAST_RATE).numpy(),
+            norm=norm,
+            cmap="magma",
+            aspect="auto",
+            interpolation="nearest",
+            extent=(-0.5, num_keys - 0.5, num_queries - 0.5, -0.5),
+        )
+        axis.set_title(title, fontsize=10)
+        if tokens is not None:
+            _check_tokens(tokens, num_queries, num_keys)
+            axis.set_xticks(range(num_keys), tokens, rotation=90, fontsize=7)
+            axis.set_yticks(range(num_queries), tokens, fontsize=7)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis in axes[:, 0]:
+        axis.set_ylabel("query")
+    for axis in axes[-1]:
+        axis.set_xlabel("key")
+    assert image is not None
+    bar = figure.colorbar(image, ax=axes, label="drawn, times chance", fraction=0.05)
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    return figure
+
+
+def plot_arcs(
+    indices: Tensor,
+    tokens: Sequence[str],
+    *,
+    queries: Sequence[int] | None = None,
+    min_share: float = 0.25,
+) -> Figure:
+    """Arcs from queries to the keys they draw, over the tokens of a short passage.
+
+    Arcs of keys after their query are drawn below the tokens, all others above. The more of the
+    leading dimensions (heads, repeated draws) drew a pair, the darker is its arc.
+
+    Args:
+        indices: integers [..., N, K] in [-1, N).
+        tokens: N labels, up to 48.
+        queries: positions to draw arcs from. None: all.
+        min_share: leave out pairs that fewer than this share of the draws drew.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: tokens or queries that do not fit.
+    """
+    num_tokens = len(tokens)
+    _check_tokens(tokens, indices.shape[-2], num_tokens)
+    if num_tokens > _MAX_LABELS:
+        raise ValueError(f"tokens must be at most {_MAX_LABELS} to be read, got {num_tokens}")
+    queries = range(num_tokens) if queries is None else queries
+    if any(not 0 <= i < num_tokens for i in queries):
+        raise ValueError(f"queries must be in [0, {num_tokens}), got {list(queries)}")
+    shares = _pair_shares(indices, num_tokens)
+
+    pairs = [
+        (i, j, share)
+        for i in queries
+        for j, share in enumerate(shares[i].tolist())
+        if share >= min_share and share > 0.0
+    ]
+    # One unit is the place of one token. Labels stand upright in the gap between the arcs.
+    gap = 0.6 + 0.33 * max((len(token) for token in tokens), default=0)
+    reach = 0.5 + _ARC_FLATNESS * max((abs(i - j) / 2 for i, j, _ in pairs), default=0.0)
+    figure = Figure(figsize=(_INCHES * (num_tokens + 1), _INCHES * (gap + 2 * reach)))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_axis_off()
+    axis.set_xlim(-1, num_tokens)
+    axis.set_ylim(-gap - reach, reach)
+    for i, j, share in pairs:
+        below = j > i
+        width = max(abs(i - j), 0.5)
+        axis.add_patch(
+            Arc(
+                ((i + j) / 2, -gap if below else 0.0),
+                width=width,
+                height=_ARC_FLATNESS * width,
+                theta1=180 if below else 0,
+                theta2=360 if below else 180,
+                color="tab:orange" if below else "tab:blue",
+                alpha=0.15 + 0.85 * share,
+                linewidth=0.6 + 1.4 * share,
+            )
+        )
+    chosen = set(queries) if len(queries) < num_tokens else set()
+    for i, token in enumerate(tokens):
+        style: dict[str, Any] = {"fontweight": "bold"} if i in chosen else {}
+        axis.text(i, -gap / 2, token, rotation=90, ha="center", va="center", fontsize=8, **style)
+    return figure
+
+
+def _pair_shares(indices: Tensor, num_keys: int) -> Tensor:
+    """float32 [N, M]: the share of the leading dimensions in which a query drew a key."""
+    num_queries = indices.shape[-2]
+    draws = indices.reshape(-1, num_queries, indices.shape[-1]).cpu().long()
+    # Duplicates in a row count once; unused places go to a column that is cut off.
+    drawn = torch.zeros(len(draws), num_queries, num_keys + 1)
+    drawn.scatter_(-1, draws.masked_fill(draws < 0, num_keys), 1.0)
+    return drawn[..., :num_keys].mean(0)
+
+
+def _check_tokens(tokens: Sequence[str], num_queries: int, num_keys: int) -> None:
+    if not len(tokens) == num_queries == num_keys:
+        raise ValueError(
+            f"tokens must be one for each of {num_queries} queries and {num_keys} keys, "
+            f"got {len(tokens)}"
+        )
