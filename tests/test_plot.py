@@ -1,0 +1,128 @@
+"""Pictures: the numbers they show, and that they are made and can be saved."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from smartbird.modules import DenseWarmup, SmartBirdAttention
+
+pytest.importorskip("matplotlib", reason="pictures need the extra smartbird[plot]")
+
+from matplotlib.patches import Arc
+
+from smartbird.plot import draw_rates, plot_arcs, plot_heat_map, record_indices
+
+# Two draws (leading dimension) of two keys each, for three queries.
+INDICES = torch.tensor(
+    [[[0, 1], [0, -1], [1, 2]], [[0, 2], [0, -1], [1, 1]]],
+    dtype=torch.int32,
+)
+
+
+def png_size(figure: object) -> int:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return len(file.getvalue())
+
+
+def test_draw_rates_count_draws_relative_to_chance() -> None:
+    counts = torch.tensor([[2, 1, 1], [2, 0, 0], [0, 3, 1]])
+    # 10 places in use over 3 x 3 pairs.
+    torch.testing.assert_close(draw_rates(INDICES, 3), counts / (10 / 9))
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(13, 13), (13, 29), (3, 50), (40, 2)])
+def test_pooled_rates_have_the_mean_of_all(num_queries: int, num_keys: int) -> None:
+    every_key = torch.arange(num_keys).expand(2, num_queries, num_keys)
+    torch.testing.assert_close(
+        draw_rates(every_key, num_keys, cells=(5, 7)),
+        torch.ones(min(5, num_queries), min(7, num_keys)),
+    )
+
+
+def test_pooled_rates_of_a_diagonal() -> None:
+    diagonal = torch.arange(12)[:, None]
+    torch.testing.assert_close(draw_rates(diagonal, 12, cells=(4, 4)), 4 * torch.eye(4))
+
+
+@pytest.mark.parametrize(
+    "indices", [torch.tensor([[3]]), torch.tensor([[-2, 0]]), torch.tensor([[-1]])]
+)
+def test_draw_rates_refuse_other_indices(indices: Tensor) -> None:
+    with pytest.raises(ValueError, match="indices"):
+        draw_rates(indices, 3)
+
+
+def test_heat_map_has_a_panel_for_each_set() -> None:
+    panels = {f"head {h}": torch.randint(200, (2, 150, 8)) for h in range(5)}
+    figure = plot_heat_map(panels, 200)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert [title for title in titles if title] == list(panels)
+    shown = figure.axes[0].images[0].get_array()
+    expected = draw_rates(panels["head 0"], 200, cells=(96, 96)).clamp(min=0.1)
+    torch.testing.assert_close(torch.from_numpy(shown.data), expected)
+    assert png_size(figure) > 0
+
+
+def test_heat_map_labels() -> None:
+    figure = plot_heat_map({"all": INDICES}, 3, tokens=["a", "b", "c"])
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["a", "b", "c"]
+    assert png_size(figure) > 0
+
+
+def test_arcs_go_from_queries_to_keys() -> None:
+    figure = plot_arcs(INDICES, ["a", "b", "c"], min_share=0.0)
+    arcs = [patch for patch in figure.axes[0].patches if isinstance(patch, Arc)]
+    # Query 0 looks ahead to 1 and 2, so below; the two backward pairs and three selves are above.
+    drawn = sorted((arc.center[0], arc.width, arc.theta1 == 180) for arc in arcs)
+    assert drawn == [
+        (0.0, 0.5, False),
+        (0.5, 1, False),
+        (0.5, 1, True),
+        (1.0, 2, True),
+        (1.5, 1, False),
+        (2.0, 0.5, False),
+    ]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["a", "b", "c"]
+    assert png_size(figure) > 0
+
+
+def test_arcs_of_chosen_queries_and_shares() -> None:
+    figure = plot_arcs(INDICES, ["a", "b", "c"], queries=[2], min_share=0.75)
+    assert [(arc.center[0], arc.width) for arc in figure.axes[0].patches] == [(1.5, 1)]
+    assert [text.get_fontweight() for text in figure.axes[0].texts] == ["normal", "normal", "bold"]
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match="panels"):
+        plot_heat_map({}, 3)
+    with pytest.raises(ValueError, match="tokens"):
+        plot_heat_map({"all": INDICES}, 3, tokens=["a"])
+    with pytest.raises(ValueError, match="tokens"):
+        plot_arcs(INDICES, ["a"])
+    with pytest.raises(ValueError, match="at most"):
+        plot_arcs(torch.zeros(1, 60, 1, dtype=torch.int32), ["a"] * 60)
+    with pytest.raises(ValueError, match="queries"):
+        plot_arcs(INDICES, ["a", "b", "c"], queries=[3])
+
+
+def test_record_indices() -> None:
+    layers = [SmartBirdAttention(8, 2, num_samples=3, sketch_dim=2) for _ in range(2)]
+    model = nn.Sequential(*layers).eval()
+    x = torch.randn(2, 7, 8)
+    expected = model(x)
+    with record_indices(model) as indices:
+        assert model(x).equal(expected)
+    assert list(indices) == ["0", "1"]
+    assert indices["0"].equal(layers[0](x, return_indices=True)[1])
+    indices.clear()
+    model(x)
+    assert indices == {}
+    DenseWarmup(model, 1)
+    with record_indices(model) as indices:
+        assert model(x).shape == x.shape
+    assert indices == {}
