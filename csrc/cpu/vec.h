@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -119,6 +120,14 @@ inline Vec<A> broadcast(A x) {
   return Vec<A>{} + x;
 }
 
+// 0, 1, 2, ...
+template <typename A>
+inline Vec<A> iota() {
+  Vec<A> v;
+  for (int l = 0; l < kLanes<A>; ++l) v[l] = static_cast<A>(l);
+  return v;
+}
+
 template <typename A>
 inline Vec<A> load(const A* p) {
   Vec<A> v;
@@ -194,6 +203,17 @@ inline void store_partial(T* p, Vec<acc_t<T>> v, int64_t n) {
 
 // ---- across lanes --------------------------------------------------------------------------------------------------
 
+// Lane l: a[l] + a[l ^ S] where bit S of l is clear, b[l] + b[l ^ S] where it is set. Folding pairwise with S = 1, 2, 4, ...
+// sums kLanes vectors across their lanes into the lanes of one.
+template <int S, typename V>
+inline V fold(V a, V b) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) {
+    constexpr int L = sizeof...(I);
+    return __builtin_shufflevector(a, b, (I & S ? I + L : I)...) +
+           __builtin_shufflevector(a, b, (I & S ? I + L - S : I + S)...);
+  }(std::make_integer_sequence<int, kLanes<Elem<V>>>{});
+}
+
 template <typename V>
 inline Elem<V> reduce_add(V v) {
   using A = Elem<V>;
@@ -226,6 +246,21 @@ inline V max(V a, V b) {
 template <typename V>
 inline V min(V a, V b) {
   return a < b ? a : b;
+}
+
+// Whether any lane of a exceeds that of b; a NaN does not.
+template <typename V>
+inline bool any_greater(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return _mm512_cmp_ps_mask(bit_cast<__m512>(a), bit_cast<__m512>(b), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return _mm256_movemask_ps(bit_cast<__m256>(a > b)) != 0;
+#endif
+  bool any = false;
+  for (int l = 0; l < kLanes<Elem<V>>; ++l) any |= a[l] > b[l];
+  return any;
 }
 
 // How many of 32 ascending floats are <= x.
@@ -294,6 +329,24 @@ inline Vec<float> exp(Vec<float> x) {
   return x < -87.3f ? broadcast(0.0f) : (x == x ? y : x);
 }
 
+// 2^x to 2 ulp for x in [-126, 127]; towards -127 it falls to an exact 0 and stays there, above 127 it stays 2^127, a
+// NaN stays. About half the price of exp.
+inline Vec<float> exp2(Vec<float> x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const Vec<float> clamped = max(broadcast(-127.0f), min(broadcast(127.0f), x));
+  const Vec<float> shifted = clamped + kRound;
+  const Vec<float> r = clamped - (shifted - kRound);
+  // Minimax of 2^r on |r| <= 1/2 among polynomials that are 1 at 0, relative error 9e-8.
+  Vec<float> p = broadcast(0.001326472731307149f);
+  p = p * r + 0.009671512991189957f;
+  p = p * r + 0.05550733581185341f;
+  p = p * r + 0.24022242426872253f;
+  p = p * r + 0.6931470036506653f;
+  p = p * r + 1.0f;
+  // To add n to the exponent multiplies by 2^n; at n = -127, where p is 1, it leaves all bits 0.
+  return bit_cast<Vec<float>>(bit_cast<VecU>(p) + (bit_cast<VecU>(shifted) << 23));
+}
+
 // log(x) for normal x > 0 to 2 ulp; log(0) = -inf. Negative, subnormal or NaN: undefined.
 inline Vec<float> log(Vec<float> x) {
   constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
@@ -318,6 +371,11 @@ inline Vec<float> log(Vec<float> x) {
 // float64 exists for tests and reference runs: the C library, lane by lane.
 inline Vec<double> exp(Vec<double> x) {
   for (int l = 0; l < kLanes<double>; ++l) x[l] = __builtin_exp(x[l]);
+  return x;
+}
+
+inline Vec<double> exp2(Vec<double> x) {
+  for (int l = 0; l < kLanes<double>; ++l) x[l] = __builtin_exp2(x[l]);
   return x;
 }
 
