@@ -26,7 +26,7 @@ struct PhiloxBlock {
 };
 
 // Streams of one seed that must not overlap.
-enum PhiloxStream : uint32_t { kSampleStream = 0, kDropoutStream = 1 };
+enum PhiloxStream : uint32_t { kSampleStream = 0, kDropoutStream = 1, kArrivalStream = 2 };
 
 SMARTBIRD_HOST_DEVICE static inline PhiloxBlock philox4x32(PhiloxBlock counter, PhiloxKey key) {
   for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -55,7 +55,11 @@ SMARTBIRD_HOST_DEVICE static inline PhiloxBlock philox_counter(int64_t batch, in
   return {{block, static_cast<uint32_t>(row), static_cast<uint32_t>(head), static_cast<uint32_t>(batch)}};
 }
 
-// Uniform in [0, 1) on a grid of 2^-32 (rounds to at most 1 - 2^-24 in float, never 1).
+// Draws of the sampler are numbered so that 16 blocks give 64 draws word by word, as vector code makes them: draw d is
+// word d / 16 % 4 of block d / 64 * 16 + d % 16.
+constexpr int kDrawsPerChunk = 64;
+
+// Uniform in [0, 1): on a grid of 2^-24 in float, of 2^-32 in double.
 SMARTBIRD_HOST_DEVICE static inline float uniform_float(uint32_t bits) {
   return static_cast<float>(bits >> 8) * 0x1p-24f;
 }

@@ -29,6 +29,10 @@ struct Kernels {
   TaskKernel<DenseParams> dense_mean;
 };
 
+#if defined(__x86_64__) || defined(__i386__)
+#define SMARTBIRD_X86
+#endif
+
 namespace scalar {
 extern const Kernels kernels;
 }
