@@ -1,0 +1,344 @@
+// Softmax attention over all valid keys, streamed: no [N, M] tensor ever exists. The sketch's
+// log-sum-exp and its gradients, and the dense target of distillation, are all made of these two
+// kernels.
+//
+// Scores are kept in units of log(2), scaled once with the rows, so that a weight is a bare exp2.
+#include "score-inl.h"
+
+#ifndef SMARTBIRD_DENSE_INL_H_
+#define SMARTBIRD_DENSE_INL_H_
+
+namespace smartbird::SMARTBIRD_ISA {
+namespace dense {
+
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// Rows of one task: a tile of columns, streamed from L2, is scored against all of them, and their
+// weights for it (4 KiB of float) stay in L1 beside the tile.
+constexpr int kRows = 32;
+// Rows that are scored and summed together.
+constexpr int kGroup = 8;
+
+template <typename A>
+constexpr A kInf = static_cast<A>(__builtin_inf());
+
+struct Span {
+  int64_t begin, end;
+};
+
+// What a task works on: kRows rows of one batch element, of all heads.
+template <typename A>
+struct RowBlock {
+  int64_t b, first, count;  // rows [first, first + count)
+  Span visible[kRows];      // the columns a row may see; empty where it takes no part
+  Span seen;                // hull of `visible`
+
+  A* rows;    // [H, kRows, D] times scale * log2(e); zeros where a row takes no part
+  A* shift;   // [H, kRows] -row_shift * log2(e)
+  A* weight;  // [kRows, 32] dense_mean: weights of one tile; dense_lse: [kRows, lanes] partial sums
+  A* values;  // [32, padded Dv] values * col_weight of one tile; zeros where a column takes no part
+  A* out;     // [kRows, padded Dv]
+};
+
+// One head's columns [first, first + 32).
+template <typename A>
+struct ColumnTile {
+  int64_t first;
+  const A* features;  // [D, 32]
+  A bias[kTile];      // -col_shift * log2(e), -inf where a column takes no part
+  bool complete;      // all 32 take part
+};
+
+template <typename A>
+inline int64_t padded_values(const DenseParams& p) {
+  return ceil_div(p.Dv, kLanes<A>) * kLanes<A>;
+}
+
+template <typename A>
+inline int64_t scratch_elements(const DenseParams& p) {
+  return p.H * kRows * (p.D + 1) + kRows * kTile + (kRows + kTile) * padded_values<A>(p);
+}
+
+// ---- rows
+// ------------------------------------------------------------------------------------------------------------
+
+// The columns that row r may see as far as causality allows.
+inline Span causal_span(const DenseParams& p, int64_t r) {
+  if (!p.is_causal) return {0, p.C};
+  if (p.cols_are_queries) return {min_of(p.C, max_of<int64_t>(0, r - p.causal_offset)), p.C};
+  return {0, min_of(p.C, max_of<int64_t>(0, r + p.causal_offset + 1))};
+}
+
+// Writes -row_shift of every head; false where the row takes no part in any.
+template <typename A>
+inline bool load_shift(const DenseParams& p, int64_t r, int64_t i, RowBlock<A>* block) {
+  if (p.row_mask != nullptr && !p.row_mask[block->b * p.R + r]) return false;
+  bool takes_part = false;
+  for (int64_t h = 0; h < p.H; ++h) {
+    A shift = 0;
+    if (p.row_shift != nullptr)
+      shift = static_cast<const A*>(p.row_shift)[(block->b * p.H + h) * p.R + r];
+    const bool part = shift != -kInf<A>;
+    block->shift[h * kRows + i] = part ? -shift * static_cast<A>(kLog2e) : -kInf<A>;
+    takes_part |= part;
+  }
+  return takes_part;
+}
+
+template <typename T, typename A = acc_t<T>>
+inline RowBlock<A> load_rows(const DenseParams& p, int64_t task, void* scratch) {
+  const int64_t blocks = ceil_div(p.R, kRows);
+  RowBlock<A> block;
+  block.b = task / blocks;
+  block.first = task % blocks * kRows;
+  block.count = min_of<int64_t>(kRows, p.R - block.first);
+  block.rows = static_cast<A*>(scratch);
+  block.shift = block.rows + p.H * kRows * p.D;
+  block.weight = block.shift + p.H * kRows;
+  block.values = block.weight + kRows * kTile;
+  block.out = block.values + kTile * padded_values<A>(p);
+
+  block.seen = {p.C, 0};
+  for (int64_t i = 0; i < kRows; ++i) {
+    const int64_t r = block.first + i;
+    const bool takes_part = i < block.count && load_shift(p, r, i, &block);
+    block.visible[i] = takes_part ? causal_span(p, r) : Span{0, 0};
+    const bool sees = block.visible[i].begin < block.visible[i].end;
+    if (sees) {
+      block.seen.begin = min_of(block.seen.begin, block.visible[i].begin);
+      block.seen.end = max_of(block.seen.end, block.visible[i].end);
+    }
+    const T* x = static_cast<const T*>(p.rows) + block.b * p.row_stride[0] + r * p.row_stride[2];
+    for (int64_t h = 0; h < p.H; ++h) {
+      const T* head = x + h / p.rows_per_head * p.row_stride[1];
+      A* row = block.rows + (h * kRows + i) * p.D;
+      const bool used = sees && block.shift[h * kRows + i] != -kInf<A>;
+      for (int64_t d = 0; d < p.D; ++d)
+        row[d] =
+            used ? static_cast<A>(static_cast<double>(to_acc(head[d])) * (p.scale * kLog2e)) : A{0};
+    }
+  }
+  return block;
+}
+
+// ---- columns
+// ---------------------------------------------------------------------------------------------------------
+
+template <typename A>
+inline ColumnTile<A> load_columns(const DenseParams& p, int64_t b, int64_t h, int64_t t) {
+  const int64_t tiles = ceil_div(p.C, kTile), heads = p.H / p.cols_per_head;
+  ColumnTile<A> tile;
+  tile.first = t * kTile;
+  tile.features = static_cast<const A*>(p.col_tiles) +
+                  ((b * heads + h / p.cols_per_head) * tiles + t) * p.D * kTile;
+  tile.complete = true;
+  for (int64_t c = 0; c < kTile; ++c) {
+    const int64_t column = tile.first + c;
+    A bias = column < p.C ? A{0} : -kInf<A>;
+    if (p.col_bias != nullptr) bias = static_cast<const A*>(p.col_bias)[b * tiles * kTile + column];
+    if (p.col_shift != nullptr && bias == 0) {
+      const A shift = static_cast<const A*>(p.col_shift)[(b * p.H + h) * p.C + column];
+      bias = shift == -kInf<A> ? shift : -shift * static_cast<A>(kLog2e);
+    }
+    tile.bias[c] = bias;
+    tile.complete &= bias != -kInf<A>;
+  }
+  return tile;
+}
+
+template <typename A>
+inline void load_values(const DenseParams& p, const ColumnTile<A>& tile, const bool* takes_part,
+                        RowBlock<A>* block) {
+  const int64_t ld = padded_values<A>(p);
+  for (int64_t c = 0; c < kTile; ++c) {
+    const int64_t column = block->b * p.C + tile.first + c;
+    A* row = block->values + c * ld;
+    for (int64_t d = 0; d < ld; ++d) row[d] = 0;
+    if (!takes_part[c]) continue;
+    const A weight = p.col_weight == nullptr ? A{1} : static_cast<const A*>(p.col_weight)[column];
+    const A* values = static_cast<const A*>(p.values) + column * p.Dv;
+    for (int64_t d = 0; d < p.Dv; ++d) row[d] = weight * values[d];
+  }
+}
+
+// ---- scores
+// ----------------------------------------------------------------------------------------------------------
+
+// Whether any row of the group that begins at row `group` of the block sees a column of the tile.
+template <typename A>
+inline bool sees_any(const RowBlock<A>& block, int64_t group, const ColumnTile<A>& tile) {
+  for (int64_t i = group; i < group + kGroup; ++i)
+    if (block.visible[i].begin < tile.first + kTile && block.visible[i].end > tile.first)
+      return true;
+  return false;
+}
+
+template <typename A>
+inline bool sees_all(const RowBlock<A>& block, int64_t group, const ColumnTile<A>& tile) {
+  if (!tile.complete) return false;
+  for (int64_t i = group; i < group + kGroup; ++i)
+    if (block.visible[i].begin > tile.first || block.visible[i].end < tile.first + kTile)
+      return false;
+  return true;
+}
+
+// Calls use(i, c, x) with a vector of scores of row i and columns c, c + 1, ... of the tile, -inf
+// where the pair is not valid, whatever the features hold.
+template <typename A, typename Use>
+inline void score_group(const RowBlock<A>& block, int64_t h, int64_t group, int64_t D,
+                        const ColumnTile<A>& tile, Use&& use) {
+  constexpr int kAtOnce = 4;
+  const bool all = sees_all(block, group, tile);
+  for (int64_t i = group; i < group + kGroup; i += kAtOnce) {
+    const A* rows = block.rows + (h * kRows + i) * D;
+    if (all) {
+      score_tile<kAtOnce>(rows, D, tile.features, D, tile.bias,
+                          [&](int r, int c, Vec<A> x) { use(i + r, c, x); });
+    } else {
+      score_tile<kAtOnce>(rows, D, tile.features, D, tile.bias, [&](int r, int c, Vec<A> x) {
+        const Span visible = block.visible[i + r];
+        const Vec<A> column = iota<A>() + static_cast<A>(c);
+        const auto valid = (column >= static_cast<A>(visible.begin - tile.first)) &
+                           (column < static_cast<A>(visible.end - tile.first)) &
+                           (load(tile.bias + c) > -kInf<A>);
+        use(i + r, c, valid ? x : broadcast(-kInf<A>));
+      });
+    }
+  }
+}
+
+// ---- products
+// --------------------------------------------------------------------------------------------------------
+
+// out[r, :] += weight[r, :] . values for R rows and V vectors of values; R x V accumulators.
+template <int R, int V, typename A>
+inline void add_product(const A* __restrict weight, const A* __restrict values, int64_t ld,
+                        A* __restrict out) {
+  constexpr int L = kLanes<A>;
+  Vec<A> acc[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) acc[r][v] = load(out + r * ld + v * L);
+  for (int64_t c = 0; c < kTile; ++c) {
+    Vec<A> x[V];
+    for (int v = 0; v < V; ++v) x[v] = load(values + c * ld + v * L);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) acc[r][v] += x[v] * weight[r * kTile + c];
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) store(out + r * ld + v * L, acc[r][v]);
+}
+
+// The same for a whole group, 8 accumulators at a time: enough to hide the latency of FMA, few
+// enough for 16 registers.
+template <typename A>
+inline void add_group_product(const A* weight, const A* values, int64_t ld, A* out) {
+  constexpr int L = kLanes<A>;
+  int64_t d = 0;
+  for (; d + 2 * L <= ld; d += 2 * L) {
+    add_product<4, 2>(weight, values + d, ld, out + d);
+    add_product<4, 2>(weight + 4 * kTile, values + d, ld, out + 4 * ld + d);
+  }
+  if (d < ld) add_product<8, 1>(weight, values + d, ld, out + d);
+}
+
+// ---- kernels
+// ---------------------------------------------------------------------------------------------------------
+
+// How far, in units of log(2), a score may lie above the reference of its row before that moves:
+// 2^60 times the number of columns is far from overflow.
+constexpr int kHeadroom = 60;
+
+template <typename T, typename A = acc_t<T>>
+inline void lse_task(const DenseParams& p, int64_t task, void* scratch) {
+  constexpr int L = kLanes<A>;
+  const RowBlock<A> block = load_rows<T>(p, task, scratch);
+  for (int64_t h = 0; h < p.H; ++h) {
+    A reference[kRows];  // a row's sum is relative to 2^reference
+    for (int64_t i = 0; i < kRows; ++i) {
+      reference[i] =
+          std::is_same_v<A, double> ? static_cast<A>(-__DBL_MAX__) : static_cast<A>(-__FLT_MAX__);
+      store(block.weight + i * L, Vec<A>{});
+    }
+    for (int64_t t = block.seen.begin / kTile; t * kTile < block.seen.end; ++t) {
+      const ColumnTile<A> tile = load_columns<A>(p, block.b, h, t);
+      for (int64_t group = 0; group < kRows; group += kGroup) {
+        if (!sees_any(block, group, tile)) continue;
+        score_group(block, h, group, p.D, tile, [&](int64_t i, int, Vec<A> x) {
+          Vec<A> sum = load(block.weight + i * L);
+          if (any_greater(x, broadcast(reference[i] + kHeadroom))) {
+            const A top = reduce_max(x);
+            sum *= exp2(broadcast(reference[i] - top));
+            reference[i] = top;
+          }
+          store(block.weight + i * L, sum + exp2(x - reference[i]));
+        });
+      }
+    }
+    A* lse = static_cast<A*>(p.lse) + (block.b * p.H + h) * p.R + block.first;
+    for (int64_t i = 0; i < block.count; ++i) {
+      const double sum = reduce_add(load(block.weight + i * L));
+      // The reference itself counts 1: a sum of 0 had no column.
+      lse[i] = sum == 0 ? -kInf<A> : static_cast<A>((reference[i] + __builtin_log2(sum)) * kLn2);
+    }
+  }
+}
+
+template <typename T, typename A = acc_t<T>>
+inline void mean_task(const DenseParams& p, int64_t task, void* scratch) {
+  RowBlock<A> block = load_rows<T>(p, task, scratch);
+  const int64_t ld = padded_values<A>(p);
+  for (int64_t i = 0; i < kRows * ld; ++i) block.out[i] = 0;
+
+  for (int64_t t = block.seen.begin / kTile; t * kTile < block.seen.end; ++t) {
+    ColumnTile<A> tile;
+    bool takes_part[kTile] = {};
+    for (int64_t h = 0; h < p.H; ++h) {
+      tile = load_columns<A>(p, block.b, h, t);
+      for (int64_t c = 0; c < kTile; ++c) takes_part[c] |= tile.bias[c] != -kInf<A>;
+      for (int64_t group = 0; group < kRows; group += kGroup) {
+        if (!sees_any(block, group, tile)) continue;
+        score_group(block, h, group, p.D, tile, [&](int64_t i, int c, Vec<A> x) {
+          A* weight = block.weight + i * kTile + c;
+          const Vec<A> w = exp2(x + block.shift[h * kRows + i]);
+          store(weight, h == 0 ? w : load(weight) + w);
+        });
+      }
+    }
+    load_values(p, tile, takes_part, &block);
+    for (int64_t group = 0; group < kRows; group += kGroup)
+      if (sees_any(block, group, tile))
+        add_group_product(block.weight + group * kTile, block.values, ld, block.out + group * ld);
+  }
+
+  A* out = static_cast<A*>(p.out) + (block.b * p.R + block.first) * p.Dv;
+  for (int64_t i = 0; i < block.count; ++i) {
+    const bool sees = block.visible[i].begin < block.visible[i].end;
+    for (int64_t d = 0; d < p.Dv; ++d) out[i * p.Dv + d] = sees ? block.out[i * ld + d] : A{0};
+  }
+}
+
+}  // namespace dense
+
+inline int64_t dense_num_tasks(const DenseParams& p) { return p.B * ceil_div(p.R, dense::kRows); }
+
+inline int64_t dense_scratch_bytes(const DenseParams& p) {
+  return p.dtype == DType::kFloat64
+             ? dense::scratch_elements<double>(p) * static_cast<int64_t>(sizeof(double))
+             : dense::scratch_elements<float>(p) * static_cast<int64_t>(sizeof(float));
+}
+
+// rows [B, H, R, D], cols [B, H, C, D] -> lse [B, H, R]: log of the sum over valid columns of
+// exp(rows . cols * scale).
+inline void dense_lse(const DenseParams& p, int64_t task, void* scratch) {
+  dispatch_dtype(p.dtype, [&](auto t) { dense::lse_task<decltype(t)>(p, task, scratch); });
+}
+
+// rows [B, H, R, D], cols [B, H, C, D], values [B, C, Dv] -> out [B, R, Dv]: the sum over heads and
+// valid columns of exp(rows . cols * scale - row_shift - col_shift) * col_weight * values.
+inline void dense_mean(const DenseParams& p, int64_t task, void* scratch) {
+  dispatch_dtype(p.dtype, [&](auto t) { dense::mean_task<decltype(t)>(p, task, scratch); });
+}
+
+}  // namespace smartbird::SMARTBIRD_ISA
+
+#endif  // SMARTBIRD_DENSE_INL_H_
