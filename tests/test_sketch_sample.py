@@ -337,15 +337,17 @@ def test_structure(backend: Backend, case: Case, method: str, dtype: torch.dtype
             assert all(entry[key] <= 0.0 for key in used)
 
 
-# i, then the forced keys of row i. Position of row i among M = 8 keys: i + 4.
+# (is_causal, window, num_sinks, mask): {i: the forced keys of row i}. Row i of 4 is at i + 8 of 12.
 FORCED = {
     (False, 0, 2, "none"): {0: [0, 1], 3: [0, 1]},
-    (False, 1, 0, "none"): {0: [4], 3: [7]},
-    (False, 2, 1, "none"): {0: [0, 3, 4, 5], 3: [0, 6, 7]},
-    (False, 3, 0, "none"): {0: [3, 4, 5], 2: [5, 6, 7]},
-    (True, 2, 1, "none"): {0: [0, 3, 4], 3: [0, 6, 7]},
-    (True, 3, 2, "odd"): {0: [1, 3], 3: [1, 3, 5, 7]},
-    (False, 2, 2, "odd"): {0: [1, 3, 5], 2: [1, 3, 5, 7]},
+    (False, 1, 0, "none"): {0: [8], 3: [11]},
+    (False, 2, 1, "none"): {0: [0, 7, 8, 9], 3: [0, 10, 11]},
+    (False, 3, 0, "none"): {0: [7, 8, 9], 2: [9, 10, 11]},
+    (True, 2, 1, "none"): {0: [0, 7, 8], 3: [0, 10, 11]},
+    (False, 0, 3, "odd"): {0: [1, 3, 5], 3: [1, 3, 5]},
+    (False, 2, 2, "odd"): {0: [1, 3, 7, 9], 3: [1, 3, 11]},
+    (True, 3, 2, "odd"): {3: [1, 3, 9, 11]},
+    (True, 3, 1, "odd"): {0: [1, 3, 5, 7]},  # all of its valid keys
 }
 
 
@@ -354,13 +356,13 @@ FORCED = {
 def test_forced_keys_by_hand(backend: Backend, forced: tuple[bool, int, int, str]) -> None:
     """Over many heads of a uniform row, the forced keys are the ones that are always there."""
     is_causal, window, num_sinks, mask = forced
-    odd = torch.arange(8, device=backend.device)[None] % 2 == 1
+    odd = torch.arange(12, device=backend.device)[None] % 2 == 1
     key_mask = odd if mask == "odd" else None
     for i, expected in FORCED[forced].items():
         num_samples = num_sinks + (window if is_causal or window == 0 else 2 * (window // 2) + 1)
         indices, _ = backend.ops.sketch_sample(
             torch.zeros(1, 4, 1, device=backend.device),
-            torch.zeros(1, 8, 1, device=backend.device),
+            torch.zeros(1, 12, 1, device=backend.device),
             num_samples,
             num_index_heads=400,
             is_causal=is_causal,
@@ -368,14 +370,9 @@ def test_forced_keys_by_hand(backend: Backend, forced: tuple[bool, int, int, str
             window=window,
             num_sinks=num_sinks,
         )
-        drawn = F.one_hot(indices[0, :, i].long() + 1, 9).sum(1)[:, 1:]
+        drawn = F.one_hot(indices[0, :, i].long() + 1, 13).sum(1)[:, 1:]
         always = torch.nonzero((drawn == 1).all(0)).flatten().tolist()
-        valid = [
-            j
-            for j in range(8)
-            if (not is_causal or j <= i + 4) and (key_mask is None or key_mask[0, j])
-        ]
-        assert always == (valid if len(valid) <= num_samples else expected)
+        assert always == expected
 
 
 @both

@@ -1,0 +1,263 @@
+"""Bad input: an error that names the argument, what it got and what it must be."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, make_inputs
+from conftest import Backend
+
+CASE = Case("small", B=2, N=3, M=5, H=4, H_kv=2, H_i=2, D=8, Dv=6, S=4, K=3)
+OPS = {
+    "sketch_sample": ("q_sketch", "k_sketch", "num_samples"),
+    "gather_scores": ("q", "k", "indices"),
+    "gather_attention": ("q", "k", "v", "indices"),
+    "sketch_lse": ("q_sketch", "k_sketch"),
+    "distill_loss": ("q", "k", "q_sketch", "k_sketch"),
+}
+
+
+def call(backend: Backend, op: str, changes: dict[str, Any]) -> Any:
+    """The op on good arguments, but for ``changes``."""
+    x = make_inputs(CASE, torch.float32, backend.device)
+    good = {"num_samples": CASE.K, **vars(x)}
+    arguments = {name: good[name] for name in OPS[op]} | changes
+    return getattr(backend.ops, op)(**arguments)
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def mask(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.bool)
+
+
+def index(*shape: int, fill: int = 0) -> torch.Tensor:
+    return torch.full(shape, fill, dtype=torch.int32)
+
+
+def one_index(value: int) -> torch.Tensor:
+    """Good indices but for the very last."""
+    indices = index(2, 2, 3, 3)
+    indices[-1, -1, -1, -1] = value
+    return indices
+
+
+def one_value(value: float, *shape: int) -> torch.Tensor:
+    x = zeros(*shape)
+    x.view(-1)[-1] = value
+    return x
+
+
+SKETCHES = [
+    ("q_sketch", [[1.0]], TypeError),
+    ("q_sketch", zeros(2, 3, 4, dtype=torch.int32), TypeError),
+    ("q_sketch", zeros(2, 3, 4, dtype=torch.complex64), TypeError),
+    ("q_sketch", zeros(2, 3, 4, dtype=torch.float64), TypeError),
+    ("q_sketch", zeros(3, 4), ValueError),
+    ("q_sketch", zeros(2, 1, 3, 4), ValueError),
+    ("q_sketch", zeros(2, 3, 0), ValueError),
+    ("k_sketch", None, TypeError),
+    ("k_sketch", zeros(2, 5, 4, dtype=torch.bfloat16), TypeError),
+    ("k_sketch", zeros(5, 4), ValueError),
+    ("k_sketch", zeros(3, 5, 4), ValueError),
+    ("k_sketch", zeros(1, 5, 4), ValueError),
+    ("k_sketch", zeros(2, 5, 3), ValueError),
+    ("k_sketch", zeros(2, 5, 4, device="meta"), ValueError),
+]
+KEY_MASKS = [
+    ("key_mask", [True] * 5, TypeError),
+    ("key_mask", zeros(2, 5), TypeError),
+    ("key_mask", zeros(2, 5, dtype=torch.uint8), TypeError),
+    ("key_mask", mask(5), ValueError),
+    ("key_mask", mask(2, 3), ValueError),
+    ("key_mask", mask(1, 5), ValueError),
+    ("key_mask", mask(2, 3, 5), ValueError),
+]
+SCALES = [
+    ("scale", "large", TypeError),
+    ("scale", math.nan, ValueError),
+    ("scale", math.inf, ValueError),
+]
+HEADS = [
+    ("q", None, TypeError),
+    ("q", zeros(2, 4, 3, 8, dtype=torch.int64), TypeError),
+    ("q", zeros(4, 3, 8), ValueError),
+    ("q", zeros(2, 3, 3, 8), ValueError),  # not a multiple of H_kv = 2
+    ("k", zeros(2, 2, 5, 8, dtype=torch.float16), TypeError),
+    ("k", zeros(2, 5, 8), ValueError),
+    ("k", zeros(1, 2, 5, 8), ValueError),
+    ("k", zeros(2, 2, 5, 7), ValueError),
+    ("k", zeros(2, 3, 5, 8), ValueError),
+    ("k", zeros(2, 0, 5, 8), ValueError),
+    ("k", zeros(2, 2, 5, 8, device="meta"), ValueError),
+]
+INDICES = [
+    ("indices", [[0]], TypeError),
+    ("indices", zeros(2, 2, 3, 3), TypeError),
+    ("indices", zeros(2, 2, 3, 3, dtype=torch.int64), TypeError),
+    ("indices", index(2, 3, 3), ValueError),
+    ("indices", index(1, 2, 3, 3), ValueError),
+    ("indices", index(2, 2, 4, 3), ValueError),
+    ("indices", index(2, 3, 3, 3), ValueError),  # 4 heads are no multiple of 3
+    ("indices", index(2, 0, 3, 3), ValueError),
+    ("indices", index(2, 2, 3, 0), ValueError),
+    ("indices", one_index(5), ValueError),
+    ("indices", one_index(-2), ValueError),
+    ("indices", one_index(2**31 - 1), ValueError),
+    ("indices", one_index(-(2**31)), ValueError),
+]
+SEEDS = [
+    ("seed", 7, TypeError),
+    ("seed", zeros(2), TypeError),
+    ("seed", zeros(2, dtype=torch.int32), TypeError),
+    ("seed", zeros(3, dtype=torch.int64), ValueError),
+    ("seed", zeros(1, 2, dtype=torch.int64), ValueError),
+]
+SAMPLING = [
+    ("num_samples", 0, ValueError),
+    ("num_samples", -1, ValueError),
+    ("num_samples", 2.0, TypeError),
+    ("num_samples", True, TypeError),
+    ("num_index_heads", 0, ValueError),
+    ("num_index_heads", None, TypeError),
+    ("method", "top-k", ValueError),
+    ("method", None, (TypeError, ValueError)),
+    ("window", -1, ValueError),
+    ("window", 1.5, TypeError),
+    ("num_sinks", -1, ValueError),
+    ("num_sinks", 4, ValueError),  # more than K = 3
+    ("window", 4, ValueError),  # forces 5
+    ("q_sketch", one_value(math.nan, 2, 3, 4), ValueError),
+    ("k_sketch", one_value(math.nan, 2, 5, 4), ValueError),
+    ("q_sketch", one_value(math.inf, 2, 3, 4), ValueError),
+    ("k_sketch", one_value(-math.inf, 2, 5, 4), ValueError),
+]
+ATTENTION = [
+    ("v", None, TypeError),
+    ("v", zeros(2, 2, 5, 6, dtype=torch.float64), TypeError),
+    ("v", zeros(2, 5, 6), ValueError),
+    ("v", zeros(1, 2, 5, 6), ValueError),
+    ("v", zeros(2, 1, 5, 6), ValueError),
+    ("v", zeros(2, 2, 4, 6), ValueError),
+    ("bias", 1.0, TypeError),
+    ("bias", index(2, 4, 3, 3), TypeError),
+    ("bias", mask(2, 4, 3, 3), TypeError),
+    ("bias", zeros(2, 4, 3, 2), ValueError),
+    ("bias", zeros(2, 2, 3, 3), ValueError),  # index heads, not heads
+    ("bias", zeros(1, 2, 4, 3, 3), ValueError),
+    ("dropout_p", -0.1, ValueError),
+    ("dropout_p", 1.0, ValueError),
+    ("dropout_p", 1.5, ValueError),
+    ("dropout_p", math.nan, ValueError),
+    ("dropout_p", "0.5", (TypeError, ValueError)),
+]
+DISTILL = [
+    ("q_sketch", zeros(2, 4, 4), ValueError),  # N = 3
+    ("k_sketch", zeros(2, 4, 4), ValueError),  # M = 5
+    ("q_sketch", zeros(2, 3, 4, dtype=torch.float64), TypeError),
+    ("log_inclusion", zeros(2, 2, 3, 3), ValueError),  # without indices
+    ("sketch_scale", "large", TypeError),
+    ("sketch_scale", math.nan, ValueError),
+]
+WITH_INDICES = [
+    ("log_inclusion", [[0.0]], TypeError),
+    ("log_inclusion", index(2, 2, 3, 3), TypeError),
+    ("log_inclusion", zeros(2, 4, 3, 3), ValueError),
+    ("log_inclusion", zeros(2, 2, 3, 2), ValueError),
+]
+
+TABLE = [
+    *(
+        (op, {name: value}, name, error)
+        for op, rows in {
+            "sketch_sample": SKETCHES + KEY_MASKS + SCALES + SEEDS + SAMPLING,
+            "gather_scores": HEADS + INDICES + SCALES,
+            "gather_attention": HEADS + INDICES + SCALES + ATTENTION,
+            "sketch_lse": SKETCHES + KEY_MASKS + SCALES,
+            "distill_loss": HEADS + INDICES + SKETCHES + KEY_MASKS + SCALES + DISTILL,
+        }.items()
+        for name, value, error in rows
+    ),
+    *(("gather_attention", {"dropout_p": 0.5, n: value}, n, error) for n, value, error in SEEDS),
+    *(
+        ("distill_loss", {"indices": index(2, 2, 3, 3), name: value}, name, error)
+        for name, value, error in WITH_INDICES
+    ),
+]
+
+
+def label(row: tuple[str, dict[str, Any], str, Any]) -> str:
+    op, changes, name, _ = row
+    value = changes[name]
+    if isinstance(value, torch.Tensor):
+        value = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return f"{op}-{name}-{value}"
+
+
+@pytest.mark.parametrize(("op", "changes", "name", "error"), TABLE, ids=map(label, TABLE))
+def test_error_names_the_argument(
+    backend: Backend, op: str, changes: dict[str, Any], name: str, error: Any
+) -> None:
+    with pytest.raises(error) as raised:
+        call(backend, op, changes)
+    # A mismatch of heads may be told from either side.
+    names = ("q", "k") if name in ("q", "k") else (name,)
+    words = str(raised.value).replace("=", " ").replace(",", " ").split()
+    assert any(n in words for n in names), raised.value
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_good_arguments_are_good(backend: Backend, op: str) -> None:
+    """The table above changes one thing each in calls that work."""
+    call(backend, op, {})
+
+
+def test_message_tells_what_it_got_and_what_it_must_be(backend: Backend) -> None:
+    wrong = {
+        ("sketch_sample", "k_sketch"): (zeros(2, 5, 3), ["[2, 5, 3]", "[2, 3, 4]"]),
+        ("sketch_sample", "key_mask"): (zeros(2, 5), ["torch.float32", "bool"]),
+        ("sketch_sample", "method"): ("best", ["'best'", "gumbel", "topk"]),
+        ("gather_attention", "indices"): (zeros(2, 2, 3, 3), ["torch.float32", "int32"]),
+        ("gather_attention", "bias"): (zeros(2, 4, 3, 2), ["[2, 4, 3, 2]", "[2, 4, 3, 3]"]),
+        ("gather_attention", "dropout_p"): (1.5, ["1.5", "[0, 1)"]),
+        ("gather_scores", "k"): (zeros(2, 2, 5, 7), ["[2, 2, 5, 7]", "[2, 4, 3, 8]"]),
+    }
+    for (op, name), (value, parts) in wrong.items():
+        with pytest.raises((TypeError, ValueError)) as raised:
+            call(backend, op, {name: value})
+        for part in parts:
+            assert part in str(raised.value)
+
+
+def test_index_out_of_range_tells_the_range(backend: Backend) -> None:
+    with pytest.raises(ValueError, match=r"indices.*\[-1, (M|5)\)"):
+        call(backend, "gather_attention", {"indices": one_index(5)})
+
+
+@pytest.mark.parametrize("op", ["gather_scores", "gather_attention"])
+@pytest.mark.parametrize("value", [5, -2])
+def test_index_out_of_range_where_it_would_be_cheap_to_miss(
+    backend: Backend, op: str, value: int
+) -> None:
+    """No keys at all, and a gradient call."""
+    changes: dict[str, Any] = {"k": zeros(2, 2, 0, 8)}
+    if op == "gather_attention":
+        changes["v"] = zeros(2, 2, 0, 6)
+    with pytest.raises(ValueError, match="indices"):
+        call(backend, op, changes | {"indices": index(2, 2, 3, 3)})
+    with pytest.raises(ValueError, match="indices"):
+        call(backend, op, {"q": zeros(2, 4, 3, 8).requires_grad_(), "indices": one_index(value)})
+
+
+def test_nan_where_nothing_is_valid_is_good(backend: Backend) -> None:
+    """A NaN is an error in a valid key only."""
+    hidden = mask(2, 5)
+    hidden[-1, -1] = False
+    k_sketch = one_value(math.nan, 2, 5, 4)
+    indices, _ = call(backend, "sketch_sample", {"k_sketch": k_sketch, "key_mask": hidden})
+    assert (indices[-1] < 4).all()
