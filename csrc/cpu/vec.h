@@ -238,13 +238,27 @@ inline Elem<V> reduce_max(V v) {
   return lane[0];
 }
 
-// Elementwise maximum; where either is NaN, b.
+// Elementwise maximum and minimum; where either is NaN, b. Spelled out: GCC makes a compare and a blend of the ternary.
 template <typename V>
 inline V max(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return bit_cast<V>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return bit_cast<V>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#endif
   return a > b ? a : b;
 }
 template <typename V>
 inline V min(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return bit_cast<V>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return bit_cast<V>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#endif
   return a < b ? a : b;
 }
 
