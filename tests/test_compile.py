@@ -1,0 +1,249 @@
+"""The layers under torch.compile, torch.export, autocast, checkpointing and the profiler."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from smartbird.functional import smart_bird_attention
+from smartbird.modules import DenseWarmup, SmartBirdAttention, SmartBirdEncoderLayer, sketch_loss
+
+E, H = 16, 4
+ROUTES = ("distill", "bias", "value")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def make_layer(**arguments: Any) -> SmartBirdAttention:
+    return SmartBirdAttention(E, H, **{"num_samples": 4, "sketch_dim": 4, **arguments})
+
+
+def make_model(num_layers: int = 2, **arguments: Any) -> nn.Sequential:
+    layers = [
+        SmartBirdEncoderLayer(
+            E, H, 32, dropout=0.2, batch_first=True, num_samples=4, sketch_dim=4, **arguments
+        )
+        for _ in range(num_layers)
+    ]
+    return nn.Sequential(*layers)
+
+
+def step(model: Callable[[Tensor], Tensor], owner: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output, losses and gradients of one training step with a fixed seed."""
+    torch.manual_seed(0)
+    owner.zero_grad(set_to_none=True)
+    x = x.detach().requires_grad_()
+    out = model(x)
+    distill = sketch_loss(owner)
+    (out.square().sum() + distill).backward()
+    assert x.grad is not None
+    grads = {name: p.grad for name, p in owner.named_parameters() if p.grad is not None}
+    return {"out": out.detach(), "distill": distill.detach(), "x": x.grad, **grads}
+
+
+# --- torch.compile ---
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_compiled_step_equals_eager_for_any_length_without_recompiling(is_causal: bool) -> None:
+    model = make_model(1, is_causal=is_causal)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    for length in (17, 9, 64, 33):
+        x = torch.randn(2, length, E)
+        # aot_eager runs the operators that eager runs, in the same order.
+        torch.testing.assert_close(step(compiled, model, x), step(model, model, x))
+        compilations.append(counter.frame_count)
+    assert compilations[0] == compilations[-1]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_lengths_become_dynamic_by_themselves(training: bool) -> None:
+    model = make_model().train(training)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.set_grad_enabled(training):
+        for length in (17, 9, 64, 33, 12):
+            compiled(torch.randn(2, length, E))
+            sketch_loss(model)
+    # Once for the first length, once for all others.
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_compiled_layer_with_every_option(dense: bool) -> None:
+    layer = make_layer(
+        num_kv_heads=2,
+        num_index_heads=2,
+        learning=ROUTES,
+        correction=True,
+        dropout=0.0 if dense else 0.2,
+        window=1,
+        num_sinks=1,
+    )
+    DenseWarmup(layer, int(dense))
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (17, 33):
+        mask = torch.rand(2, length) < 0.7
+        x = torch.randn(2, length, E)
+        torch.testing.assert_close(
+            step(lambda x, mask=mask: compiled(x, key_mask=mask), layer, x),
+            step(lambda x, mask=mask: layer(x, key_mask=mask), layer, x),
+        )
+
+
+def test_compiled_cross_attention_and_indices() -> None:
+    layer = make_layer(num_samples=3).eval()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for num_queries, num_keys in ((5, 9), (7, 30), (30, 7)):
+        query, key = torch.randn(2, num_queries, E), torch.randn(2, num_keys, E)
+        out, indices = compiled(query, key, return_indices=True)
+        expected, expected_indices = layer(query, key, return_indices=True)
+        torch.testing.assert_close(out, expected)
+        assert indices.equal(expected_indices)
+
+
+def test_compiled_functional_form_draws_anew_each_call() -> None:
+    compiled = torch.compile(smart_bird_attention, fullgraph=True, backend="aot_eager")
+    q, k, v = torch.randn(3, 2, H, 20, 4).unbind()
+    q_sketch, k_sketch = torch.randn(2, 2, 20, 4).unbind()
+    out = compiled(q, k, v, q_sketch, k_sketch, 5, correction=True, dropout_p=0.1)
+    again = compiled(q, k, v, q_sketch, k_sketch, 5, correction=True, dropout_p=0.1)
+    assert not out.equal(again)
+    seed = torch.tensor([1, 2])
+    torch.testing.assert_close(
+        compiled(q, k, v, q_sketch, k_sketch, 5, seed=seed),
+        smart_bird_attention(q, k, v, q_sketch, k_sketch, 5, seed=seed),
+    )
+
+
+def test_default_backend() -> None:
+    layer = make_layer(num_samples=32)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    # Every key is drawn: inductor's random numbers, hence its seeds, are other than eager's.
+    for length in (17, 32):
+        x = torch.randn(2, length, E)
+        torch.testing.assert_close(step(compiled, layer, x), step(layer, layer, x))
+
+
+# --- torch.export ---
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_export_with_dynamic_length(is_causal: bool) -> None:
+    model = make_model(is_causal=is_causal).eval()
+    length = torch.export.Dim("length", min=2, max=4096)
+    exported = torch.export.export(
+        model, (torch.randn(2, 17, E),), dynamic_shapes=({1: length},), strict=False
+    )
+    for n in (17, 9, 64):
+        x = torch.randn(2, n, E)
+        torch.testing.assert_close(exported.module()(x), model(x))
+
+
+# --- autocast ---
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("learning", [("distill",), ROUTES])
+def test_autocast(learning: tuple[str, ...], dense: bool) -> None:
+    # Every key is drawn: what is compared is arithmetic, not draws.
+    layer = make_layer(num_samples=20, learning=learning, correction=True)
+    layer.dense = dense
+    x = torch.randn(2, 20, E)
+    expected = step(layer, layer, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+        assert out.dtype == torch.bfloat16
+        assert layer(x, return_indices=not dense)[0].dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = step(layer, layer, x)
+    assert actual["distill"].dtype == torch.float32
+    for name, tensor in expected.items():
+        # bfloat16 keeps 8 bits; a handful of roundings of numbers as large as the largest.
+        atol = 8 * 2.0**-8 * tensor.abs().max().item()
+        torch.testing.assert_close(actual[name].float(), tensor, atol=atol, rtol=0)
+
+
+# --- Activation checkpointing ---
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model: nn.Sequential, use_reentrant: bool) -> None:
+        super().__init__()
+        self.model, self.use_reentrant = model, use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.model:
+            x = checkpoint(layer, x, use_reentrant=self.use_reentrant)
+        return x
+
+
+def test_checkpointing_replays_the_draws() -> None:
+    model = make_model()
+    x = torch.randn(2, 30, E)
+    expected = step(model, model, x)
+    actual = step(Checkpointed(model, use_reentrant=False), model, x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert sketch_loss(model).item() == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:.*ran without gradients")
+def test_reentrant_checkpointing_replays_the_draws_without_a_sketch_loss() -> None:
+    model = make_model()
+    x = torch.randn(2, 30, E)
+    expected = step(model, model, x)
+    actual = step(Checkpointed(model, use_reentrant=True), model, x)
+    for name in actual:
+        torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=0)
+    assert {name.rsplit(".")[-1] for name in expected.keys() - actual.keys()} == {
+        "sketch_proj_weight",
+        "sketch_proj_bias",
+    }
+
+
+def test_reentrant_checkpointing_warns_that_the_sketch_cannot_learn() -> None:
+    model = make_model()
+    Checkpointed(model, use_reentrant=True)(torch.randn(2, 30, E, requires_grad=True))
+    with pytest.warns(UserWarning, match="use_reentrant"):
+        sketch_loss(model)
+
+
+# --- Profiler, copies, function transforms ---
+
+
+def test_profiler_names_the_steps() -> None:
+    layer = make_layer()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        layer(torch.randn(2, 9, E)).sum().backward()
+    names = {event.name for event in profile.events()}
+    assert {
+        "smartbird::sketch_sample",
+        "smartbird::gather_attention",
+        "smartbird::gather_attention_backward",
+        "smartbird::sketch_lse",
+    } <= names
+
+
+def test_compiled_layer_can_be_copied_and_its_weights_loaded() -> None:
+    layer = make_layer().eval()
+    compiled = torch.compile(layer, backend="aot_eager")
+    x = torch.randn(2, 9, E)
+    expected = compiled(x)
+    assert copy.deepcopy(layer)(x).equal(expected)
+    other = make_layer().eval()
+    other.load_state_dict(layer.state_dict())
+    assert other(x).equal(expected)
