@@ -26,6 +26,7 @@ struct PackParams {
   bool to_double;  // tiles and key_bias are double, else float
   const void* x;   // [B, H, M, D]
   int64_t stride[3];
+  double scale;             // factor of every feature
   const uint8_t* key_mask;  // [B, M] contiguous, 0 = may not be attended; or null
 
   void* tiles;       // [B, H, ceil(M / 32), D, 32] out; zeros for masked keys and beyond M
@@ -107,14 +108,18 @@ struct InvertParams {
 
 // Streamed softmax attention over all valid keys; no [N, M] tensor ever exists. `rows` are what a task owns a block of,
 // `cols` what it streams: (queries, keys), but in the gradient of the keys (keys, queries).
-//   weight[r, c] = exp(rows[r] . cols[c] * scale - row_shift[r] - col_shift[c]) * col_weight[c] over valid pairs
+//   weight[r, c] = exp2(rows[r] . cols[c] * scale - (row_shift[r] + col_shift[c]) * log2(e)) * col_weight[c]
+// over valid pairs. The queries carry the softmax scale times log2(e), whichever side they are on, so that a score is
+// the same number to the last bit in both orientations.
+constexpr double kLog2e = 1.4426950408889634;
+
 struct DenseParams {
   int64_t B, H, R, C, D, Dv;
   DType dtype;
   const void* rows;  // [B, H or H_kv, R, D]
   int64_t row_stride[3];
   int64_t rows_per_head, cols_per_head;  // heads that share one head of rows / of col_tiles (H / H_kv, or 1)
-  double scale;
+  double scale;             // factor of the rows
   const void* col_tiles;    // acc, packed cols, see PackParams
   const void* col_bias;     // acc [B, ceil(C / 32) * 32] 0 or -inf; or null
   const uint8_t* row_mask;  // [B, R] contiguous, 0 = this row takes no part; or null

@@ -400,17 +400,19 @@ def distill_loss(
                     f"got {_shape(log_inclusion)}"
                 )
             bias = -log_inclusion.repeat_interleave(q.shape[1] // indices.shape[1], dim=1)
+        # In the accumulation type: the target is a sum of differences that 8 bits would not hold.
+        acc = _acc_dtype(q)
         per_head, lse = gather_attention(
-            q,
-            k,
-            k_sketch.unsqueeze(1).expand(-1, k.shape[1], -1, -1),
+            q.to(acc),
+            k.to(acc),
+            k_sketch.to(acc).unsqueeze(1).expand(-1, k.shape[1], -1, -1),
             indices,
             bias=bias,
             scale=scale,
             return_lse=True,
         )
-        target = per_head.mean(1, dtype=lse.dtype)
-        target_mass = (lse > -torch.inf).to(lse.dtype).mean(1)
+        target = per_head.mean(1)
+        target_mass = (lse > -torch.inf).to(acc).mean(1)
     agreement = (q_sketch.to(target.dtype) * target).sum(-1) * _scale(sketch_scale, q_sketch)
     rows = target_mass * sketch_lse_.masked_fill(~valid, 0) - agreement
     return rows.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)

@@ -11,13 +11,15 @@
 namespace smartbird::SMARTBIRD_ISA {
 namespace dense {
 
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLn2 = 0.6931471805599453;
 
 // Rows of one task: a tile of columns, streamed from L2, is scored against all of them, and their
 // weights for it (4 KiB of float) stay in L1 beside the tile.
 constexpr int kRows = 32;
 // Rows that are scored and summed together.
 constexpr int kGroup = 8;
+// Rows per call of score_tile: 16 accumulators where there are 32 registers, 8 where there are 16.
+constexpr int kScoreRows = SMARTBIRD_VEC_BYTES == 64 ? 8 : 4;
 
 template <typename A>
 constexpr A kInf = static_cast<A>(__builtin_inf());
@@ -35,7 +37,8 @@ struct RowBlock {
 
   A* rows;    // [H, kRows, D] times scale * log2(e); zeros where a row takes no part
   A* shift;   // [H, kRows] -row_shift * log2(e)
-  A* weight;  // [kRows, 32] dense_mean: weights of one tile; dense_lse: [kRows, lanes] partial sums
+  A* scores;  // [kGroup, 32] of one group and tile
+  A* weight;  // [kRows, 32] summed over heads, of one tile
   A* values;  // [32, padded Dv] values * col_weight of one tile; zeros where a column takes no part
   A* out;     // [kRows, padded Dv]
 };
@@ -56,7 +59,7 @@ inline int64_t padded_values(const DenseParams& p) {
 
 template <typename A>
 inline int64_t scratch_elements(const DenseParams& p) {
-  return p.H * kRows * (p.D + 1) + kRows * kTile + (kRows + kTile) * padded_values<A>(p);
+  return p.H * kRows * (p.D + 1) + (kGroup + kRows) * kTile + (kRows + kTile) * padded_values<A>(p);
 }
 
 // ---- rows
@@ -94,7 +97,8 @@ inline RowBlock<A> load_rows(const DenseParams& p, int64_t task, void* scratch) 
   block.count = min_of<int64_t>(kRows, p.R - block.first);
   block.rows = static_cast<A*>(scratch);
   block.shift = block.rows + p.H * kRows * p.D;
-  block.weight = block.shift + p.H * kRows;
+  block.scores = block.shift + p.H * kRows;
+  block.weight = block.scores + kGroup * kTile;
   block.values = block.weight + kRows * kTile;
   block.out = block.values + kTile * padded_values<A>(p);
 
@@ -114,8 +118,7 @@ inline RowBlock<A> load_rows(const DenseParams& p, int64_t task, void* scratch) 
       A* row = block.rows + (h * kRows + i) * p.D;
       const bool used = sees && block.shift[h * kRows + i] != -kInf<A>;
       for (int64_t d = 0; d < p.D; ++d)
-        row[d] =
-            used ? static_cast<A>(static_cast<double>(to_acc(head[d])) * (p.scale * kLog2e)) : A{0};
+        row[d] = used ? static_cast<A>(static_cast<double>(to_acc(head[d])) * p.scale) : A{0};
     }
   }
   return block;
@@ -182,27 +185,25 @@ inline bool sees_all(const RowBlock<A>& block, int64_t group, const ColumnTile<A
   return true;
 }
 
-// Calls use(i, c, x) with a vector of scores of row i and columns c, c + 1, ... of the tile, -inf
-// where the pair is not valid, whatever the features hold.
-template <typename A, typename Use>
-inline void score_group(const RowBlock<A>& block, int64_t h, int64_t group, int64_t D,
-                        const ColumnTile<A>& tile, Use&& use) {
-  constexpr int kAtOnce = 4;
-  const bool all = sees_all(block, group, tile);
-  for (int64_t i = group; i < group + kGroup; i += kAtOnce) {
-    const A* rows = block.rows + (h * kRows + i) * D;
-    if (all) {
-      score_tile<kAtOnce>(rows, D, tile.features, D, tile.bias,
-                          [&](int r, int c, Vec<A> x) { use(i + r, c, x); });
-    } else {
-      score_tile<kAtOnce>(rows, D, tile.features, D, tile.bias, [&](int r, int c, Vec<A> x) {
-        const Span visible = block.visible[i + r];
-        const Vec<A> column = iota<A>() + static_cast<A>(c);
-        const auto valid = (column >= static_cast<A>(visible.begin - tile.first)) &
-                           (column < static_cast<A>(visible.end - tile.first)) &
-                           (load(tile.bias + c) > -kInf<A>);
-        use(i + r, c, valid ? x : broadcast(-kInf<A>));
-      });
+// block->scores[i, c] = score of row group + i and column c of the tile, for the rows of the group;
+// -inf where the pair is not valid, whatever the features hold.
+template <typename A>
+inline void score_group(int64_t h, int64_t group, int64_t D, const ColumnTile<A>& tile,
+                        RowBlock<A>* block) {
+  for (int64_t i = group; i < group + kGroup; i += kScoreRows) {
+    A* scores = block->scores + (i - group) * kTile;
+    score_tile<kScoreRows>(block->rows + (h * kRows + i) * D, D, tile.features, D, tile.bias,
+                           [&](int r, int c, Vec<A> x) { store(scores + r * kTile + c, x); });
+  }
+  if (sees_all(*block, group, tile)) return;
+  for (int64_t i = group; i < group + kGroup; ++i) {
+    const A begin = static_cast<A>(block->visible[i].begin - tile.first);
+    const A end = static_cast<A>(block->visible[i].end - tile.first);
+    for (int c = 0; c < kTile; c += kLanes<A>) {
+      const Vec<A> column = iota<A>() + static_cast<A>(c);
+      const auto valid = (column >= begin) & (column < end) & (load(tile.bias + c) > -kInf<A>);
+      A* scores = block->scores + (i - group) * kTile + c;
+      store(scores, valid ? load(scores) : broadcast(-kInf<A>));
     }
   }
 }
@@ -245,40 +246,67 @@ inline void add_group_product(const A* weight, const A* values, int64_t ld, A* o
 // ---------------------------------------------------------------------------------------------------------
 
 // How far, in units of log(2), a score may lie above the reference of its row before that moves:
-// 2^60 times the number of columns is far from overflow.
+// 2^60 times the number of columns is far from overflow, and a reference moves about once.
 constexpr int kHeadroom = 60;
+
+// A row's running sum of 2^(score - reference), by lane.
+template <typename A>
+struct Sum {
+  A reference =
+      std::is_same_v<A, double> ? static_cast<A>(-__DBL_MAX__) : static_cast<A>(-__FLT_MAX__);
+  Vec<A> lanes{};
+};
+
+// Adds a row's 32 scores to its sum.
+template <typename A>
+inline void add_scores(const A* scores, Sum<A>* sum) {
+  constexpr int L = kLanes<A>;
+  Vec<A> top = load(scores);
+  for (int c = L; c < kTile; c += L) top = max(load(scores + c), top);
+  if (any_greater(top, broadcast(sum->reference + kHeadroom))) {
+    const A reference = reduce_max(top);
+    sum->lanes *= exp2(broadcast(sum->reference - reference));
+    sum->reference = reference;
+  }
+  Vec<A> lanes = sum->lanes;
+  for (int c = 0; c < kTile; c += L) lanes += exp2(load(scores + c) - sum->reference);
+  sum->lanes = lanes;
+}
 
 template <typename T, typename A = acc_t<T>>
 inline void lse_task(const DenseParams& p, int64_t task, void* scratch) {
-  constexpr int L = kLanes<A>;
-  const RowBlock<A> block = load_rows<T>(p, task, scratch);
+  RowBlock<A> block = load_rows<T>(p, task, scratch);
   for (int64_t h = 0; h < p.H; ++h) {
-    A reference[kRows];  // a row's sum is relative to 2^reference
-    for (int64_t i = 0; i < kRows; ++i) {
-      reference[i] =
-          std::is_same_v<A, double> ? static_cast<A>(-__DBL_MAX__) : static_cast<A>(-__FLT_MAX__);
-      store(block.weight + i * L, Vec<A>{});
-    }
+    Sum<A> sums[kRows];
     for (int64_t t = block.seen.begin / kTile; t * kTile < block.seen.end; ++t) {
       const ColumnTile<A> tile = load_columns<A>(p, block.b, h, t);
       for (int64_t group = 0; group < kRows; group += kGroup) {
         if (!sees_any(block, group, tile)) continue;
-        score_group(block, h, group, p.D, tile, [&](int64_t i, int, Vec<A> x) {
-          Vec<A> sum = load(block.weight + i * L);
-          if (any_greater(x, broadcast(reference[i] + kHeadroom))) {
-            const A top = reduce_max(x);
-            sum *= exp2(broadcast(reference[i] - top));
-            reference[i] = top;
-          }
-          store(block.weight + i * L, sum + exp2(x - reference[i]));
-        });
+        score_group(h, group, p.D, tile, &block);
+        for (int64_t i = group; i < group + kGroup; ++i)
+          add_scores(block.scores + (i - group) * kTile, &sums[i]);
       }
     }
     A* lse = static_cast<A*>(p.lse) + (block.b * p.H + h) * p.R + block.first;
     for (int64_t i = 0; i < block.count; ++i) {
-      const double sum = reduce_add(load(block.weight + i * L));
+      const double sum = reduce_add(sums[i].lanes);
       // The reference itself counts 1: a sum of 0 had no column.
-      lse[i] = sum == 0 ? -kInf<A> : static_cast<A>((reference[i] + __builtin_log2(sum)) * kLn2);
+      lse[i] =
+          sum == 0 ? -kInf<A> : static_cast<A>((sums[i].reference + __builtin_log2(sum)) * kLn2);
+    }
+  }
+}
+
+// block->weight[group..] becomes, or from the second head on gains, 2^(score - shift).
+template <typename A>
+inline void add_weights(int64_t h, int64_t group, RowBlock<A>* block) {
+  for (int64_t i = group; i < group + kGroup; ++i) {
+    const A shift = block->shift[h * kRows + i];
+    const A* scores = block->scores + (i - group) * kTile;
+    A* weight = block->weight + i * kTile;
+    for (int c = 0; c < kTile; c += kLanes<A>) {
+      const Vec<A> w = exp2(load(scores + c) + shift);
+      store(weight + c, h == 0 ? w : load(weight + c) + w);
     }
   }
 }
@@ -297,11 +325,8 @@ inline void mean_task(const DenseParams& p, int64_t task, void* scratch) {
       for (int64_t c = 0; c < kTile; ++c) takes_part[c] |= tile.bias[c] != -kInf<A>;
       for (int64_t group = 0; group < kRows; group += kGroup) {
         if (!sees_any(block, group, tile)) continue;
-        score_group(block, h, group, p.D, tile, [&](int64_t i, int c, Vec<A> x) {
-          A* weight = block.weight + i * kTile + c;
-          const Vec<A> w = exp2(x + block.shift[h * kRows + i]);
-          store(weight, h == 0 ? w : load(weight) + w);
-        });
+        score_group(h, group, p.D, tile, &block);
+        add_weights(h, group, &block);
       }
     }
     load_values(p, tile, takes_part, &block);

@@ -65,7 +65,7 @@ struct Packed {
 };
 
 // x [B, H, M, D] (or [B, M, D] with H = 1) with contiguous rows.
-Packed pack(const Tensor& x, const uint8_t* key_mask, bool to_double) {
+Packed pack(const Tensor& x, const uint8_t* key_mask, bool to_double, double scale = 1) {
   PackParams p{};
   const int64_t last = x.dim() - 1;
   p.B = x.size(0);
@@ -78,6 +78,7 @@ Packed pack(const Tensor& x, const uint8_t* key_mask, bool to_double) {
   p.stride[0] = x.stride(0);
   p.stride[1] = last == 3 ? x.stride(1) : 0;
   p.stride[2] = x.stride(last - 1);
+  p.scale = scale;
   p.key_mask = key_mask;
   const int64_t tiles = (p.M + kTile - 1) / kTile;
   const ScalarType type = to_double ? ScalarType::Double : ScalarType::Float;
@@ -372,7 +373,7 @@ void check_dense(const Tensor& q, const Tensor& k) {
 
 // The forward: lse [B, H, N] (or [B, N]) of q against k.
 Tensor dense_lse(const Tensor& q, const Packed& keys, int64_t M, double scale, bool is_causal, Tensor lse) {
-  DenseParams p = dense_params(q, keys, M, scale);
+  DenseParams p = dense_params(q, keys, M, scale * kLog2e);
   p.is_causal = is_causal;
   p.causal_offset = M - p.R;
   p.lse = lse.mutable_data_ptr();
@@ -396,8 +397,8 @@ Tensor dense_transposed(const Tensor& q, const Tensor& k, const Tensor& lse, con
                         bool is_causal, const void* query_weight, const Tensor& values) {
   const DType dtype = dtype_of(q, "q");
   const int64_t N = q.size(q.dim() - 2), M = k.size(k.dim() - 2);
-  const Packed queries = pack(q, nullptr, dtype == DType::kFloat64);
-  DenseParams p = dense_params(k, queries, N, scale);
+  const Packed queries = pack(q, nullptr, dtype == DType::kFloat64, scale * kLog2e);
+  DenseParams p = dense_params(k, queries, N, 1);
   p.row_mask = mask;
   p.is_causal = is_causal;
   p.cols_are_queries = true;
@@ -415,7 +416,7 @@ Tensor dense_transposed(const Tensor& q, const Tensor& k, const Tensor& lse, con
 // out [B, N, Dv] = sum over heads and keys of softmax weight * values.
 Tensor dense_forward(const Tensor& q, const Packed& keys, int64_t M, const Tensor& lse, double scale, bool is_causal,
                      const Tensor& values) {
-  DenseParams p = dense_params(q, keys, M, scale);
+  DenseParams p = dense_params(q, keys, M, scale * kLog2e);
   p.is_causal = is_causal;
   p.causal_offset = M - p.R;
   p.row_shift = lse.const_data_ptr();

@@ -20,12 +20,12 @@ inline int64_t pack_scratch_bytes(const PackParams&) { return 0; }
 
 // x [n <= 32, D] -> tile [D, 32]; a masked key's features are not even read.
 template <typename T, typename A>
-inline void pack_tile(const T* __restrict x, int64_t stride, int64_t D, int64_t n,
+inline void pack_tile(const T* __restrict x, int64_t stride, int64_t D, int64_t n, double scale,
                       const uint8_t* __restrict mask, A* __restrict tile) {
   for (int64_t c = 0; c < kTile; ++c) {
     if (c < n && (mask == nullptr || mask[c])) {
       for (int64_t d = 0; d < D; ++d)
-        tile[d * kTile + c] = static_cast<A>(to_acc(x[c * stride + d]));
+        tile[d * kTile + c] = static_cast<A>(static_cast<double>(to_acc(x[c * stride + d])) * scale);
     } else {
       for (int64_t d = 0; d < D; ++d) tile[d * kTile + c] = A{0};
     }
@@ -63,7 +63,7 @@ inline void pack_task(const PackParams& p, int64_t task) {
     const int64_t key = t * kTile, n = min_of(kTile, p.M - key);
     const uint8_t* tile_mask = mask == nullptr ? nullptr : mask + key;
     A* tile = static_cast<A*>(p.tiles) + (bh * num_tiles + t) * p.D * kTile;
-    pack_tile(x + key * p.stride[2], p.stride[2], p.D, n, tile_mask, tile);
+    pack_tile(x + key * p.stride[2], p.stride[2], p.D, n, p.scale, tile_mask, tile);
     if (p.tile_norm != nullptr) p.tile_norm[bh * num_tiles + t] = largest_norm(tile, p.D);
     if (p.key_bias != nullptr && h == 0) {
       A* bias = static_cast<A*>(p.key_bias) + (b * num_tiles + t) * kTile;

@@ -258,11 +258,13 @@ inline double gamma_variate(int64_t n, UniformStream* arrivals) {
   return sum;
 }
 
-// log(1 - exp(-x)) for x >= 0.
+// log(1 - exp(-x)) for x >= 0, with all digits at both ends.
 inline Vec<float> log_one_minus_exp(Vec<float> x) {
   x = max(x, broadcast(1e-37f));
   const Vec<float> series = x * (1.0f - x * (0.5f - x * (1.0f / 6 - x * (1.0f / 24))));
-  return log(x < 0.05f ? series : 1.0f - exp(-x));
+  const Vec<float> e = exp(-x);
+  const Vec<float> tail = -e * (1.0f + e * (0.5f + e * (1.0f / 3 + e * 0.25f)));
+  return e < 0.03f ? tail : log(x < 0.05f ? series : 1.0f - e);
 }
 
 // Successive sampling of c.to_draw keys into `taken`, which holds the forced keys before. Returns the arrival time of
@@ -572,9 +574,12 @@ inline void sketch_sample(const SketchSampleParams& p, int64_t task, void* scrat
   for (int64_t i0 = first; i0 < min_of(first + kRowsPerTask, p.N); i0 += kRows) {
     const int64_t rows = min_of<int64_t>(kRows, p.N - i0);
     float query_norm = 0;
+    int64_t valid[kRows] = {};
     std::memset(s.q, 0, static_cast<size_t>(kRows * p.S) * sizeof(float));
     dispatch_dtype(p.dtype, [&](auto dtype) {
       for (int64_t r = 0; r < rows; ++r) {
+        valid[r] = count_valid(p, key_bias, key_limit(p, i0 + r));
+        if (valid[r] == 0) continue;  // such a query is not looked at, whatever it holds
         const float norm = load_query<decltype(dtype)>(p, b, i0 + r, s.q + r * p.S);
         query_norm = is_finite(norm) ? max_of(query_norm, norm) : __builtin_inff();
       }
@@ -596,8 +601,7 @@ inline void sketch_sample(const SketchSampleParams& p, int64_t task, void* scrat
       c.words = ceil_div(c.limit, kWordBits);
       std::memset(s.forced, 0, static_cast<size_t>(c.words) * sizeof(uint64_t));
       c.to_draw = p.K - mark_forced(p, key_bias, c.i, c.limit, s.forced);
-      const int64_t valid = count_valid(p, key_bias, c.limit);
-      if (valid <= p.K) {
+      if (valid[r] <= p.K) {
         for (int64_t j = 0; j < c.limit; ++j)
           if (key_bias[j] == 0) set_bit(s.forced, j);
         c.to_draw = 0;

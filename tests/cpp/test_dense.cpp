@@ -40,6 +40,7 @@ struct Problem {
         .to_double = acc == DType::kFloat64,
         .x = cols.array.data(),
         .stride = {s.H / s.cols_per_head * s.C * cols.stride, s.C * cols.stride, cols.stride},
+        .scale = 1,
         .key_mask = col_mask.data(),
         .tiles = tiles.data(),
         .key_bias = col_bias.data(),
@@ -58,7 +59,7 @@ struct Problem {
     p.row_stride[0] = s.H / s.rows_per_head * s.R * rows.stride;
     p.row_stride[1] = s.R * rows.stride, p.row_stride[2] = rows.stride;
     p.rows_per_head = s.rows_per_head, p.cols_per_head = s.cols_per_head;
-    p.scale = 0.3;
+    p.scale = 0.3 * kLog2e;
     p.col_tiles = tiles.data(), p.col_bias = col_bias.data();
     p.row_mask = row_mask.data();
     return p;
@@ -119,7 +120,7 @@ void test_dense(const Kernels& kernels, const Shape& s, DType dtype, Mask mask) 
             continue;
           const int64_t row = (b * s.H + h) / s.rows_per_head * s.R + r;
           const int64_t col = (b * s.H + h) / s.cols_per_head * s.C + c;
-          const double score = p.scale * dot(problem.rows, row, problem.cols, col, s.D);
+          const double score = p.scale / kLog2e * dot(problem.rows, row, problem.cols, col, s.D);
           sum += std::exp(score);
           const double weight = std::exp(score - row_shift[(b * s.H + h) * s.R + r] -
                                          col_shift[(b * s.H + h) * s.C + c]) *

@@ -28,6 +28,7 @@ void test_pack(const Kernels& kernels, DType dtype, int64_t M, int64_t D, bool m
       .to_double = acc == DType::kFloat64,
       .x = x.array.data(),
       .stride = {H * M * x.stride, M * x.stride, x.stride},
+      .scale = 1,
       .key_mask = masked ? key_mask.data() : nullptr,
       .tiles = packed.data(),
       .key_bias = key_bias.data(),

@@ -58,6 +58,7 @@ struct Problem {
         .to_double = false,
         .x = k.array.data(),
         .stride = {M * k.stride, 0, k.stride},
+        .scale = 1,
         .key_mask = mask,
         .tiles = k_tiles.data(),
         .key_bias = key_bias.data(),
