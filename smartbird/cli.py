@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from smartbird import tasks
-from smartbird.tasks.config import LEARNING_ROUTES
+from smartbird.modules import LEARNING_ROUTES
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it

@@ -8,22 +8,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smartbird import ops, patterns
+from smartbird.modules import SmartBirdAttention
 from smartbird.tasks.config import Config
 
 
 class ProjectedAttention(nn.Module):
-    """Self-attention x [B, N, dim] -> [B, N, dim] with the usual projections around `attend`."""
+    """Self-attention with the projections of `SmartBirdAttention` around `attend`.
+
+    Called with x [B, N, dim] and key_mask, bool [B, N] (True = may be attended) or None; returns
+    [B, N, dim].
+    """
 
     def __init__(self, config: Config, is_causal: bool) -> None:
         super().__init__()
-        self.heads, self.is_causal = config.heads, is_causal
+        self.heads, self.num_samples, self.is_causal = config.heads, config.num_samples, is_causal
         self.in_proj = nn.Linear(config.dim, 3 * config.dim)
         self.out_proj = nn.Linear(config.dim, config.dim)
         nn.init.xavier_uniform_(self.in_proj.weight)
         nn.init.zeros_(self.in_proj.bias)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.in_proj(x).chunk(3, dim=-1)
@@ -33,7 +39,7 @@ class ProjectedAttention(nn.Module):
         return result
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        """Attention of q, k, v [B, H, N, D] -> [B, H, N, D]; `key_mask` is bool [B, N]."""
+        """Attention of q, k, v [B, H, N, D] -> [B, H, N, D]."""
         raise NotImplementedError
 
 
@@ -49,11 +55,91 @@ class DenseAttention(ProjectedAttention):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+class PatternAttention(ProjectedAttention):
+    """K keys per query that a pattern of `smartbird.patterns` names, through the gather kernel."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        indices = self.indices(q, k, key_mask).expand(len(q), -1, -1, -1)
+        return ops.gather_attention(q, k, v, indices)
+
+    def indices(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The keys, int32 [B or 1, H or 1, N, K]."""
+        raise NotImplementedError
+
+
+class WindowAttention(PatternAttention):
+    """The K nearest keys; one less where K is even and both sides are seen."""
+
+    def indices(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        window = self.num_samples if self.is_causal else self.num_samples - 1 + self.num_samples % 2
+        return patterns.window_indices(
+            q.shape[2], k.shape[2], window, is_causal=self.is_causal, key_mask=key_mask
+        )
+
+
+class RandomAttention(PatternAttention):
+    """Random keys, drawn anew in training, and the `window` nearest as `smartbird` has them."""
+
+    num_sinks = 0
+    redraws = True
+    seed: Tensor
+
+    def __init__(self, config: Config, is_causal: bool) -> None:
+        super().__init__(config, is_causal)
+        self.window = config.window
+        self.register_buffer("seed", ops.draw_seed())
+
+    def indices(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        return patterns.bigbird_indices(
+            q.shape[2],
+            k.shape[2],
+            self.num_samples,
+            window=self.window,
+            num_sinks=self.num_sinks,
+            num_index_heads=self.heads,
+            is_causal=self.is_causal,
+            key_mask=key_mask,
+            seed=None if self.training and self.redraws else self.seed,
+        )
+
+
+class BigBirdAttention(RandomAttention):
+    """Global, local and random keys, 2 : 3 : 3 of K as in Big Bird; drawn once."""
+
+    redraws = False
+
+    def __init__(self, config: Config, is_causal: bool) -> None:
+        super().__init__(config, is_causal)
+        self.num_sinks, self.window = config.num_samples // 4, 3 * config.num_samples // 8
+
+
+class OracleAttention(PatternAttention):
+    """The K keys with the largest exact scores of each head."""
+
+    def indices(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        return patterns.oracle_indices(
+            q, k, self.num_samples, is_causal=self.is_causal, key_mask=key_mask
+        )
+
+
+def _smartbird(config: Config, is_causal: bool) -> SmartBirdAttention:
+    return SmartBirdAttention(
+        config.dim,
+        config.heads,
+        num_samples=config.num_samples,
+        sketch_dim=config.sketch_dim,
+        window=config.window,
+        learning=config.learning,
+        is_causal=is_causal,
+    )
+
+
+# A layer is called as attention(x, key_mask=key_mask): see ProjectedAttention.
 ATTENTIONS: dict[str, Callable[[Config, bool], nn.Module]] = {
+    "smartbird": _smartbird,
     "dense": DenseAttention,
+    "window": WindowAttention,
+    "random": RandomAttention,
+    "bigbird": BigBirdAttention,
+    "oracle": OracleAttention,
 }
-
-
-def build_attention(config: Config, is_causal: bool) -> nn.Module:
-    """The attention of one layer: called with x [B, N, dim] and key_mask, bool [B, N] or None."""
-    return ATTENTIONS[config.attention](config, is_causal)

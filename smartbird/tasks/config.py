@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-LEARNING_ROUTES = ("distill", "bias", "value")
+from smartbird.modules import LEARNING_ROUTES
 
 
 class RunError(Exception):
@@ -27,7 +27,7 @@ class Config:
         attention: a name in `smartbird.tasks.ATTENTIONS`.
         seq_len: longest sequence, in tokens (N).
         num_samples: keys per query and head (K), forced keys included; dense attention ignores it.
-        window: nearest keys that are always among the K of `smartbird`.
+        window: nearest keys that are always among the K of `smartbird` and `random`.
         sketch_dim: width of the sketch (S) of `smartbird`.
         learning: how the sketch learns, of `LEARNING_ROUTES`.
         dense_warmup: steps that `smartbird` attends densely before it samples.
@@ -82,6 +82,11 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.window > 0 and 2 * (self.window // 2) + 1 > self.num_samples:
+            raise ValueError(
+                f"window must leave its keys room among num_samples={self.num_samples}, "
+                f"got {self.window}"
+            )
         for name in ("window", "dense_warmup", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

