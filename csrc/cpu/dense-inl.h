@@ -35,7 +35,7 @@ struct RowBlock {
   Span visible[kRows];      // the columns a row may see; empty where it takes no part
   Span seen;                // hull of `visible`
 
-  A* rows;    // [H, kRows, D] times scale * log2(e); zeros where a row takes no part
+  A* rows;    // [H, kRows, D] times scale; zeros where a row takes no part
   A* shift;   // [H, kRows] -row_shift * log2(e)
   A* scores;  // [kGroup, 32] of one group and tile
   A* weight;  // [kRows, 32] summed over heads, of one tile
@@ -48,7 +48,8 @@ template <typename A>
 struct ColumnTile {
   int64_t first;
   const A* features;  // [D, 32]
-  A bias[kTile];      // -col_shift * log2(e), -inf where a column takes no part
+  A bias[kTile];      // 0, or -inf where a column takes no part
+  A shift[kTile];     // -col_shift * log2(e)
   bool complete;      // all 32 take part
 };
 
@@ -62,8 +63,7 @@ inline int64_t scratch_elements(const DenseParams& p) {
   return p.H * kRows * (p.D + 1) + (kGroup + kRows) * kTile + (kRows + kTile) * padded_values<A>(p);
 }
 
-// ---- rows
-// ------------------------------------------------------------------------------------------------------------
+// ---- rows ---------------------------------------------------------------------------------------
 
 // The columns that row r may see as far as causality allows.
 inline Span causal_span(const DenseParams& p, int64_t r) {
@@ -124,8 +124,7 @@ inline RowBlock<A> load_rows(const DenseParams& p, int64_t task, void* scratch) 
   return block;
 }
 
-// ---- columns
-// ---------------------------------------------------------------------------------------------------------
+// ---- columns ------------------------------------------------------------------------------------
 
 template <typename A>
 inline ColumnTile<A> load_columns(const DenseParams& p, int64_t b, int64_t h, int64_t t) {
@@ -137,14 +136,17 @@ inline ColumnTile<A> load_columns(const DenseParams& p, int64_t b, int64_t h, in
   tile.complete = true;
   for (int64_t c = 0; c < kTile; ++c) {
     const int64_t column = tile.first + c;
-    A bias = column < p.C ? A{0} : -kInf<A>;
-    if (p.col_bias != nullptr) bias = static_cast<const A*>(p.col_bias)[b * tiles * kTile + column];
-    if (p.col_shift != nullptr && bias == 0) {
-      const A shift = static_cast<const A*>(p.col_shift)[(b * p.H + h) * p.C + column];
-      bias = shift == -kInf<A> ? shift : -shift * static_cast<A>(kLog2e);
+    bool takes_part = column < p.C;
+    A shift = 0;
+    if (p.col_bias != nullptr)
+      takes_part &= static_cast<const A*>(p.col_bias)[b * tiles * kTile + column] == 0;
+    if (p.col_shift != nullptr && takes_part) {
+      shift = -static_cast<const A*>(p.col_shift)[(b * p.H + h) * p.C + column];
+      takes_part = shift != kInf<A>;
     }
-    tile.bias[c] = bias;
-    tile.complete &= bias != -kInf<A>;
+    tile.bias[c] = takes_part ? A{0} : -kInf<A>;
+    tile.shift[c] = takes_part ? shift * static_cast<A>(kLog2e) : A{0};
+    tile.complete &= takes_part;
   }
   return tile;
 }
@@ -164,8 +166,7 @@ inline void load_values(const DenseParams& p, const ColumnTile<A>& tile, const b
   }
 }
 
-// ---- scores
-// ----------------------------------------------------------------------------------------------------------
+// ---- scores -------------------------------------------------------------------------------------
 
 // Whether any row of the group that begins at row `group` of the block sees a column of the tile.
 template <typename A>
@@ -208,8 +209,7 @@ inline void score_group(int64_t h, int64_t group, int64_t D, const ColumnTile<A>
   }
 }
 
-// ---- products
-// --------------------------------------------------------------------------------------------------------
+// ---- products -----------------------------------------------------------------------------------
 
 // out[r, :] += weight[r, :] . values for R rows and V vectors of values; R x V accumulators.
 template <int R, int V, typename A>
@@ -242,8 +242,7 @@ inline void add_group_product(const A* weight, const A* values, int64_t ld, A* o
   if (d < ld) add_product<8, 1>(weight, values + d, ld, out + d);
 }
 
-// ---- kernels
-// ---------------------------------------------------------------------------------------------------------
+// ---- kernels ------------------------------------------------------------------------------------
 
 // How far, in units of log(2), a score may lie above the reference of its row before that moves:
 // 2^60 times the number of columns is far from overflow, and a reference moves about once.
@@ -297,15 +296,15 @@ inline void lse_task(const DenseParams& p, int64_t task, void* scratch) {
   }
 }
 
-// block->weight[group..] becomes, or from the second head on gains, 2^(score - shift).
+// block->weight[i, c] becomes, or from the second head on gains, 2^(score - shifts).
 template <typename A>
-inline void add_weights(int64_t h, int64_t group, RowBlock<A>* block) {
+inline void add_weights(int64_t h, int64_t group, const ColumnTile<A>& tile, RowBlock<A>* block) {
   for (int64_t i = group; i < group + kGroup; ++i) {
     const A shift = block->shift[h * kRows + i];
     const A* scores = block->scores + (i - group) * kTile;
     A* weight = block->weight + i * kTile;
     for (int c = 0; c < kTile; c += kLanes<A>) {
-      const Vec<A> w = exp2(load(scores + c) + shift);
+      const Vec<A> w = exp2(load(scores + c) + (load(tile.shift + c) + shift));
       store(weight + c, h == 0 ? w : load(weight + c) + w);
     }
   }
@@ -326,7 +325,7 @@ inline void mean_task(const DenseParams& p, int64_t task, void* scratch) {
       for (int64_t group = 0; group < kRows; group += kGroup) {
         if (!sees_any(block, group, tile)) continue;
         score_group(h, group, p.D, tile, &block);
-        add_weights(h, group, &block);
+        add_weights(h, group, tile, &block);
       }
     }
     load_values(p, tile, takes_part, &block);
