@@ -172,18 +172,19 @@ def plot_arcs(
     tokens: Sequence[str],
     *,
     queries: Sequence[int] | None = None,
-    min_share: float = 0.25,
+    max_arcs: int = 100,
 ) -> Figure:
     """Arcs from queries to the keys they draw, over the tokens of a short passage.
 
     Arcs of keys after their query are drawn below the tokens, all others above. The more of the
-    leading dimensions (heads, repeated draws) drew a pair, the darker is its arc.
+    leading dimensions (heads, repeated draws) drew a pair, the darker is its arc, next to the pair
+    that was drawn most.
 
     Args:
         indices: integers [..., N, K] in [-1, N).
         tokens: N labels, up to 48.
         queries: positions to draw arcs from. None: all.
-        min_share: leave out pairs that fewer than this share of the draws drew.
+        max_arcs: leave out all but this many pairs, those drawn most.
 
     Returns:
         The figure.
@@ -201,21 +202,19 @@ def plot_arcs(
     shares = _pair_shares(indices, num_tokens)
 
     pairs = [
-        (i, j, share)
-        for i in queries
-        for j, share in enumerate(shares[i].tolist())
-        if share >= min_share and share > 0.0
+        (share, i, j) for i in queries for j, share in enumerate(shares[i].tolist()) if share > 0.0
     ]
+    pairs = sorted(pairs, reverse=True)[:max_arcs]
     # One unit is the place of one token. Labels stand upright in the gap between the arcs.
     gap = 0.6 + 0.24 * max((len(token) for token in tokens), default=0)
-    reach = 0.5 + _ARC_FLATNESS * max((abs(i - j) / 2 for i, j, _ in pairs), default=0.0)
+    reach = 0.5 + _ARC_FLATNESS * max((abs(i - j) / 2 for _, i, j in pairs), default=0.0)
     figure = Figure(figsize=(_INCHES * (num_tokens + 1), _INCHES * (gap + 2 * reach)))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
     axis.set_xlim(-1, num_tokens)
     axis.set_ylim(-gap - reach, reach)
-    for i, j, share in pairs:
-        below = j > i
+    for share, i, j in pairs:
+        below, strength = j > i, share / pairs[0][0]
         width = max(abs(i - j), 0.5)
         axis.add_patch(
             Arc(
@@ -225,8 +224,8 @@ def plot_arcs(
                 theta1=180 if below else 0,
                 theta2=360 if below else 180,
                 color="tab:orange" if below else "tab:blue",
-                alpha=0.15 + 0.85 * share,
-                linewidth=0.6 + 1.4 * share,
+                alpha=0.15 + 0.85 * strength,
+                linewidth=0.6 + 1.4 * strength,
             )
         )
     chosen = set(queries) if len(queries) < num_tokens else set()

@@ -75,7 +75,7 @@ def test_heat_map_labels() -> None:
 
 
 def test_arcs_go_from_queries_to_keys() -> None:
-    figure = plot_arcs(INDICES, ["a", "b", "c"], min_share=0.0)
+    figure = plot_arcs(INDICES, ["a", "b", "c"])
     arcs = [patch for patch in figure.axes[0].patches if isinstance(patch, Arc)]
     # Query 0 looks ahead to 1 and 2, so below; the two backward pairs and three selves are above.
     drawn = sorted((arc.center[0], arc.width, arc.theta1 == 180) for arc in arcs)
@@ -91,8 +91,8 @@ def test_arcs_go_from_queries_to_keys() -> None:
     assert png_size(figure) > 0
 
 
-def test_arcs_of_chosen_queries_and_shares() -> None:
-    figure = plot_arcs(INDICES, ["a", "b", "c"], queries=[2], min_share=0.75)
+def test_arcs_of_chosen_queries_drawn_most() -> None:
+    figure = plot_arcs(INDICES, ["a", "b", "c"], queries=[2], max_arcs=1)
     assert [(arc.center[0], arc.width) for arc in figure.axes[0].patches] == [(1.5, 1)]
     assert [text.get_fontweight() for text in figure.axes[0].texts] == ["normal", "normal", "bold"]
 

@@ -1,0 +1,1 @@
+"""`python -m smartbird.demo`: Smart Bird beside dense attention on real text, with a report."""
