@@ -204,7 +204,7 @@ def plot_arcs(
     pairs = [
         (share, i, j) for i in queries for j, share in enumerate(shares[i].tolist()) if share > 0.0
     ]
-    pairs = sorted(pairs, reverse=True)[:max_arcs]
+    pairs = sorted(pairs, key=lambda pair: -pair[0])[:max_arcs]
     # One unit is the place of one token. Labels stand upright in the gap between the arcs.
     gap = 0.6 + 0.24 * max((len(token) for token in tokens), default=0)
     reach = 0.5 + _ARC_FLATNESS * max((abs(i - j) / 2 for _, i, j in pairs), default=0.0)

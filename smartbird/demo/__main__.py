@@ -53,24 +53,23 @@ def run(options: argparse.Namespace) -> None:
     changes: dict[str, Any] = dict(QUICK_CONFIG) if options.quick else {}
     if options.steps is not None:
         changes["steps"] = options.steps
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    results, rows = {}, {}
-    for attention in ("dense", "smartbird"):
-        out = options.out / attention
-        config = default_config(
+    configs = {
+        attention: default_config(
             "sotu",
             attention=attention,
             seed=options.seed,
             threads=options.threads,
-            out=str(out),
+            out=str(options.out / attention),
             **changes,
         )
-        results[attention] = train_alone(config)
-        rows[attention] = read_metrics(out / METRICS)
+        for attention in ("dense", "smartbird")
+    }
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    results = {attention: train_alone(config) for attention, config in configs.items()}
     findings = Findings(
         results=results,
-        rows=rows,
+        rows={a: read_metrics(Path(config.out) / METRICS) for a, config in configs.items()},
         timings=time_lengths(QUICK_LENGTHS if options.quick else LENGTHS),
         passage=look(options.out / "smartbird" / CHECKPOINT),
     )
