@@ -19,6 +19,14 @@ METHODS = ("gumbel", "systematic", "multinomial", "topk")
 
 
 @dataclass(frozen=True)
+class Backend:
+    """An implementation under test: a module with the names of smartbird.ops, and its device."""
+
+    ops: ModuleType
+    device: torch.device
+
+
+@dataclass(frozen=True)
 class Case:
     """Sizes and masks of one problem. Letters as in :mod:`smartbird.reference`."""
 
@@ -158,17 +166,10 @@ def leaves(*tensors: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
     return [x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
 
 
-def assert_accurate(
-    actual: Tensor,
-    same_dtype: Tensor,
-    exact: Tensor,
-    *,
-    rounded_to: torch.dtype | None = None,
-) -> None:
+def assert_accurate(actual: Tensor, same_dtype: Tensor, exact: Tensor) -> None:
     """The error against float64 is at most twice that of same-dtype PyTorch, plus rounding.
 
-    The added term is one rounding of the result, or of an intermediate result of dtype
-    ``rounded_to``, and 16 of the arithmetic (sums of up to a few
+    The added term is one rounding of the result and 16 of the arithmetic (sums of up to a few
     hundred terms in another order), at the scale of the largest entry or of the standard normal
     inputs.
     """
@@ -182,22 +183,17 @@ def assert_accurate(
         return
     arithmetic = torch.float64 if actual.dtype == torch.float64 else torch.float32
     scale = exact[finite].abs().max().clamp(min=1.0)
-    eps = torch.finfo(rounded_to or actual.dtype).eps
-    rounding = (eps + 16 * torch.finfo(arithmetic).eps) * scale
+    rounding = (torch.finfo(actual.dtype).eps + 16 * torch.finfo(arithmetic).eps) * scale
     error = (actual.double() - exact)[finite].abs().max()
     allowed = 2 * (same_dtype.double() - exact)[finite].abs().max() + rounding
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 
 def assert_all_accurate(
-    actual: Sequence[Tensor],
-    same_dtype: Sequence[Tensor],
-    exact: Sequence[Tensor],
-    *,
-    rounded_to: torch.dtype | None = None,
+    actual: Sequence[Tensor], same_dtype: Sequence[Tensor], exact: Sequence[Tensor]
 ) -> None:
     for triple in zip(actual, same_dtype, exact, strict=True):
-        assert_accurate(*triple, rounded_to=rounded_to)
+        assert_accurate(*triple)
 
 
 def results_and_gradients(
@@ -217,13 +213,10 @@ def results_and_gradients(
 
 
 def check_against_reference(
-    ops: ModuleType,
-    run: Callable[..., tuple[Tensor, ...]],
-    *tensors: Tensor,
-    rounded_to: torch.dtype | None = None,
+    ops: ModuleType, run: Callable[..., tuple[Tensor, ...]], *tensors: Tensor
 ) -> None:
     """Hold ``run(ops, *tensors)`` and its gradients to the reference, same dtype and float64."""
     actual = results_and_gradients(lambda *x: run(ops, *x), *tensors)
     same_dtype = results_and_gradients(lambda *x: run(reference, *x), *tensors)
     exact = results_and_gradients(lambda *x: run(reference, *x), *tensors, dtype=torch.float64)
-    assert_all_accurate(actual, same_dtype, exact, rounded_to=rounded_to)
+    assert_all_accurate(actual, same_dtype, exact)

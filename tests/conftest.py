@@ -2,20 +2,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from types import ModuleType
 
 import pytest
 import torch
-
-
-@dataclass(frozen=True)
-class Backend:
-    """An implementation under test: a module with the names of smartbird.ops, and its device."""
-
-    ops: ModuleType
-    device: torch.device
-
+from cases import Backend
 
 # Name: (module, device). Imported on use: the reference is tested without the extension.
 IMPLEMENTATIONS = {

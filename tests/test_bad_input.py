@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, make_inputs
-from conftest import Backend
+from cases import Backend, Case, make_inputs
 
 CASE = Case("small", B=2, N=3, M=5, H=4, H_kv=2, H_i=2, D=8, Dv=6, S=4, K=3)
 OPS = {

@@ -11,6 +11,7 @@ from cases import (
     CASE,
     CASES,
     DTYPES,
+    Backend,
     Case,
     Inputs,
     assert_accurate,
@@ -20,7 +21,6 @@ from cases import (
     make_inputs,
     results_and_gradients,
 )
-from conftest import Backend
 from torch import Tensor
 
 from smartbird import reference

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASE, DTYPES, METHODS, Case, make_inputs
-from conftest import Backend
+from cases import CASE, DTYPES, METHODS, Backend, Case, make_inputs
 
 SMALL = Case("small", B=2, N=6, M=9, H=4, H_kv=2, H_i=2, D=8, Dv=6, S=4, K=3, is_causal=True)
 PROBLEMS = [

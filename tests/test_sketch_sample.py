@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASE, CASES, DTYPES, METHODS, Case, make_inputs
-from conftest import Backend
+from cases import CASE, CASES, DTYPES, METHODS, Backend, Case, make_inputs
 from scipy import special, stats
 from torch import Tensor
 
