@@ -10,7 +10,6 @@
 namespace smartbird::SMARTBIRD_ISA {
 
 // ---- inverse of the indices
-// ----------------------------------------------------------------------------------------
 
 inline int64_t invert_indices_num_tasks(const InvertParams& P) { return P.B * P.H_i; }
 
@@ -46,154 +45,176 @@ inline void invert_indices(const InvertParams& P, int64_t task, void*) {
 }
 
 // ---- pass 1: queries
-// -----------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------
 
-template <typename A>
+template <typename T>
 struct QueryGradScratch {
-  A* q;        // [D]
-  A* dq;       // [D]
-  A* dout;     // [Dv]
-  A* weights;  // [K] d out / d v
-  A* dlogits;  // [K]
-  A* factors;  // [K]
-  GatherSlots<A> slots;
+  using A = acc_t<T>;
+  GatherLists lists;
+  const T** q;     // [lists]
+  const T** dout;  // [lists]
+  A* weights;      // [lists, slots] first q . k, at the end d out / d v
+  A* dlogits;      // [lists, slots] first dout . v
+  A* dq;           // [lists, D]
+  A* bias;         // [slots] of one list
+  A* factors;      // [slots] of one list
 
   QueryGradScratch(const GatherParams& P, ScratchAllocator& scratch) {
-    q = scratch.take<A>(pad_to_vector<A>(P.D));
-    dq = scratch.take<A>(pad_to_vector<A>(P.D));
-    dout = scratch.take<A>(pad_to_vector<A>(P.Dv));
-    weights = scratch.take<A>(pad_to_vector<A>(P.K));
-    dlogits = scratch.take<A>(pad_to_vector<A>(P.K));
-    factors = scratch.take<A>(pad_to_vector<A>(P.K));
-    slots.allocate(scratch, P.K);
+    const int64_t count = gather_queries_per_task(P) * (P.H / P.H_kv),
+                  slots = pad_to_vector<A>(P.K);
+    lists.allocate(scratch, count, slots);
+    q = scratch.take<const T*>(count);
+    dout = scratch.take<const T*>(count);
+    weights = scratch.take<A>(count * slots);
+    dlogits = scratch.take<A>(count * slots);
+    dq = scratch.take<A>(count * pad_to_vector<A>(P.D));
+    bias = scratch.take<A>(slots);
+    factors = scratch.take<A>(slots);
   }
 };
 
-// weights[j] = p_j f_j and dlogits[j] = p_j (f_j dout . v_j - delta + dlse), p the softmax, f_j the
-// dropout factor of slot j and delta = sum_j p_j f_j dout . v_j. Returns the number of slots with a
-// gradient.
+// weights (in: q . k) and dlogits (in: dout . v) of one query: weights[j] = p_j f_j and
+// dlogits[j] = p_j (f_j dout . v_j - delta + dlse), p the softmax, f_j the dropout factor of slot j
+// and delta = sum_j p_j f_j dout . v_j. Returns the number of slots with a gradient.
 //
 // Neither lse nor out is read: a softmax normalised here sums to 1 and delta is free of the
 // rounding of out, so the difference of two nearly equal numbers keeps its digits.
-template <typename T>
-inline int64_t attention_slot_grads(const GatherBackwardParams& P, GatherRow at,
-                                    PhiloxKey dropout_key, QueryGradScratch<acc_t<T>>& scratch) {
-  using A = acc_t<T>;
+template <typename A>
+inline int64_t attention_slot_grads(const GatherBackwardParams& P, GatherRow at, int64_t n,
+                                    PhiloxKey dropout_key, A* bias, A* factors, A* weights,
+                                    A* dlogits) {
   const GatherParams& F = P.fwd;
-  const int64_t row = (at.b * F.H + at.h) * F.N + at.i, h_kv = at.h / (F.H / F.H_kv),
-                n = scratch.slots.size;
-  if (n == 0) return 0;
-  A* weights = scratch.weights;
-  A* dlogits = scratch.dlogits;
-
-  load_row(head_rows<T>(F.q, F.q_stride, at.b, at.h, F.D)[at.i], F.D, scratch.q);
-  const auto k = head_rows<T>(F.k, F.k_stride, at.b, h_kv, F.D);
-  const A largest = gather_logits(F, scratch.q, k, scratch.slots, weights);
+  const A largest = finish_logits(F, at, n, bias, weights);
   if (largest == -static_cast<A>(__builtin_inff())) return 0;
   const A normalizer = 1 / exp_and_sum(weights, n, largest);
-  for (int64_t j = 0; j < n; ++j) weights[j] *= normalizer;
   if (F.dropout_p > 0)
-    dropout_factors(F, at, dropout_key, n, scratch.factors);
+    dropout_factors(F, at, dropout_key, n, factors);
   else
-    for (int64_t j = 0; j < n; ++j) scratch.factors[j] = 1;
+    fill(factors, n, A{1});
+  fill(factors + n, pad_to_vector<A>(n) - n, A{0});
 
-  const bool need_dlogits = P.dq || P.dk || P.dbias;
   const Vec<A> zero{};
-  if (need_dlogits) {
-    load_row(static_cast<const T*>(P.dout) + row * F.Dv, F.Dv, scratch.dout);
-    gather_dots(scratch.dout, head_rows<T>(F.v, F.v_stride, at.b, h_kv, F.Dv), scratch.slots.keys,
-                n, dlogits);
-    // dlogits becomes the gradient of p; zero times a value row of inf or NaN stays zero.
-    Vec<A> delta{};
-    for (int64_t j = 0; j < n; j += kLanes<A>) {
-      const Vec<A> p = load(weights + j), f = load(scratch.factors + j);
-      const Vec<A> dp = p * f == zero ? zero : f * load(dlogits + j);
-      store(dlogits + j, dp);
-      delta += p * dp;
-    }
-    const A dlse = P.dlse ? static_cast<const A*>(P.dlse)[row] : A{0};
-    const A shift = dlse - reduce_add(delta);
-    for (int64_t j = 0; j < n; j += kLanes<A>)
-      store(dlogits + j, load(weights + j) * (load(dlogits + j) + shift));
+  Vec<A> delta{};
+  for (int64_t j = 0; j < n; j += kLanes<A>) {
+    const Vec<A> p = load(weights + j) * normalizer, f = load(factors + j);
+    // The gradient of p; zero times a value row of inf or NaN stays zero.
+    const Vec<A> dp = p * f == zero ? zero : f * load(dlogits + j);
+    store(weights + j, p);
+    store(dlogits + j, dp);
+    delta += p * dp;
   }
-  for (int64_t j = 0; j < n; ++j) weights[j] *= scratch.factors[j];
+  const A dlse = P.dlse ? static_cast<const A*>(P.dlse)[row_number(F, at)] : A{0};
+  const A shift = dlse - reduce_add(delta);
+  for (int64_t j = 0; j < n; j += kLanes<A>) {
+    const Vec<A> p = load(weights + j);
+    store(dlogits + j, p * (load(dlogits + j) + shift));
+    store(weights + j, p * load(factors + j));
+  }
   return n;
 }
 
-// gather_scores: dlogits[j] = dout[j] in slots that hold a key. Returns the number of slots with a
-// gradient.
+// gather_scores: dlogits[j] = dout[j] in slots that hold a key, and no gradient of values.
 template <typename T>
-inline int64_t scores_slot_grads(const GatherBackwardParams& P, GatherRow at,
-                                 QueryGradScratch<acc_t<T>>& scratch) {
-  using A = acc_t<T>;
-  const int64_t row = (at.b * P.fwd.H + at.h) * P.fwd.N + at.i;
-  const T* dout = static_cast<const T*>(P.dout) + row * P.fwd.K;
-  for (int64_t j = 0; j < scratch.slots.size; ++j) {
-    scratch.weights[j] = 0;
-    scratch.dlogits[j] = scratch.slots.bias[j] == 0 ? to_acc(dout[j]) : A{0};
+inline void scores_slot_grads(const GatherBackwardParams& P, GatherRow at, int64_t n,
+                              acc_t<T>* weights, acc_t<T>* dlogits) {
+  const T* dout = static_cast<const T*>(P.dout) + row_number(P.fwd, at) * P.fwd.K;
+  const int32_t* indices = row_indices(P.fwd, at);
+  for (int64_t j = 0; j < n; ++j) {
+    const bool holds_key = static_cast<uint32_t>(indices[j]) < static_cast<uint32_t>(P.fwd.M);
+    weights[j] = 0;
+    dlogits[j] = holds_key ? to_acc(dout[j]) : acc_t<T>{0};
   }
-  return scratch.slots.size;
 }
 
-// One query: dq [D], dbias [K] and slot_grads [K, 2].
-template <typename T>
-inline void gather_backward_query(const GatherBackwardParams& P, GatherRow at,
-                                  PhiloxKey dropout_key, QueryGradScratch<acc_t<T>>& scratch) {
-  using A = acc_t<T>;
+// Writes what one query gives besides dq: dbias [K] and slot_grads [K, 2], zero from slot n on.
+template <typename A>
+inline void store_slot_grads(const GatherBackwardParams& P, GatherRow at, int64_t n,
+                             const A* weights, const A* dlogits) {
   const GatherParams& F = P.fwd;
-  const int64_t row = (at.b * F.H + at.h) * F.N + at.i, group = F.H / F.H_kv;
-  const A scale = static_cast<A>(F.scale);
-
-  load_slots(F, at, scratch.slots);
-  const int64_t n = min_of(F.v ? attention_slot_grads<T>(P, at, dropout_key, scratch)
-                               : scores_slot_grads<T>(P, at, scratch),
-                           F.K);
-
   if (P.dbias) {
-    A* dbias = static_cast<A*>(P.dbias) + row * F.K;
-    for (int64_t j = 0; j < n; ++j) dbias[j] = scratch.dlogits[j];
-    for (int64_t j = n; j < F.K; ++j) dbias[j] = 0;
+    A* dbias = static_cast<A*>(P.dbias) + row_number(F, at) * F.K;
+    for (int64_t j = 0; j < n; ++j) dbias[j] = dlogits[j];
+    fill(dbias + n, F.K - n, A{0});
   }
   if (P.dk || P.dv) {
-    const int64_t head_in_round = at.b * F.H + at.h - P.slice_begin * group;
-    A* slot_grads = static_cast<A*>(P.slot_grads) + (head_in_round * F.N + at.i) * F.K * 2;
+    const A scale = static_cast<A>(F.scale);
+    const int64_t round_begin = P.slice_begin * (F.H / F.H_kv) * F.N;
+    A* slot_grads = static_cast<A*>(P.slot_grads) + (row_number(F, at) - round_begin) * F.K * 2;
     for (int64_t j = 0; j < n; ++j) {
-      slot_grads[2 * j] = scratch.weights[j];
-      slot_grads[2 * j + 1] = scratch.dlogits[j] * scale;
+      slot_grads[2 * j] = weights[j];
+      slot_grads[2 * j + 1] = dlogits[j] * scale;
     }
-    for (int64_t j = 2 * n; j < 2 * F.K; ++j) slot_grads[j] = 0;
+    fill(slot_grads + 2 * n, 2 * (F.K - n), A{0});
   }
-  if (P.dq) {
-    for (int64_t d = 0; d < pad_to_vector<A>(F.D); ++d) scratch.dq[d] = 0;
-    const auto k = head_rows<T>(F.k, F.k_stride, at.b, at.h / group, F.D);
-    const int64_t used = drop_zeros(scratch.dlogits, scratch.slots.keys, n);
-    gather_accumulate(scratch.dlogits, k, scratch.slots.keys, used, scratch.dq);
-    store_row(scratch.dq, F.D, scale, static_cast<T*>(P.dq) + row * F.D);
+}
+
+// q [D], k [M, D], v [M, Dv], dout [Dv] -> dq [D], dbias [K], slot_grads [K, 2] of each query.
+template <typename T>
+inline void gather_backward_queries_task(const GatherBackwardParams& P, const GatherTask& task,
+                                         PhiloxKey dropout_key, QueryGradScratch<T>& scratch) {
+  using A = acc_t<T>;
+  const GatherParams& F = P.fwd;
+  GatherLists& lists = scratch.lists;
+  load_lists(F, task, lists, scratch.q);
+  const auto k = key_rows<T>(F, task.b, task.h_kv);
+  if (F.v) {
+    gather_dots(scratch.q, k, lists, scratch.weights);
+    if (P.dq || P.dk || P.dbias) {
+      task.for_each_row([&](int64_t r, GatherRow at) {
+        scratch.dout[r] = static_cast<const T*>(P.dout) + row_number(F, at) * F.Dv;
+      });
+      gather_dots(scratch.dout, value_rows<T>(F, task.b, task.h_kv), lists, scratch.dlogits);
+    } else {
+      fill(scratch.dlogits, lists.count * lists.capacity, A{0});
+    }
   }
+
+  task.for_each_row([&](int64_t r, GatherRow at) {
+    A* weights = scratch.weights + r * lists.capacity;
+    A* dlogits = scratch.dlogits + r * lists.capacity;
+    int64_t& n = lists.size[r];
+    if (F.v)
+      n = attention_slot_grads(P, at, n, dropout_key, scratch.bias, scratch.factors, weights,
+                               dlogits);
+    else
+      scores_slot_grads<T>(P, at, n, weights, dlogits);
+    store_slot_grads(P, at, n, weights, dlogits);
+    n = drop_zeros(dlogits, lists.keys + r * lists.capacity, n);
+  });
+
+  if (!P.dq) return;
+  gather_accumulate(scratch.dlogits, k, lists, scratch.dq);
+  task.for_each_row([&](int64_t r, GatherRow at) {
+    store_row(scratch.dq + r * pad_to_vector<A>(F.D), F.D, static_cast<A>(F.scale),
+              static_cast<T*>(P.dq) + row_number(F, at) * F.D);
+  });
 }
 
 inline int64_t gather_backward_queries_num_tasks(const GatherBackwardParams& P) {
-  return (P.slice_end - P.slice_begin) * ceil_div(P.fwd.N, kGatherRows);
+  return (P.slice_end - P.slice_begin) * ceil_div(P.fwd.N, gather_queries_per_task(P.fwd));
 }
 
 inline void gather_backward_queries(const GatherBackwardParams& P, int64_t task, void* scratch) {
   const PhiloxKey dropout_key = philox_key(P.fwd.seed, P.fwd.offset, kDropoutStream);
-  const int64_t first_task = P.slice_begin * ceil_div(P.fwd.N, kGatherRows);
+  const int64_t first_task = P.slice_begin * ceil_div(P.fwd.N, gather_queries_per_task(P.fwd));
   dispatch_dtype(P.fwd.dtype, [&](auto type) {
-    using T = decltype(type);
     ScratchAllocator allocator(scratch);
-    QueryGradScratch<acc_t<T>> row_scratch(P.fwd, allocator);
-    for_each_gather_row(P.fwd, first_task + task, [&](GatherRow at) {
-      gather_backward_query<T>(P, at, dropout_key, row_scratch);
-    });
+    QueryGradScratch<decltype(type)> task_scratch(P.fwd, allocator);
+    gather_backward_queries_task(P, GatherTask(P.fwd, first_task + task), dropout_key,
+                                 task_scratch);
   });
 }
 
 // ---- pass 2: keys
-// --------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------
 
-constexpr int64_t kGradKeys = 32;      // keys of a task: their sums stay in L1
-constexpr int64_t kGradEntries = 256;  // entries gathered at once
+constexpr int64_t kRunEntries = 256;  // entries of a run unpacked at once
+
+// Keys of one task, by the rule of gather_queries_per_task: a key has N * K / M entries.
+inline int64_t gather_keys_per_task(const GatherParams& P) {
+  const int64_t wanted = kReuse * P.M / max_of<int64_t>(P.K, 1);
+  return min_of(min_of(max_of(wanted, kMinLists), kMaxLists), max_of<int64_t>(P.M, 1));
+}
 
 // Exact quotients of 0 <= n < 2^31 by a constant without a division.
 class Divisor {
@@ -215,102 +236,121 @@ class Divisor {
   uint64_t multiplier_;
 };
 
-template <typename A>
+template <typename T>
 struct KeyGradScratch {
-  A* dk;          // [kGradKeys, D]
-  A* dv;          // [kGradKeys, Dv]
-  A* weights;     // [kGradEntries]
-  int32_t* rows;  // [kGradEntries] queries
+  using A = acc_t<T>;
+  A* grads;           // [keys, D or Dv]
+  int64_t* position;  // [keys] how far a pass over the queries has come
+  A* weights;         // [kRunEntries]
+  int32_t* queries;   // [kRunEntries]
 
   KeyGradScratch(const GatherParams& P, ScratchAllocator& scratch) {
-    dk = scratch.take<A>(kGradKeys * pad_to_vector<A>(P.D));
-    dv = scratch.take<A>(kGradKeys * pad_to_vector<A>(P.Dv));
-    weights = scratch.take<A>(kGradEntries);
-    rows = scratch.take<int32_t>(kGradEntries);
+    const int64_t keys = gather_keys_per_task(P);
+    grads = scratch.take<A>(keys * pad_to_vector<A>(max_of(P.D, P.Dv)));
+    position = scratch.take<int64_t>(keys);
+    weights = scratch.take<A>(kRunEntries);
+    queries = scratch.take<int32_t>(kRunEntries);
   }
 };
 
-// grad += sum over the entries of one key of slot_grads[entry] * rows[query of the entry].
+// The keys [begin, end) of slice b * H_kv + h_kv.
+struct KeyBlock {
+  int64_t slice, begin, end;
+};
+
+// grads[m] += sum over the entries of key m of slot_grad * rows[query of the entry], for one head.
 template <typename T>
-inline void accumulate_entries(const int32_t* entries, int64_t n, const acc_t<T>* slot_grads,
-                               const Rows<T>& rows, Divisor slots_per_query,
-                               KeyGradScratch<acc_t<T>>& scratch, acc_t<T>* grad) {
-  for (int64_t begin = 0; begin < n; begin += kGradEntries) {
-    const int64_t count = min_of(kGradEntries, n - begin);
-    int64_t used = 0;
-    for (int64_t e = 0; e < count; ++e) {
-      const int32_t slot = entries[begin + e];
-      const acc_t<T> weight = slot_grads[2 * static_cast<int64_t>(slot)];
-      scratch.weights[used] = weight;
-      scratch.rows[used] = slots_per_query.quotient(slot);
-      used += weight != 0;  // a row of weight zero must not count, NaN or not
+inline void accumulate_entries(const int64_t* key_start, const int32_t* entries,
+                               const acc_t<T>* slot_grads, const Rows<T>& rows, int64_t K,
+                               KeyBlock keys, KeyGradScratch<T>& scratch) {
+  using A = acc_t<T>;
+  const int64_t grad_size = pad_to_vector<A>(rows.size), row_bytes = rows.size * sizeof(T);
+  const int64_t gathered = key_start[keys.end] - key_start[keys.begin];
+  const int64_t block = rows_per_block(rows.count, row_bytes, gathered);
+  const Divisor slots_per_query(K);
+  for (int64_t m = keys.begin; m < keys.end; ++m) scratch.position[m - keys.begin] = key_start[m];
+  for (int64_t begin = 0; begin < rows.count; begin += block) {
+    const int64_t end_slot = begin + block < rows.count ? (begin + block) * K : INT64_MAX;
+    for (int64_t m = keys.begin; m < keys.end; ++m) {
+      int64_t e = scratch.position[m - keys.begin];
+      int64_t n = 0;
+      const auto flush = [&] {
+        for_each_chunk<A>(rows.size, [&](auto chunk, int64_t d) {
+          accumulate_run<decltype(chunk)::value>(scratch.weights, rows, d, scratch.queries, 0, n,
+                                                 INT64_MAX,
+                                                 scratch.grads + (m - keys.begin) * grad_size);
+        });
+        n = 0;
+      };
+      for (; e < key_start[m + 1] && entries[e] < end_slot; ++e) {
+        const A weight = slot_grads[2 * static_cast<int64_t>(entries[e])];
+        scratch.weights[n] = weight;
+        scratch.queries[n] = slots_per_query.quotient(entries[e]);
+        n += weight != 0;  // a row of weight zero must not count, NaN or not
+        if (n == kRunEntries) flush();
+      }
+      if (n > 0) flush();
+      scratch.position[m - keys.begin] = e;
     }
-    gather_accumulate(scratch.weights, rows, scratch.rows, used, grad);
   }
 }
 
-// A block of keys of one slice: dk [D] and dv [Dv] of each, summed over the heads that share the
-// key.
-template <typename T>
-inline void gather_backward_key_block(const GatherBackwardParams& P, int64_t slice, int64_t begin,
-                                      int64_t end, KeyGradScratch<acc_t<T>>& scratch) {
+// grad [keys, size] = sum over the heads that share the keys of slot_grads[.., part] * rows of that
+// head.
+template <typename T, typename HeadRows>
+inline void gather_backward_key_block(const GatherBackwardParams& P, KeyBlock keys, int part,
+                                      int64_t size, KeyGradScratch<T>& scratch, void* grad,
+                                      HeadRows&& head_rows) {
   using A = acc_t<T>;
   const GatherParams& F = P.fwd;
-  const int64_t b = slice / F.H_kv, h_kv = slice % F.H_kv, group = F.H / F.H_kv;
-  const int64_t D = pad_to_vector<A>(F.D), Dv = pad_to_vector<A>(F.Dv);
-  const Divisor slots_per_query(F.K);
-  for (int64_t d = 0; d < kGradKeys * D; ++d) scratch.dk[d] = 0;
-  for (int64_t d = 0; d < kGradKeys * Dv; ++d) scratch.dv[d] = 0;
-
-  for (int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
+  const int64_t group = F.H / F.H_kv, b = keys.slice / F.H_kv,
+                first_head = keys.slice % F.H_kv * group;
+  const int64_t padded_size = pad_to_vector<A>(size);
+  fill(scratch.grads, (keys.end - keys.begin) * padded_size, A{0});
+  for (int64_t h = first_head; h < first_head + group; ++h) {
     const int64_t index_head = b * F.H_i + h / (F.H / F.H_i);
-    const int64_t* start = P.key_start + index_head * (F.M + 1);
-    const int32_t* entries = P.entries + index_head * F.N * F.K;
-    const A* slot_grads =
-        static_cast<const A*>(P.slot_grads) + (b * F.H + h - P.slice_begin * group) * F.N * F.K * 2;
-    const auto q = head_rows<T>(F.q, F.q_stride, b, h, F.D);
-    const Rows<T> dout{static_cast<const T*>(P.dout) + (b * F.H + h) * F.N * F.Dv, F.Dv, F.Dv};
-    for (int64_t m = begin; m < end; ++m) {
-      const int64_t n = start[m + 1] - start[m];
-      if (P.dk)
-        accumulate_entries(entries + start[m], n, slot_grads + 1, q, slots_per_query, scratch,
-                           scratch.dk + (m - begin) * D);
-      if (P.dv)
-        accumulate_entries(entries + start[m], n, slot_grads, dout, slots_per_query, scratch,
-                           scratch.dv + (m - begin) * Dv);
-    }
+    const A* slot_grads = static_cast<const A*>(P.slot_grads) +
+                          (b * F.H + h - P.slice_begin * group) * F.N * F.K * 2 + part;
+    accumulate_entries<T>(P.key_start + index_head * (F.M + 1), P.entries + index_head * F.N * F.K,
+                          slot_grads, head_rows(b, h), F.K, keys, scratch);
   }
-
-  for (int64_t m = begin; m < end; ++m) {
-    const int64_t row = slice * F.M + m;
-    if (P.dk) store_row(scratch.dk + (m - begin) * D, F.D, A{1}, static_cast<T*>(P.dk) + row * F.D);
-    if (P.dv)
-      store_row(scratch.dv + (m - begin) * Dv, F.Dv, A{1}, static_cast<T*>(P.dv) + row * F.Dv);
-  }
+  for (int64_t m = keys.begin; m < keys.end; ++m)
+    store_row(scratch.grads + (m - keys.begin) * padded_size, size, A{1},
+              static_cast<T*>(grad) + (keys.slice * F.M + m) * size);
 }
 
 inline int64_t gather_backward_keys_num_tasks(const GatherBackwardParams& P) {
-  return (P.slice_end - P.slice_begin) * ceil_div(P.fwd.M, kGradKeys);
+  return (P.slice_end - P.slice_begin) * ceil_div(P.fwd.M, gather_keys_per_task(P.fwd));
 }
 
+// slot_grads, q [H, N, D], dout [H, N, Dv] -> dk [D], dv [Dv] of a block of keys.
 inline void gather_backward_keys(const GatherBackwardParams& P, int64_t task, void* scratch) {
-  const int64_t blocks = ceil_div(P.fwd.M, kGradKeys), begin = task % blocks * kGradKeys;
-  dispatch_dtype(P.fwd.dtype, [&](auto type) {
+  const GatherParams& F = P.fwd;
+  const int64_t step = gather_keys_per_task(F), blocks = ceil_div(F.M, step);
+  const int64_t begin = task % blocks * step;
+  const KeyBlock keys{P.slice_begin + task / blocks, begin, min_of(begin + step, F.M)};
+  dispatch_dtype(F.dtype, [&](auto type) {
     using T = decltype(type);
     ScratchAllocator allocator(scratch);
-    KeyGradScratch<acc_t<T>> block_scratch(P.fwd, allocator);
-    gather_backward_key_block<T>(P, P.slice_begin + task / blocks, begin,
-                                 min_of(begin + kGradKeys, P.fwd.M), block_scratch);
+    KeyGradScratch<T> task_scratch(F, allocator);
+    if (P.dk)
+      gather_backward_key_block(P, keys, 1, F.D, task_scratch, P.dk,
+                                [&](int64_t b, int64_t h) { return query_rows<T>(F, b, h); });
+    if (P.dv)
+      gather_backward_key_block(P, keys, 0, F.Dv, task_scratch, P.dv, [&](int64_t b, int64_t h) {
+        const T* dout = static_cast<const T*>(P.dout);
+        return Rows<T>{dout + (b * F.H + h) * F.N * F.Dv, F.Dv, F.N, F.Dv};
+      });
   });
 }
 
 inline int64_t gather_backward_scratch_bytes(const GatherBackwardParams& P) {
   int64_t bytes = 0;
   dispatch_dtype(P.fwd.dtype, [&](auto type) {
-    using A = acc_t<decltype(type)>;
+    using T = decltype(type);
     ScratchAllocator queries(nullptr), keys(nullptr);
-    QueryGradScratch<A>(P.fwd, queries);
-    KeyGradScratch<A>(P.fwd, keys);
+    QueryGradScratch<T>(P.fwd, queries);
+    KeyGradScratch<T>(P.fwd, keys);
     bytes = max_of(queries.bytes(), keys.bytes());
   });
   return bytes;

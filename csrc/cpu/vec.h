@@ -214,6 +214,15 @@ inline V fold(V a, V b) {
   }(std::make_integer_sequence<int, kLanes<Elem<V>>>{});
 }
 
+// Lane l < S: the sum of lanes l, l + S, l + 2 S, ... of v.
+template <int S, typename V, int Step = kLanes<Elem<V>> / 2>
+inline V sum_groups(V v) {
+  if constexpr (Step < S)
+    return v;
+  else
+    return sum_groups<S, V, Step / 2>(fold<Step>(v, v));
+}
+
 template <typename V>
 inline Elem<V> reduce_add(V v) {
   using A = Elem<V>;
@@ -278,7 +287,7 @@ inline bool any_greater(V a, V b) {
 }
 
 // How many of 32 ascending floats are <= x.
-inline int count_le(const float* p, float x) {
+SMARTBIRD_INLINE int count_le(const float* p, float x) {
 #if defined(__AVX512F__)
   const __m512 t = _mm512_set1_ps(x);
   const uint32_t lo = _mm512_cmp_ps_mask(_mm512_loadu_ps(p), t, _CMP_LE_OQ);
@@ -295,7 +304,7 @@ inline int count_le(const float* p, float x) {
 }
 
 // Lane l becomes the sum of lanes 0..l.
-inline Vec<float> prefix_sum(Vec<float> v) {
+SMARTBIRD_INLINE Vec<float> prefix_sum(Vec<float> v) {
 #if defined(__AVX512F__)
   __m512 x = bit_cast<__m512>(v);
   const auto shift = [](__m512 y, auto n) {  // towards higher lanes, zeros in
@@ -322,7 +331,7 @@ inline Vec<float> prefix_sum(Vec<float> v) {
 // ---- elementary functions ------------------------------------------------------------------------------------------
 
 // exp(x) to 2 ulp; 0 below -87.3 (no subnormals), +inf above 88.7, NaN stays.
-inline Vec<float> exp(Vec<float> x) {
+SMARTBIRD_INLINE Vec<float> exp(Vec<float> x) {
   constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const Vec<float> clamped = min(max(broadcast(-87.5f), x), broadcast(88.75f));
@@ -362,7 +371,7 @@ inline Vec<float> exp2(Vec<float> x) {
 }
 
 // log(x) for normal x > 0 to 2 ulp; log(0) = -inf. Negative, subnormal or NaN: undefined.
-inline Vec<float> log(Vec<float> x) {
+SMARTBIRD_INLINE Vec<float> log(Vec<float> x) {
   constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
   constexpr int32_t kSqrtHalf = 0x3F3504F3;
   const VecI bits = bit_cast<VecI>(x);
