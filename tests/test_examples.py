@@ -1,0 +1,29 @@
+"""The examples run as they stand and do what they say."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_swap_encoder_layers_learns() -> None:
+    untrained, trained = map(float, re.findall(r"error (\S+)", run("swap_encoder_layers.py")))
+    assert trained < 0.5 * untrained
+
+
+def test_plot_draws(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the extra smartbird[plot]")
+    run("plot_draws.py", str(tmp_path))
+    for name in ("arcs.png", "heat_map.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
