@@ -13,13 +13,15 @@ namespace dense {
 
 constexpr double kLn2 = 0.6931471805599453;
 
-// Rows of one task: a tile of columns, streamed from L2, is scored against all of them, and their
-// weights for it (4 KiB of float) stay in L1 beside the tile.
-constexpr int kRows = 32;
-// Rows that are scored and summed together.
-constexpr int kGroup = 8;
-// Rows per call of score_tile: 16 accumulators where there are 32 registers, 8 where there are 16.
-constexpr int kScoreRows = SMARTBIRD_VEC_BYTES == 64 ? 8 : 4;
+// Rows per call of score_tile: with two vectors of columns each, as many accumulators as leave room
+// for the operands in 32 (AVX-512) or 16 registers.
+constexpr int kScoreRows = SMARTBIRD_VEC_BYTES == 64 ? 8 : 6;
+// Rows that are scored, then summed, together: their product with one vector of values has as many
+// accumulators.
+constexpr int kGroup = 2 * kScoreRows;
+// Rows of one task, 32 or 36: a tile of columns, streamed from L2, is scored against all of them,
+// and their weights for it (4 KiB of float) stay in L1 beside the tile.
+constexpr int kRows = (kTile + kGroup - 1) / kGroup * kGroup;
 
 template <typename A>
 constexpr A kInf = static_cast<A>(__builtin_inf());
@@ -35,22 +37,22 @@ struct RowBlock {
   Span visible[kRows];      // the columns a row may see; empty where it takes no part
   Span seen;                // hull of `visible`
 
-  A* rows;    // [H, kRows, D] times scale; zeros where a row takes no part
-  A* shift;   // [H, kRows] -row_shift * log2(e)
   A* scores;  // [kGroup, 32] of one group and tile
   A* weight;  // [kRows, 32] summed over heads, of one tile
   A* values;  // [32, padded Dv] values * col_weight of one tile; zeros where a column takes no part
   A* out;     // [kRows, padded Dv]
+  A* shift;   // [H, kRows] -row_shift * log2(e)
+  A* rows;    // [H, kRows, D] times scale; zeros where a row takes no part
 };
 
 // One head's columns [first, first + 32).
 template <typename A>
 struct ColumnTile {
   int64_t first;
-  const A* features;  // [D, 32]
-  A bias[kTile];      // 0, or -inf where a column takes no part
-  A shift[kTile];     // -col_shift * log2(e)
-  bool complete;      // all 32 take part
+  const A* features;           // [D, 32]
+  alignas(64) A bias[kTile];   // 0, or -inf where a column takes no part
+  alignas(64) A shift[kTile];  // -col_shift * log2(e)
+  bool complete;               // all 32 take part
 };
 
 template <typename A>
@@ -95,12 +97,12 @@ inline RowBlock<A> load_rows(const DenseParams& p, int64_t task, void* scratch) 
   block.b = task / blocks;
   block.first = task % blocks * kRows;
   block.count = min_of<int64_t>(kRows, p.R - block.first);
-  block.rows = static_cast<A*>(scratch);
-  block.shift = block.rows + p.H * kRows * p.D;
-  block.scores = block.shift + p.H * kRows;
+  block.scores = static_cast<A*>(scratch);  // what vectors load comes first: aligned
   block.weight = block.scores + kGroup * kTile;
   block.values = block.weight + kRows * kTile;
   block.out = block.values + kTile * padded_values<A>(p);
+  block.shift = block.out + kRows * padded_values<A>(p);
+  block.rows = block.shift + p.H * kRows;
 
   block.seen = {p.C, 0};
   for (int64_t i = 0; i < kRows; ++i) {
@@ -133,21 +135,27 @@ inline ColumnTile<A> load_columns(const DenseParams& p, int64_t b, int64_t h, in
   tile.first = t * kTile;
   tile.features = static_cast<const A*>(p.col_tiles) +
                   ((b * heads + h / p.cols_per_head) * tiles + t) * p.D * kTile;
-  tile.complete = true;
+  const int64_t n = min_of(kTile, p.C - tile.first);
   for (int64_t c = 0; c < kTile; ++c) {
-    const int64_t column = tile.first + c;
-    bool takes_part = column < p.C;
-    A shift = 0;
-    if (p.col_bias != nullptr)
-      takes_part &= static_cast<const A*>(p.col_bias)[b * tiles * kTile + column] == 0;
-    if (p.col_shift != nullptr && takes_part) {
-      shift = -static_cast<const A*>(p.col_shift)[(b * p.H + h) * p.C + column];
-      takes_part = shift != kInf<A>;
-    }
-    tile.bias[c] = takes_part ? A{0} : -kInf<A>;
-    tile.shift[c] = takes_part ? shift * static_cast<A>(kLog2e) : A{0};
-    tile.complete &= takes_part;
+    tile.bias[c] = c < n ? A{0} : -kInf<A>;
+    tile.shift[c] = 0;
   }
+  if (p.col_bias != nullptr) {
+    const A* bias = static_cast<const A*>(p.col_bias) + b * tiles * kTile + tile.first;
+    for (int64_t c = 0; c < n; ++c) tile.bias[c] = bias[c];
+  }
+  if (p.col_shift != nullptr) {
+    const A* shift = static_cast<const A*>(p.col_shift) + (b * p.H + h) * p.C + tile.first;
+    for (int64_t c = 0; c < n; ++c) {
+      if (tile.bias[c] != 0 || shift[c] == -kInf<A>)
+        tile.bias[c] = -kInf<A>;
+      else
+        tile.shift[c] = -shift[c] * static_cast<A>(kLog2e);
+    }
+  }
+  tile.complete = true;
+  for (int c = 0; c < kTile; c += kLanes<A>)
+    tile.complete &= !any_greater(Vec<A>{}, load(tile.bias + c));
   return tile;
 }
 
@@ -229,17 +237,15 @@ inline void add_product(const A* __restrict weight, const A* __restrict values, 
     for (int v = 0; v < V; ++v) store(out + r * ld + v * L, acc[r][v]);
 }
 
-// The same for a whole group, 8 accumulators at a time: enough to hide the latency of FMA, few
-// enough for 16 registers.
+// The same for a whole group.
 template <typename A>
 inline void add_group_product(const A* weight, const A* values, int64_t ld, A* out) {
   constexpr int L = kLanes<A>;
   int64_t d = 0;
-  for (; d + 2 * L <= ld; d += 2 * L) {
-    add_product<4, 2>(weight, values + d, ld, out + d);
-    add_product<4, 2>(weight + 4 * kTile, values + d, ld, out + 4 * ld + d);
-  }
-  if (d < ld) add_product<8, 1>(weight, values + d, ld, out + d);
+  for (; d + 2 * L <= ld; d += 2 * L)
+    for (int r = 0; r < kGroup; r += kScoreRows)
+      add_product<kScoreRows, 2>(weight + r * kTile, values + d, ld, out + r * ld + d);
+  if (d < ld) add_product<kGroup, 1>(weight, values + d, ld, out + d);
 }
 
 // ---- kernels ------------------------------------------------------------------------------------
@@ -248,11 +254,14 @@ inline void add_group_product(const A* weight, const A* values, int64_t ld, A* o
 // 2^60 times the number of columns is far from overflow, and a reference moves about once.
 constexpr int kHeadroom = 60;
 
+template <typename A>
+constexpr A kLowest = std::is_same_v<A, double> ? -__DBL_MAX__ : -__FLT_MAX__;
+
 // A row's running sum of 2^(score - reference), by lane.
 template <typename A>
 struct Sum {
-  A reference =
-      std::is_same_v<A, double> ? static_cast<A>(-__DBL_MAX__) : static_cast<A>(-__FLT_MAX__);
+  A reference = kLowest<A>;
+  A ceiling = kLowest<A>;  // the reference moves when a score exceeds it
   Vec<A> lanes{};
 };
 
@@ -262,10 +271,11 @@ inline void add_scores(const A* scores, Sum<A>* sum) {
   constexpr int L = kLanes<A>;
   Vec<A> top = load(scores);
   for (int c = L; c < kTile; c += L) top = max(load(scores + c), top);
-  if (any_greater(top, broadcast(sum->reference + kHeadroom))) {
+  if (any_greater(top, broadcast(sum->ceiling))) {
     const A reference = reduce_max(top);
     sum->lanes *= exp2(broadcast(sum->reference - reference));
     sum->reference = reference;
+    sum->ceiling = reference + kHeadroom;
   }
   Vec<A> lanes = sum->lanes;
   for (int c = 0; c < kTile; c += L) lanes += exp2(load(scores + c) - sum->reference);
