@@ -71,7 +71,7 @@ bench: $(BUILT)  ## time attention against PyTorch's; JSON in build/bench
 	$(BIN)/python -m benchmarks.attention --out build/bench/attention.json
 
 # The wheel, unpacked elsewhere, must import without the source tree.
-wheel: $(BUILT)  ## build a wheel in dist and try it
+wheel: $(READY)  ## build a wheel in dist and try it
 	rm -rf dist build/wheel
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
 	$(BIN)/abi3audit --strict dist/*.whl
