@@ -40,10 +40,11 @@ class SmartBirdAttention(nn.Module):
 
     Which keys are drawn has no gradient, so the sketch learns by the routes named in ``learning``:
 
-    - ``"distill"``: cross-entropy of the sketch, normalised over all valid keys, against what the
-      attention does with the keys it got. :func:`sketch_loss` collects it for the training loss. It
-      moves the sketch only: the tokens enter the sketch detached, since the trunk could otherwise
-      lower this loss by making its attention easy to predict rather than useful.
+    - ``"distill"``: cross-entropy of the sketch, normalised over all valid keys, against the
+      softmax of q . k over the drawn ones (without what the route ``"bias"`` adds, or the sketch
+      would follow itself). :func:`sketch_loss` collects it for the training loss. It moves the
+      sketch only: the tokens enter the sketch detached, since the trunk could otherwise lower this
+      loss by making its attention easy to predict rather than useful.
     - ``"bias"``: the sketch score of a drawn pair is added to its attention logit.
     - ``"value"``: the sketch runs as a small attention head of its own over all keys; its output,
       projected up by a matrix that starts at zero, joins the layer's output.
@@ -119,7 +120,6 @@ class SmartBirdAttention(nn.Module):
             "num_heads": num_heads,
             "num_kv_heads": num_kv_heads,
             "num_index_heads": num_index_heads,
-            "num_samples": num_samples,
             "sketch_dim": sketch_dim,
         }.items():
             if size < 1:

@@ -477,6 +477,14 @@ def test_masks_that_cannot_be_honoured_are_refused(masks: dict[str, Tensor]) -> 
         layer(torch.randn(2, N, E), **masks)
 
 
+def test_transformer_encoder_leaves_nested_tensors_out_by_itself() -> None:
+    _, layer = make_pair(batch_first=True)
+    with pytest.warns(UserWarning, match="enable_nested_tensor"):
+        model = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(2, N, E)
+    assert model(x, src_key_padding_mask=padding_mask()).shape == x.shape
+
+
 # --- Copies ---
 
 
@@ -500,6 +508,16 @@ def test_encoder_layer_copies() -> None:
     expected = layer.eval()(x)
     assert copy.deepcopy(layer)(x).equal(expected)
     assert pickle.loads(pickle.dumps(layer))(x).equal(expected)
+
+
+def test_layers_can_be_made_without_memory_and_drawn_later() -> None:
+    with torch.device("meta"):
+        layer = make_layer(learning=ROUTES)
+    layer.to_empty(device="cpu").reset_parameters()
+    expected = make_layer(learning=ROUTES)
+    expected.load_state_dict(layer.state_dict())
+    x = torch.randn(2, N, E)
+    assert layer.eval()(x).equal(expected.eval()(x))
 
 
 # --- Bad input ---
