@@ -4,7 +4,7 @@
 
 PYTHON      ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-DEMO_FLAGS  ?= --out build/demo
+DEMO_FLAGS  ?=
 
 SHELL       := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -91,6 +91,8 @@ $(READY): requirements-dev.txt
 	    { echo 'error: $(PYTHON) must be Python 3.11 or newer' >&2; exit 1; }
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	    { echo 'error: $(PYTHON) has no venv module: apt-get install python3-venv' >&2; exit 1; }
+	$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	    { echo 'error: $(PYTHON) has no C headers: apt-get install python3-dev' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --no-deps torch==$(TORCH) 2>/dev/null || \
 	    $(BIN)/pip install -q --no-deps --index-url $(TORCH_INDEX) torch==$(TORCH)
