@@ -2,7 +2,7 @@
 // log-sum-exp and its gradients, and the dense target of distillation, are all made of these two
 // kernels.
 //
-// Scores are kept in units of log(2), scaled once with the rows, so that a weight is a bare exp2.
+// Scores are in units of log(2), log2(e) being part of the scale, so that a weight is a bare exp2.
 #include "score-inl.h"
 
 #ifndef SMARTBIRD_DENSE_INL_H_
@@ -20,7 +20,7 @@ constexpr int kScoreRows = SMARTBIRD_VEC_BYTES == 64 ? 8 : 6;
 // accumulators.
 constexpr int kGroup = 2 * kScoreRows;
 // Rows of one task, 32 or 36: a tile of columns, streamed from L2, is scored against all of them,
-// and their weights for it (4 KiB of float) stay in L1 beside the tile.
+// and their weights for it (some 4 KiB of float) stay in L1 beside the tile.
 constexpr int kRows = (kTile + kGroup - 1) / kGroup * kGroup;
 
 template <typename A>
@@ -74,17 +74,18 @@ inline Span causal_span(const DenseParams& p, int64_t r) {
   return {0, min_of(p.C, max_of<int64_t>(0, r + p.causal_offset + 1))};
 }
 
-// Writes -row_shift of every head; false where the row takes no part in any.
+// Writes -row_shift of every head; false where row i of the block takes no part in any.
 template <typename A>
-inline bool load_shift(const DenseParams& p, int64_t r, int64_t i, RowBlock<A>* block) {
-  if (p.row_mask != nullptr && !p.row_mask[block->b * p.R + r]) return false;
+inline bool load_shift(const DenseParams& p, int64_t i, RowBlock<A>* block) {
+  const int64_t r = block->first + i;
+  const bool exists = i < block->count && (p.row_mask == nullptr || p.row_mask[block->b * p.R + r]);
   bool takes_part = false;
   for (int64_t h = 0; h < p.H; ++h) {
-    A shift = 0;
-    if (p.row_shift != nullptr)
+    A shift = exists ? A{0} : -kInf<A>;
+    if (exists && p.row_shift != nullptr)
       shift = static_cast<const A*>(p.row_shift)[(block->b * p.H + h) * p.R + r];
     const bool part = shift != -kInf<A>;
-    block->shift[h * kRows + i] = part ? -shift * static_cast<A>(kLog2e) : -kInf<A>;
+    block->shift[h * kRows + i] = part ? -shift * static_cast<A>(kLog2e) : shift;
     takes_part |= part;
   }
   return takes_part;
@@ -107,8 +108,7 @@ inline RowBlock<A> load_rows(const DenseParams& p, int64_t task, void* scratch) 
   block.seen = {p.C, 0};
   for (int64_t i = 0; i < kRows; ++i) {
     const int64_t r = block.first + i;
-    const bool takes_part = i < block.count && load_shift(p, r, i, &block);
-    block.visible[i] = takes_part ? causal_span(p, r) : Span{0, 0};
+    block.visible[i] = load_shift(p, i, &block) ? causal_span(p, r) : Span{0, 0};
     const bool sees = block.visible[i].begin < block.visible[i].end;
     if (sees) {
       block.seen.begin = min_of(block.seen.begin, block.visible[i].begin);
