@@ -32,7 +32,7 @@ if X86:
 
 
 class BuildKernels(BuildExtension):
-    """BuildExtension has one set of flags per extension; the kernels need one per instruction set."""
+    """An extension has one set of flags; the kernels need one per instruction set."""
 
     def build_extension(self, ext) -> None:
         objects = Path(self.build_temp)

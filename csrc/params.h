@@ -1,8 +1,10 @@
-// What the kernels take: raw pointers, sizes and strides, filled in (and checked) by ops_cpu.cpp and ops_cuda.cpp.
+// What the kernels take: raw pointers, sizes and strides, filled in (and checked) by ops_cpu.cpp
+// and ops_cuda.cpp.
 //
-// Sizes: B batch, N queries, M keys, H heads, H_kv key/value heads, H_i index heads, D head dim, Dv value dim,
-// S sketch dim, K samples per query and index head. Strides count elements; the last dimension is contiguous.
-// `acc` stands for the accumulation type: double for float64 inputs, float for all others.
+// Sizes: B batch, N queries, M keys, H heads, H_kv key/value heads, H_i index heads, D head dim, Dv
+// value dim, S sketch dim, K samples per query and index head. Strides count elements; the last
+// dimension is contiguous. `acc` stands for the accumulation type: double for float64 inputs, float
+// for all others.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +20,8 @@ enum ValueError : int32_t { kNoError = 0, kIndexOutOfRange = 1, kSketchNotFinite
 
 constexpr int64_t kTile = 32;  // keys per tile: two AVX-512 vectors of float
 
-// Rearranges key rows so that a vector holds one feature of neighbouring keys, and two such vectors lie side by side:
-// a plain [D, M] layout at power-of-two M would make all D streams collide in L1.
+// Rearranges key rows so that a vector holds one feature of neighbouring keys, and two such vectors
+// lie side by side: a plain [D, M] layout at power-of-two M would make all D streams collide in L1.
 struct PackParams {
   int64_t B, H, M, D;
   DType dtype;
@@ -29,8 +31,9 @@ struct PackParams {
   double scale;             // factor of every feature
   const uint8_t* key_mask;  // [B, M] contiguous, 0 = may not be attended; or null
 
-  void* tiles;       // [B, H, ceil(M / 32), D, 32] out; zeros for masked keys and beyond M
-  void* key_bias;    // [B, ceil(M / 32) * 32] out: 0 where the key may be attended, else -inf; or null
+  void* tiles;  // [B, H, ceil(M / 32), D, 32] out; zeros for masked keys and beyond M
+  void*
+      key_bias;  // [B, ceil(M / 32) * 32] out: 0 where the key may be attended, else -inf; or null
   float* tile_norm;  // [B, H, ceil(M / 32)] out: largest Euclidean norm of a tile's keys; or null
 };
 
@@ -50,9 +53,9 @@ struct SketchSampleParams {
   const float* k_tiles;   // packed k_sketch, see PackParams
   const float* key_bias;  // packed key_mask
   const float* tile_norm;
-  int32_t* indices;        // [B, H_i, N, K] out
-  float* log_inclusion;    // [B, H_i, N, K] out, or null
-  int32_t* error;          // [1] out
+  int32_t* indices;      // [B, H_i, N, K] out
+  float* log_inclusion;  // [B, H_i, N, K] out, or null
+  int32_t* error;        // [1] out
 };
 
 struct GatherParams {
@@ -77,8 +80,9 @@ struct GatherParams {
   int32_t* error;  // [1] out
 };
 
-// The forward's inputs and results in `fwd`. Each gradient may be null where it is not needed. In the backward of
-// gather_scores v, dv, lse, dlse and bias are null, Dv is 0, and dout is [B, H, N, K].
+// The forward's inputs and results in `fwd`. Each gradient may be null where it is not needed. In
+// the backward of gather_scores v, dv, lse, dlse and bias are null, Dv is 0, and dout is [B, H, N,
+// K].
 struct GatherBackwardParams {
   GatherParams fwd;
   const void* dout;  // [B, H, N, Dv], contiguous
@@ -88,12 +92,14 @@ struct GatherBackwardParams {
   void* dv;          // [B, H_kv, M, Dv] out, contiguous
   void* dbias;       // acc [B, H, N, K] out, contiguous
 
-  // Between the two passes (queries first, then keys) of one round over the slices [slice_begin, slice_end), where
-  // slice s is (b, h_kv) = (s / H_kv, s % H_kv).
+  // Between the two passes (queries first, then keys) of one round over the slices [slice_begin,
+  // slice_end), where slice s is (b, h_kv) = (s / H_kv, s % H_kv).
   int64_t slice_begin, slice_end;
   const int64_t* key_start;  // [B, H_i, M + 1] where each key's entries begin within its index head
-  const int32_t* entries;    // [B, H_i, N * K] inverse of indices: the slots i * K + j that hold a key, ascending
-  void* slot_grads;          // acc [slices of the round, H / H_kv, N * K, 2] per slot (dv weight, score gradient)
+  const int32_t* entries;    // [B, H_i, N * K] inverse of indices: the slots i * K + j that hold a
+                             // key, ascending
+  void* slot_grads;  // acc [slices of the round, H / H_kv, N * K, 2] per slot (dv weight, score
+                     // gradient)
 };
 
 // The inverse of indices, by counting sort: for each key the slots that hold it.
@@ -106,11 +112,13 @@ struct InvertParams {
   int32_t* entries;    // [B, H_i, N * K] out
 };
 
-// Streamed softmax attention over all valid keys; no [N, M] tensor ever exists. `rows` are what a task owns a block of,
-// `cols` what it streams: (queries, keys), but in the gradient of the keys (keys, queries).
-//   weight[r, c] = exp2(rows[r] . cols[c] * scale - (row_shift[r] + col_shift[c]) * log2(e)) * col_weight[c]
-// over valid pairs. The queries carry the softmax scale times log2(e), whichever side they are on, so that a score is
-// the same number to the last bit in both orientations.
+// Streamed softmax attention over all valid keys; no [N, M] tensor ever exists. `rows` are what a
+// task owns a block of, `cols` what it streams: (queries, keys), but in the gradient of the keys
+// (keys, queries).
+//   weight[r, c] = exp2(rows[r] . cols[c] * scale - (row_shift[r] + col_shift[c]) * log2(e)) *
+//   col_weight[c]
+// over valid pairs. The queries carry the softmax scale times log2(e), whichever side they are on,
+// so that a score is the same number to the last bit in both orientations.
 constexpr double kLog2e = 1.4426950408889634;
 
 struct DenseParams {
@@ -118,18 +126,20 @@ struct DenseParams {
   DType dtype;
   const void* rows;  // [B, H or H_kv, R, D]
   int64_t row_stride[3];
-  int64_t rows_per_head, cols_per_head;  // heads that share one head of rows / of col_tiles (H / H_kv, or 1)
+  int64_t rows_per_head,
+      cols_per_head;        // heads that share one head of rows / of col_tiles (H / H_kv, or 1)
   double scale;             // factor of the rows
   const void* col_tiles;    // acc, packed cols, see PackParams
   const void* col_bias;     // acc [B, ceil(C / 32) * 32] 0 or -inf; or null
   const uint8_t* row_mask;  // [B, R] contiguous, 0 = this row takes no part; or null
-  // Causal: row r sees the columns c with c <= r + causal_offset (rows are queries), or, with cols_are_queries,
-  // those with c >= r - causal_offset.
+  // Causal: row r sees the columns c with c <= r + causal_offset (rows are queries), or, with
+  // cols_are_queries, those with c >= r - causal_offset.
   bool is_causal, cols_are_queries;
   int64_t causal_offset;  // M - N
 
-  // dense_lse: writes lse. dense_mean: reads the shifts and weights, sums weight[r, c] * values[c] over heads.
-  void* lse;               // acc [B, H, R] out: log-sum-exp over the row's valid columns, -inf if none
+  // dense_lse: writes lse. dense_mean: reads the shifts and weights, sums weight[r, c] * values[c]
+  // over heads.
+  void* lse;  // acc [B, H, R] out: log-sum-exp over the row's valid columns, -inf if none
   const void* row_shift;   // acc [B, H, R], or null for 0
   const void* col_shift;   // acc [B, H, C], or null for 0
   const void* col_weight;  // acc [B, C], or null for 1

@@ -1,6 +1,6 @@
-// Counter-based random numbers, one source for host and device: Philox4x32-10 of Salmon et al., "Parallel random
-// numbers: as easy as 1, 2, 3" (SC 2011). A number is a pure function of (seed, offset, stream, batch, head, row,
-// draw), so tiling and threads never change a result.
+// Counter-based random numbers, one source for host and device: Philox4x32-10 of Salmon et al.,
+// "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A number is a pure function of (seed,
+// offset, stream, batch, head, row, draw), so tiling and threads never change a result.
 #pragma once
 
 #include <cstdint>
@@ -32,31 +32,36 @@ SMARTBIRD_HOST_DEVICE static inline PhiloxBlock philox4x32(PhiloxBlock counter, 
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t p0 = uint64_t{kPhiloxM0} * counter.word[0];
     const uint64_t p1 = uint64_t{kPhiloxM1} * counter.word[2];
-    counter = {{static_cast<uint32_t>(p1 >> 32) ^ counter.word[1] ^ key.lo, static_cast<uint32_t>(p1),
-                static_cast<uint32_t>(p0 >> 32) ^ counter.word[3] ^ key.hi, static_cast<uint32_t>(p0)}};
+    counter = {
+        {static_cast<uint32_t>(p1 >> 32) ^ counter.word[1] ^ key.lo, static_cast<uint32_t>(p1),
+         static_cast<uint32_t>(p0 >> 32) ^ counter.word[3] ^ key.hi, static_cast<uint32_t>(p0)}};
     key.lo += kPhiloxW0;
     key.hi += kPhiloxW1;
   }
   return counter;
 }
 
-// The key of a stream: seed and offset are 64 bits each, a Philox key is 64, so the offset is mixed in by one block.
-SMARTBIRD_HOST_DEVICE static inline PhiloxKey philox_key(uint64_t seed, uint64_t offset, PhiloxStream stream) {
-  const PhiloxBlock counter{
-      {static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32), static_cast<uint32_t>(stream), 0}};
+// The key of a stream: seed and offset are 64 bits each, a Philox key is 64, so the offset is mixed
+// in by one block.
+SMARTBIRD_HOST_DEVICE static inline PhiloxKey philox_key(uint64_t seed, uint64_t offset,
+                                                         PhiloxStream stream) {
+  const PhiloxBlock counter{{static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32),
+                             static_cast<uint32_t>(stream), 0}};
   const PhiloxKey key{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
   const PhiloxBlock mixed = philox4x32(counter, key);
   return {mixed.word[0], mixed.word[1]};
 }
 
-// Where the numbers of one row live: draw block `n` of the row is philox4x32({n, row, head, batch}, key).
-SMARTBIRD_HOST_DEVICE static inline PhiloxBlock philox_counter(int64_t batch, int64_t head, int64_t row,
-                                                               uint32_t block) {
-  return {{block, static_cast<uint32_t>(row), static_cast<uint32_t>(head), static_cast<uint32_t>(batch)}};
+// Where the numbers of one row live: draw block `n` of the row is philox4x32({n, row, head, batch},
+// key).
+SMARTBIRD_HOST_DEVICE static inline PhiloxBlock philox_counter(int64_t batch, int64_t head,
+                                                               int64_t row, uint32_t block) {
+  return {{block, static_cast<uint32_t>(row), static_cast<uint32_t>(head),
+           static_cast<uint32_t>(batch)}};
 }
 
-// Draws of the sampler are numbered so that 16 blocks give 64 draws word by word, as vector code makes them: draw d is
-// word d / 16 % 4 of block d / 64 * 16 + d % 16.
+// Draws of the sampler are numbered so that 16 blocks give 64 draws word by word, as vector code
+// makes them: draw d is word d / 16 % 4 of block d / 64 * 16 + d % 16.
 constexpr int kDrawsPerChunk = 64;
 
 // Uniform in [0, 1): on a grid of 2^-24 in float, of 2^-32 in double.

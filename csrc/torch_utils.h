@@ -1,4 +1,5 @@
-// The only helpers that know torch: from stable-ABI tensors to the plain values that params.h holds.
+// The only helpers that know torch: from stable-ABI tensors to the plain values that params.h
+// holds.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -35,11 +36,13 @@ inline DType dtype_of(const Tensor& t, const char* name) {
 }
 
 // float64 for float64, float32 for all others.
-inline ScalarType acc_type(DType dtype) { return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType acc_type(DType dtype) {
+  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
 inline int64_t acc_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
-// The public functions check their arguments and say what is wrong; here, where torch.ops is called directly, only what
-// keeps a kernel inside its memory.
+// The public functions check their arguments and say what is wrong; here, where torch.ops is called
+// directly, only what keeps a kernel inside its memory.
 inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
   bool equal = t.dim() == static_cast<int64_t>(shape.size());
   int64_t d = 0;

@@ -1,8 +1,8 @@
 """The operators: checked, differentiable, traceable calls of the compiled kernels.
 
 Letters: B batch, N queries, M keys, H heads, H_kv key/value heads, H_i index heads (head h uses
-index head ``h // (H / H_i)``), D head dim, Dv value dim, S sketch dim, K samples per query and index
-head. Tensors may be strided views; where the last dimension is contiguous they are not copied.
+index head ``h // (H / H_i)``), D head dim, Dv value dim, S sketch dim, K samples per query and
+index head. Tensors may be strided views, not copied where the last dimension is contiguous.
 float32, float64, bfloat16 and float16, one dtype per call; accumulation is in float32 (float64 for
 float64). Under autocast, float inputs are cast to its dtype as in scaled_dot_product_attention.
 
@@ -11,8 +11,9 @@ Each call is a pure function of its arguments: random draws are those of ``seed`
 The underlying dispatcher ops are ``torch.ops.smartbird.*``.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -119,9 +120,7 @@ def sketch_sample(
     return indices, log_inclusion
 
 
-def sample_indices(
-    q_sketch: Tensor, k_sketch: Tensor, num_samples: int, **options: Any
-) -> Tensor:
+def sample_indices(q_sketch: Tensor, k_sketch: Tensor, num_samples: int, **options: Any) -> Tensor:
     """The indices of :func:`sketch_sample` alone, which are cheaper; the same arguments."""
     return _sample(q_sketch, k_sketch, num_samples, need_log_inclusion=False, **options)[0]
 
@@ -269,7 +268,7 @@ def gather_attention(
     _check_tensor("v", v, 4, q)
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(
-            f"v must be [B, H_kv, M, Dv] with the first three sizes of k {_shape(k)}, got {_shape(v)}"
+            f"v must be [B, H_kv, M, Dv] with B, H_kv and M of k {_shape(k)}, got {_shape(v)}"
         )
     _check_indices(indices, q)
     if bias is not None:
@@ -339,8 +338,8 @@ def distill_loss(
     """Cross-entropy of the sketch against what attention does: how the sketch learns.
 
     The mean, over rows with a valid key, of ``-sum_j t_ij log p_ij`` with p the softmax of the
-    scaled sketch scores over **all** valid keys of the row and t, a constant, the mean over heads of
-    the attention probabilities:
+    scaled sketch scores over **all** valid keys of the row and t, a constant, the mean over heads
+    of the attention probabilities:
 
     - ``indices=None``: softmax over all valid keys, streamed (O(N M D) work, no N x M tensor);
     - with ``indices``: softmax over each head's own sampled entries, of the logits minus
@@ -378,6 +377,7 @@ def distill_loss(
                 f"{name} must have the batch and length of {of} {_shape(x)}, got {_shape(sketch)}"
             )
     q, k = q.detach(), k.detach()
+    sketch_scale = _scale(sketch_scale, q_sketch, "sketch_scale")
     sketch_lse_ = sketch_lse(
         q_sketch, k_sketch, scale=sketch_scale, is_causal=is_causal, key_mask=key_mask
     )
@@ -394,6 +394,10 @@ def distill_loss(
         bias = None
         if log_inclusion is not None:
             _check_indices(indices, q)
+            if not isinstance(log_inclusion, Tensor) or log_inclusion.dtype != torch.float32:
+                raise TypeError(
+                    f"log_inclusion must be a float32 Tensor, got {_kind(log_inclusion)}"
+                )
             if log_inclusion.shape != indices.shape:
                 raise ValueError(
                     f"log_inclusion must have the shape of indices {_shape(indices)}, "
@@ -413,9 +417,10 @@ def distill_loss(
         )
         target = per_head.mean(1)
         target_mass = (lse > -torch.inf).to(acc).mean(1)
-    agreement = (q_sketch.to(target.dtype) * target).sum(-1) * _scale(sketch_scale, q_sketch)
+    agreement = (q_sketch.to(target.dtype) * target).sum(-1) * sketch_scale
     rows = target_mass * sketch_lse_.masked_fill(~valid, 0) - agreement
-    return rows.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
+    loss: Tensor = rows.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
+    return loss
 
 
 # ---- checks ---------------------------------------------------------------------------------
@@ -423,6 +428,10 @@ def distill_loss(
 
 def _shape(x: Tensor) -> list[int]:
     return list(x.shape)
+
+
+def _kind(x: object) -> str:
+    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
 
 
 def _check_tensor(name: str, x: Tensor, dim: int, like: Tensor | None = None) -> None:
@@ -436,9 +445,13 @@ def _check_tensor(name: str, x: Tensor, dim: int, like: Tensor | None = None) ->
         raise ValueError(f"{name} must have at least one feature in its last dimension, got 0")
     if like is not None:
         if x.dtype != like.dtype:
-            raise TypeError(f"{name} must have the same dtype as the others, {like.dtype}, got {x.dtype}")
+            raise TypeError(
+                f"{name} must have the same dtype as the others, {like.dtype}, got {x.dtype}"
+            )
         if x.device != like.device:
-            raise ValueError(f"{name} must be on the same device as the others, {like.device}, got {x.device}")
+            raise ValueError(
+                f"{name} must be on the same device as the others, {like.device}, got {x.device}"
+            )
 
 
 def _check_count(name: str, value: int, least: int) -> None:
@@ -462,8 +475,9 @@ def _check_key_mask(key_mask: Tensor | None, k_sketch: Tensor) -> None:
     if key_mask is None:
         return
     if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
-        got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
-        raise TypeError(f"key_mask must be a bool Tensor (True = may be attended), got {got}")
+        raise TypeError(
+            f"key_mask must be a bool Tensor (True = may be attended), got {_kind(key_mask)}"
+        )
     if key_mask.shape != k_sketch.shape[:2]:
         raise ValueError(
             f"key_mask must be [B, M] = {list(k_sketch.shape[:2])}, got {_shape(key_mask)}"
@@ -481,14 +495,14 @@ def _check_heads(q: Tensor, k: Tensor) -> None:
         )
     if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
         raise ValueError(
-            f"the heads of q must be a multiple of the heads of k, got {q.shape[1]} and {k.shape[1]}"
+            "the heads of q must be a multiple of the heads of k, "
+            f"got {q.shape[1]} and {k.shape[1]}"
         )
 
 
 def _check_indices(indices: Tensor, q: Tensor) -> None:
     if not isinstance(indices, Tensor) or indices.dtype != torch.int32:
-        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise TypeError(f"indices must be an int32 Tensor, got {got}")
+        raise TypeError(f"indices must be an int32 Tensor, got {_kind(indices)}")
     if indices.dim() != 4 or indices.shape[0] != q.shape[0] or indices.shape[2] != q.shape[2]:
         raise ValueError(
             f"indices must be [B, H_i, N, K] with B and N of q {_shape(q)}, got {_shape(indices)}"
@@ -506,8 +520,7 @@ def _check_indices(indices: Tensor, q: Tensor) -> None:
 
 def _expand_bias(bias: Tensor, q: Tensor, indices: Tensor) -> Tensor:
     if not isinstance(bias, Tensor) or bias.dtype not in _FLOATS:
-        got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
-        raise TypeError(f"bias must be a floating point Tensor, got {got}")
+        raise TypeError(f"bias must be a floating point Tensor, got {_kind(bias)}")
     shape = (q.shape[0], q.shape[1], q.shape[2], indices.shape[3])
     fits = bias.dim() <= 4 and all(
         size in (1, full) for size, full in zip(reversed(bias.shape), reversed(shape), strict=False)
@@ -521,16 +534,21 @@ def _expand_bias(bias: Tensor, q: Tensor, indices: Tensor) -> Tensor:
     return bias.to(_acc_dtype(q)).expand(shape)
 
 
-def _scale(scale: float | None, q: Tensor) -> float:
-    return float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+def _scale(scale: float | None, q: Tensor, name: str = "scale") -> float:
+    if scale is None:
+        return 1 / math.sqrt(q.shape[-1])
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{name} must be a float or None, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"{name} must be finite, got {scale}")
+    return float(scale)
 
 
 def _seed(seed: Tensor | None, like: Tensor, generator: torch.Generator | None) -> Tensor:
     if seed is None:
         return draw_seed(like.device, generator)
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
-        got = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
-        raise TypeError(f"seed must be an int64 Tensor, got {got}")
+        raise TypeError(f"seed must be an int64 Tensor, got {_kind(seed)}")
     if seed.shape != (2,):
         raise ValueError(f"seed must have shape [2] (seed, offset), got {_shape(seed)}")
     if seed.device != like.device:
@@ -543,7 +561,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(x.to(dtype) if x.dtype in _FLOATS and x.dtype != torch.float64 else x for x in tensors)
+    return tuple(
+        x.to(dtype) if x.dtype in _FLOATS and x.dtype != torch.float64 else x for x in tensors
+    )
 
 
 def _acc_dtype(x: Tensor) -> torch.dtype:
@@ -566,8 +586,7 @@ def _call(op: Callable[..., Any], *args: Any) -> Any:
 # ---- fake kernels and gradients ---------------------------------------------------------------
 
 
-@torch.library.register_fake("smartbird::sketch_sample")
-def _(
+def _fake_sketch_sample(
     q_sketch: Tensor,
     k_sketch: Tensor,
     num_samples: int,
@@ -587,20 +606,17 @@ def _(
     return indices, q_sketch.new_empty((*lead, kept), dtype=torch.float32)
 
 
-@torch.library.register_fake("smartbird::gather_scores")
-def _(q: Tensor, k: Tensor, indices: Tensor, scale: float) -> Tensor:
+def _fake_gather_scores(q: Tensor, k: Tensor, indices: Tensor, scale: float) -> Tensor:
     return q.new_empty((*q.shape[:3], indices.shape[3]))
 
 
-@torch.library.register_fake("smartbird::gather_scores_backward")
-def _(
+def _fake_gather_scores_backward(
     dscores: Tensor, q: Tensor, k: Tensor, indices: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-@torch.library.register_fake("smartbird::gather_attention")
-def _(
+def _fake_gather_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -613,8 +629,7 @@ def _(
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=_acc_dtype(q))
 
 
-@torch.library.register_fake("smartbird::gather_attention_backward")
-def _(
+def _fake_gather_attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -639,15 +654,13 @@ def _(
     )
 
 
-@torch.library.register_fake("smartbird::sketch_lse")
-def _(
+def _fake_sketch_lse(
     q_sketch: Tensor, k_sketch: Tensor, scale: float, is_causal: bool, key_mask: Tensor | None
 ) -> Tensor:
     return q_sketch.new_empty(q_sketch.shape[:2], dtype=_acc_dtype(q_sketch))
 
 
-@torch.library.register_fake("smartbird::sketch_lse_backward")
-def _(
+def _fake_sketch_lse_backward(
     dlse: Tensor,
     q_sketch: Tensor,
     k_sketch: Tensor,
@@ -663,8 +676,7 @@ def _(
     )
 
 
-@torch.library.register_fake("smartbird::summed_attention")
-def _(
+def _fake_summed_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     dtype = _acc_dtype(q)
@@ -672,8 +684,7 @@ def _(
     return out, q.new_empty(q.shape[:3], dtype=dtype)
 
 
-@torch.library.register_fake("smartbird::summed_attention_backward")
-def _(
+def _fake_summed_attention_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -761,6 +772,18 @@ def _summed_attention_backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:
     return None, None, dv.to(ctx.v_dtype), None, None, None
 
 
+for _name, _fake in (
+    ("sketch_sample", _fake_sketch_sample),
+    ("gather_scores", _fake_gather_scores),
+    ("gather_scores_backward", _fake_gather_scores_backward),
+    ("gather_attention", _fake_gather_attention),
+    ("gather_attention_backward", _fake_gather_attention_backward),
+    ("sketch_lse", _fake_sketch_lse),
+    ("sketch_lse_backward", _fake_sketch_lse_backward),
+    ("summed_attention", _fake_summed_attention),
+    ("summed_attention_backward", _fake_summed_attention_backward),
+):
+    torch.library.register_fake(f"smartbird::{_name}", _fake)
 for _name, _backward, _save in (
     ("gather_scores", _gather_scores_backward, _save_gather_scores),
     ("gather_attention", _gather_attention_backward, _save_gather_attention),

@@ -20,7 +20,8 @@ const Kernels kernels{
     .invert_indices = {invert_indices_num_tasks, invert_indices_scratch_bytes, invert_indices},
     .gather_backward_queries = {gather_backward_queries_num_tasks, gather_backward_scratch_bytes,
                                 gather_backward_queries},
-    .gather_backward_keys = {gather_backward_keys_num_tasks, gather_backward_scratch_bytes, gather_backward_keys},
+    .gather_backward_keys = {gather_backward_keys_num_tasks, gather_backward_scratch_bytes,
+                             gather_backward_keys},
     .dense_lse = {dense_num_tasks, dense_scratch_bytes, dense_lse},
     .dense_mean = {dense_num_tasks, dense_scratch_bytes, dense_mean},
 };

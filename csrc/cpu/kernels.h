@@ -7,8 +7,9 @@
 
 namespace smartbird {
 
-// A kernel splits its work into tasks that may run in any order on any thread, each with `scratch_bytes` of
-// 64-byte aligned scratch of its thread's own. Results never depend on which thread runs a task.
+// A kernel splits its work into tasks that may run in any order on any thread, each with
+// `scratch_bytes` of 64-byte aligned scratch of its thread's own. Results never depend on which
+// thread runs a task.
 template <typename Params>
 struct TaskKernel {
   int64_t (*num_tasks)(const Params&);
@@ -45,11 +46,12 @@ extern const Kernels kernels;
 }
 #endif
 
-// The table that `name` asks for ("scalar", "avx2", "avx512"), or null where it was not built or the processor lacks it.
+// The table that `name` asks for ("scalar", "avx2", "avx512"), or null where it was not built or
+// the processor lacks it.
 const Kernels* kernels_for(const char* name);
 
-// The table in use: what SMARTBIRD_CPU_ISA names, else the best the processor has. Throws std::runtime_error when the
-// variable names an instruction set that cannot run here.
+// The table in use: what SMARTBIRD_CPU_ISA names, else the best the processor has. Throws
+// std::runtime_error when the variable names an instruction set that cannot run here.
 const Kernels& active_kernels();
 
 }  // namespace smartbird

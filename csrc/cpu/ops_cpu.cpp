@@ -1,5 +1,5 @@
-// The CPU implementation of every op: tensors become a params struct, scratch is allocated, tasks are spread over
-// torch's threads.
+// The CPU implementation of every op: tensors become a params struct, scratch is allocated, tasks
+// are spread over torch's threads.
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -18,15 +18,18 @@ struct FreeDeleter {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Tasks are fetched one by one, so that rows of unequal length (causal) and threads of unequal speed even out.
+// Tasks are fetched one by one, so that rows of unequal length (causal) and threads of unequal
+// speed even out.
 template <typename Params>
 void run(const TaskKernel<Params>& kernel, const Params& params) {
   const int64_t tasks = kernel.num_tasks(params);
   if (tasks == 0) return;
   const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   const int64_t bytes = (kernel.scratch_bytes(params) + 63) / 64 * 64;
-  std::unique_ptr<void, FreeDeleter> scratch(std::aligned_alloc(64, std::max<int64_t>(64, bytes * threads)));
-  STD_TORCH_CHECK(scratch != nullptr, "smartbird: out of memory for ", bytes * threads, " bytes of scratch");
+  std::unique_ptr<void, FreeDeleter> scratch(
+      std::aligned_alloc(64, std::max<int64_t>(64, bytes * threads)));
+  STD_TORCH_CHECK(scratch != nullptr, "smartbird: out of memory for ", bytes * threads,
+                  " bytes of scratch");
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
@@ -38,8 +41,9 @@ void run(const TaskKernel<Params>& kernel, const Params& params) {
 // smartbird/ops.py turns these into ValueError by their prefix.
 void raise_value_error(int32_t error) {
   STD_TORCH_CHECK(error != kIndexOutOfRange, "smartbird: indices holds a value outside [-1, M)");
-  STD_TORCH_CHECK(error != kSketchNotFinite,
-                  "smartbird: q_sketch or k_sketch holds NaN or infinity (or their scores overflow float32)");
+  STD_TORCH_CHECK(
+      error != kSketchNotFinite,
+      "smartbird: q_sketch or k_sketch holds NaN or infinity (or their scores overflow float32)");
 }
 
 const uint8_t* mask_data(OptionalTensor* mask, int64_t B, int64_t M) {
@@ -58,7 +62,8 @@ void read_seed(const Tensor& seed, uint64_t* key, uint64_t* offset) {
   *offset = static_cast<uint64_t>(words.const_data_ptr<int64_t>()[1]);
 }
 
-// ---- packing ---------------------------------------------------------------------------------------------------------
+// ---- packing
+// ---------------------------------------------------------------------------------------------------------
 
 struct Packed {
   Tensor tiles, key_bias, tile_norm;
@@ -82,7 +87,8 @@ Packed pack(const Tensor& x, const uint8_t* key_mask, bool to_double, double sca
   p.key_mask = key_mask;
   const int64_t tiles = (p.M + kTile - 1) / kTile;
   const ScalarType type = to_double ? ScalarType::Double : ScalarType::Float;
-  Packed packed{new_tensor(x, {p.B, p.H, tiles, p.D, kTile}, type), new_tensor(x, {p.B, tiles * kTile}, type),
+  Packed packed{new_tensor(x, {p.B, p.H, tiles, p.D, kTile}, type),
+                new_tensor(x, {p.B, tiles * kTile}, type),
                 new_tensor(x, {p.B, p.H, tiles}, ScalarType::Float)};
   p.tiles = packed.tiles.mutable_data_ptr();
   p.key_bias = packed.key_bias.mutable_data_ptr();
@@ -91,26 +97,31 @@ Packed pack(const Tensor& x, const uint8_t* key_mask, bool to_double, double sca
   return packed;
 }
 
-// ---- sketch_sample ---------------------------------------------------------------------------------------------------
+// ---- sketch_sample
+// ---------------------------------------------------------------------------------------------------
 
 SampleMethod method_named(const std::string& name) {
   if (name == "gumbel") return SampleMethod::kGumbel;
   if (name == "systematic") return SampleMethod::kSystematic;
   if (name == "multinomial") return SampleMethod::kMultinomial;
-  STD_TORCH_CHECK(name == "topk", "method must be gumbel, systematic, multinomial or topk, got ", name);
+  STD_TORCH_CHECK(name == "topk", "method must be gumbel, systematic, multinomial or topk, got ",
+                  name);
   return SampleMethod::kTopK;
 }
 
-std::tuple<Tensor, Tensor> sketch_sample_cpu(const Tensor& q_sketch, const Tensor& k_sketch, int64_t num_samples,
-                                             int64_t num_index_heads, std::string method, double scale,
-                                             bool is_causal, OptionalTensor key_mask, int64_t window,
-                                             int64_t num_sinks, const Tensor& seed, bool need_log_inclusion) {
+std::tuple<Tensor, Tensor> sketch_sample_cpu(const Tensor& q_sketch, const Tensor& k_sketch,
+                                             int64_t num_samples, int64_t num_index_heads,
+                                             std::string method, double scale, bool is_causal,
+                                             OptionalTensor key_mask, int64_t window,
+                                             int64_t num_sinks, const Tensor& seed,
+                                             bool need_log_inclusion) {
   check_dim(q_sketch, "q_sketch", 3);
   check_dim(k_sketch, "k_sketch", 3);
   check_shape(k_sketch, "k_sketch", {q_sketch.size(0), k_sketch.size(1), q_sketch.size(2)});
   check_type(k_sketch, "k_sketch", q_sketch.scalar_type());
-  STD_TORCH_CHECK(num_samples >= 1 && num_index_heads >= 1 && window >= 0 && num_sinks >= 0,
-                  "num_samples and num_index_heads must be at least 1, window and num_sinks at least 0");
+  STD_TORCH_CHECK(
+      num_samples >= 1 && num_index_heads >= 1 && window >= 0 && num_sinks >= 0,
+      "num_samples and num_index_heads must be at least 1, window and num_sinks at least 0");
   const int64_t forced = num_sinks + (is_causal || window == 0 ? window : window / 2 * 2 + 1);
   STD_TORCH_CHECK(forced <= num_samples, "window and num_sinks force more keys than num_samples");
   const Tensor q = with_contiguous_rows(q_sketch), k = with_contiguous_rows(k_sketch);
@@ -149,7 +160,8 @@ std::tuple<Tensor, Tensor> sketch_sample_cpu(const Tensor& q_sketch, const Tenso
   return {indices, log_inclusion};
 }
 
-// ---- gather ----------------------------------------------------------------------------------------------------------
+// ---- gather
+// ----------------------------------------------------------------------------------------------------------
 
 // Everything but v, bias, dropout and the outputs. The tensors must outlive the params.
 GatherParams gather_params(const Tensor& q, const Tensor& k, const Tensor& indices, double scale) {
@@ -169,9 +181,11 @@ GatherParams gather_params(const Tensor& q, const Tensor& k, const Tensor& indic
   check_shape(indices, "indices", {p.B, p.H_i, p.N, p.K});
   check_type(k, "k", q.scalar_type());
   check_type(indices, "indices", ScalarType::Int);
-  STD_TORCH_CHECK(p.H_kv > 0 && p.H % p.H_kv == 0, "the heads of q must be a multiple of the heads of k");
-  STD_TORCH_CHECK(p.H_i > 0 && p.H % p.H_i == 0, "the heads of q must be a multiple of the heads of indices");
-  STD_TORCH_CHECK(p.N * p.K <= INT32_MAX, "N * K must be below 2^31");
+  STD_TORCH_CHECK(p.H_kv > 0 && p.H % p.H_kv == 0,
+                  "the heads of q must be a multiple of the heads of k");
+  STD_TORCH_CHECK(p.H_i > 0 && p.H % p.H_i == 0,
+                  "the heads of q must be a multiple of the heads of indices");
+  STD_TORCH_CHECK(p.N * p.K <= INT32_MAX, "smartbird: N * K must be below 2^31");
   p.dtype = dtype_of(q, "q");
   p.q = q.const_data_ptr();
   set_strides(q, p.q_stride);
@@ -183,8 +197,8 @@ GatherParams gather_params(const Tensor& q, const Tensor& k, const Tensor& indic
   return p;
 }
 
-void add_values(const Tensor& v, const OptionalTensor& bias, double dropout_p, const OptionalTensor& seed,
-                GatherParams* p) {
+void add_values(const Tensor& v, const OptionalTensor& bias, double dropout_p,
+                const OptionalTensor& seed, GatherParams* p) {
   check_dim(v, "v", 4);
   check_shape(v, "v", {p->B, p->H_kv, p->M, v.size(3)});
   STD_TORCH_CHECK(dtype_of(v, "v") == p->dtype, "v must have the dtype of q");
@@ -204,7 +218,8 @@ void add_values(const Tensor& v, const OptionalTensor& bias, double dropout_p, c
 }
 
 Tensor gather_scores_cpu(const Tensor& q_, const Tensor& k_, const Tensor& indices_, double scale) {
-  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_), indices = with_contiguous_rows(indices_);
+  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
+               indices = with_contiguous_rows(indices_);
   GatherParams p = gather_params(q, k, indices, scale);
   const Tensor out = new_tensor(q, {p.B, p.H, p.N, p.K}, q.scalar_type());
   p.out = out.mutable_data_ptr();
@@ -215,11 +230,12 @@ Tensor gather_scores_cpu(const Tensor& q_, const Tensor& k_, const Tensor& indic
   return out;
 }
 
-std::tuple<Tensor, Tensor> gather_attention_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_,
-                                                const Tensor& indices_, OptionalTensor bias, double scale,
-                                                double dropout_p, OptionalTensor seed) {
-  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_), v = with_contiguous_rows(v_),
-               indices = with_contiguous_rows(indices_);
+std::tuple<Tensor, Tensor> gather_attention_cpu(const Tensor& q_, const Tensor& k_,
+                                                const Tensor& v_, const Tensor& indices_,
+                                                OptionalTensor bias, double scale, double dropout_p,
+                                                OptionalTensor seed) {
+  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
+               v = with_contiguous_rows(v_), indices = with_contiguous_rows(indices_);
   GatherParams p = gather_params(q, k, indices, scale);
   add_values(v, bias, dropout_p, seed, &p);
   const Tensor out = new_tensor(q, {p.B, p.H, p.N, p.Dv}, q.scalar_type());
@@ -233,7 +249,8 @@ std::tuple<Tensor, Tensor> gather_attention_cpu(const Tensor& q_, const Tensor& 
   return {out, lse};
 }
 
-// Rounds keep the per-slot gradients within this; a round still holds enough rows and keys for all cores.
+// Rounds keep the per-slot gradients within this; a round still holds enough rows and keys for all
+// cores.
 constexpr int64_t kSlotGradBytes = int64_t{64} << 20;
 
 void run_gather_backward(GatherBackwardParams* p, const Tensor& like) {
@@ -270,10 +287,11 @@ void run_gather_backward(GatherBackwardParams* p, const Tensor& like) {
   }
 }
 
-std::tuple<Tensor, Tensor> gather_scores_backward_cpu(const Tensor& dscores, const Tensor& q_, const Tensor& k_,
-                                                      const Tensor& indices_, double scale) {
-  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_), indices = with_contiguous_rows(indices_),
-               dout = torch::stable::contiguous(dscores);
+std::tuple<Tensor, Tensor> gather_scores_backward_cpu(const Tensor& dscores, const Tensor& q_,
+                                                      const Tensor& k_, const Tensor& indices_,
+                                                      double scale) {
+  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
+               indices = with_contiguous_rows(indices_), dout = torch::stable::contiguous(dscores);
   GatherBackwardParams p{};
   p.fwd = gather_params(q, k, indices, scale);
   check_shape(dout, "dscores", {p.fwd.B, p.fwd.H, p.fwd.N, p.fwd.K});
@@ -291,10 +309,11 @@ std::tuple<Tensor, Tensor> gather_scores_backward_cpu(const Tensor& dscores, con
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gather_attention_backward_cpu(
     const Tensor& dout_, OptionalTensor dlse_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
-    const Tensor& indices_, OptionalTensor bias, const Tensor& out_, const Tensor& lse_, double scale,
-    double dropout_p, OptionalTensor seed, bool need_dqk, bool need_dv, bool need_dbias) {
-  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_), v = with_contiguous_rows(v_),
-               indices = with_contiguous_rows(indices_);
+    const Tensor& indices_, OptionalTensor bias, const Tensor& out_, const Tensor& lse_,
+    double scale, double dropout_p, OptionalTensor seed, bool need_dqk, bool need_dv,
+    bool need_dbias) {
+  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
+               v = with_contiguous_rows(v_), indices = with_contiguous_rows(indices_);
   const Tensor dout = torch::stable::contiguous(dout_), out = torch::stable::contiguous(out_),
                lse = torch::stable::contiguous(lse_);
   GatherBackwardParams p{};
@@ -333,7 +352,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_attention_backward_cpu(
   return {dq, dk, dv, dbias};
 }
 
-// ---- streamed dense --------------------------------------------------------------------------------------------------
+// ---- streamed dense
+// --------------------------------------------------------------------------------------------------
 
 // rows [B, H, R, D] (or [B, R, D]) against packed cols of `cols` heads and C columns.
 DenseParams dense_params(const Tensor& rows, const Packed& cols, int64_t C, double scale) {
@@ -363,7 +383,8 @@ Tensor to_acc(const Tensor& t, DType dtype) {
 }
 
 void check_dense(const Tensor& q, const Tensor& k) {
-  STD_TORCH_CHECK(q.dim() == k.dim() && (q.dim() == 3 || q.dim() == 4), "q and k must have 3 or 4 dimensions alike");
+  STD_TORCH_CHECK(q.dim() == k.dim() && (q.dim() == 3 || q.dim() == 4),
+                  "q and k must have 3 or 4 dimensions alike");
   STD_TORCH_CHECK(q.size(0) == k.size(0) && q.size(q.dim() - 1) == k.size(k.dim() - 1),
                   "q and k must agree in batch and feature size");
   STD_TORCH_CHECK(q.dim() == 3 || (k.size(1) > 0 && q.size(1) > 0 && q.size(1) % k.size(1) == 0),
@@ -372,7 +393,8 @@ void check_dense(const Tensor& q, const Tensor& k) {
 }
 
 // The forward: lse [B, H, N] (or [B, N]) of q against k.
-Tensor dense_lse(const Tensor& q, const Packed& keys, int64_t M, double scale, bool is_causal, Tensor lse) {
+Tensor dense_lse(const Tensor& q, const Packed& keys, int64_t M, double scale, bool is_causal,
+                 Tensor lse) {
   DenseParams p = dense_params(q, keys, M, scale * kLog2e);
   p.is_causal = is_causal;
   p.causal_offset = M - p.R;
@@ -389,12 +411,15 @@ Tensor sketch_lse_cpu(const Tensor& q_sketch, const Tensor& k_sketch, double sca
   const uint8_t* mask = mask_data(&key_mask, k.size(0), k.size(1));
   const DType dtype = dtype_of(q, "q_sketch");
   const Packed keys = pack(k, mask, dtype == DType::kFloat64);
-  return dense_lse(q, keys, k.size(1), scale, is_causal, new_tensor(q, {q.size(0), q.size(1)}, acc_type(dtype)));
+  return dense_lse(q, keys, k.size(1), scale, is_causal,
+                   new_tensor(q, {q.size(0), q.size(1)}, acc_type(dtype)));
 }
 
-// out [B, M, Dv] = sum over heads and queries of softmax weight * query_weight * values: the transposed product.
-Tensor dense_transposed(const Tensor& q, const Tensor& k, const Tensor& lse, const uint8_t* mask, double scale,
-                        bool is_causal, const void* query_weight, const Tensor& values) {
+// out [B, M, Dv] = sum over heads and queries of softmax weight * query_weight * values: the
+// transposed product.
+Tensor dense_transposed(const Tensor& q, const Tensor& k, const Tensor& lse, const uint8_t* mask,
+                        double scale, bool is_causal, const void* query_weight,
+                        const Tensor& values) {
   const DType dtype = dtype_of(q, "q");
   const int64_t N = q.size(q.dim() - 2), M = k.size(k.dim() - 2);
   const Packed queries = pack(q, nullptr, dtype == DType::kFloat64, scale * kLog2e);
@@ -414,8 +439,8 @@ Tensor dense_transposed(const Tensor& q, const Tensor& k, const Tensor& lse, con
 }
 
 // out [B, N, Dv] = sum over heads and keys of softmax weight * values.
-Tensor dense_forward(const Tensor& q, const Packed& keys, int64_t M, const Tensor& lse, double scale, bool is_causal,
-                     const Tensor& values) {
+Tensor dense_forward(const Tensor& q, const Packed& keys, int64_t M, const Tensor& lse,
+                     double scale, bool is_causal, const Tensor& values) {
   DenseParams p = dense_params(q, keys, M, scale * kLog2e);
   p.is_causal = is_causal;
   p.causal_offset = M - p.R;
@@ -428,10 +453,12 @@ Tensor dense_forward(const Tensor& q, const Packed& keys, int64_t M, const Tenso
   return out;
 }
 
-// Without the factors `dlse` of a row and `scale`, which the caller multiplies in: see smartbird/ops.py.
+// Without the factors `dlse` of a row and `scale`, which the caller multiplies in: see
+// smartbird/ops.py.
 std::tuple<Tensor, Tensor> sketch_lse_backward_cpu(const Tensor& dlse_, const Tensor& q_sketch,
-                                                   const Tensor& k_sketch, const Tensor& lse_, double scale,
-                                                   bool is_causal, OptionalTensor key_mask) {
+                                                   const Tensor& k_sketch, const Tensor& lse_,
+                                                   double scale, bool is_causal,
+                                                   OptionalTensor key_mask) {
   check_dim(q_sketch, "q_sketch", 3);
   check_dense(q_sketch, k_sketch);
   const Tensor q = with_contiguous_rows(q_sketch), k = with_contiguous_rows(k_sketch);
@@ -444,12 +471,14 @@ std::tuple<Tensor, Tensor> sketch_lse_backward_cpu(const Tensor& dlse_, const Te
   const uint8_t* mask = mask_data(&key_mask, k.size(0), k.size(1));
   const Packed keys = pack(k, mask, dtype == DType::kFloat64);
   const Tensor dq = dense_forward(q, keys, k.size(1), lse, scale, is_causal, to_acc(k, dtype));
-  const Tensor dk = dense_transposed(q, k, lse, mask, scale, is_causal, dlse.const_data_ptr(), to_acc(q, dtype));
+  const Tensor dk =
+      dense_transposed(q, k, lse, mask, scale, is_causal, dlse.const_data_ptr(), to_acc(q, dtype));
   return {dq, dk};
 }
 
-std::tuple<Tensor, Tensor> summed_attention_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v, double scale,
-                                              bool is_causal, OptionalTensor key_mask) {
+std::tuple<Tensor, Tensor> summed_attention_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v,
+                                                double scale, bool is_causal,
+                                                OptionalTensor key_mask) {
   check_dim(q_, "q", 4);
   check_dense(q_, k_);
   check_dim(v, "v", 3);
@@ -463,12 +492,14 @@ std::tuple<Tensor, Tensor> summed_attention_cpu(const Tensor& q_, const Tensor& 
   return {dense_forward(q, keys, M, lse, scale, is_causal, to_acc(v, dtype)), lse};
 }
 
-Tensor summed_attention_backward_cpu(const Tensor& dout, const Tensor& q_, const Tensor& k_, const Tensor& lse_,
-                                   double scale, bool is_causal, OptionalTensor key_mask) {
+Tensor summed_attention_backward_cpu(const Tensor& dout, const Tensor& q_, const Tensor& k_,
+                                     const Tensor& lse_, double scale, bool is_causal,
+                                     OptionalTensor key_mask) {
   check_dim(q_, "q", 4);
   check_dense(q_, k_);
   check_dim(dout, "dout", 3);
-  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_), lse = torch::stable::contiguous(lse_);
+  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
+               lse = torch::stable::contiguous(lse_);
   const DType dtype = dtype_of(q, "q");
   check_shape(dout, "dout", {q.size(0), q.size(2), dout.size(2)});
   check_type(lse, "lse", acc_type(dtype));
@@ -500,6 +531,8 @@ STABLE_TORCH_LIBRARY_IMPL(smartbird, CPU, m) {
   m.impl("summed_attention_backward", TORCH_BOX(&summed_attention_backward_cpu));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(smartbird, CompositeExplicitAutograd, m) { m.impl("cpu_isas", TORCH_BOX(&cpu_isas)); }
+STABLE_TORCH_LIBRARY_IMPL(smartbird, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
+}
 
 }  // namespace smartbird

@@ -11,7 +11,7 @@ namespace smartbird::SMARTBIRD_ISA {
 //
 // R x 2 accumulators stay in registers: R = 4 covers the latency of FMA (4 cycles x 2 ports) with 8 of them.
 template <int R, typename A, typename Epilogue>
-inline void score_tile(const A* __restrict rows, int64_t row_ld, const A* __restrict tile, int64_t D,
+SMARTBIRD_INLINE void score_tile(const A* __restrict rows, int64_t row_ld, const A* __restrict tile, int64_t D,
                        const A* __restrict bias, Epilogue&& epilogue) {
   constexpr int L = kLanes<A>;
   for (int c = 0; c < kTile; c += 2 * L) {

@@ -1,13 +1,15 @@
-// q_sketch [B, N, S], k_sketch [B, M, S] -> indices, log_inclusion [B, H_i, N, K]: every index head draws its own keys of
-// a row from softmax(q_sketch k_sketch^T scale).
+// q_sketch [B, N, S], k_sketch [B, M, S] -> indices, log_inclusion [B, H_i, N, K]: every index head
+// draws its own keys of a row from softmax(q_sketch k_sketch^T scale).
 //
-// A row's scores are made once, for all heads, as weights exp(score - reference) in a buffer of one thread, with running
-// sums of them: `cum` within blocks of 32 keys, `block_start` over blocks. To draw a key is to find a uniform number
-// among the running sums: a guide table names the block, one compare over 32 sums names the key. The distinct keys of a
-// head are a bitmap, which also gives them in ascending order without a sort.
+// A row's scores are made once, for all heads, as weights exp(score - reference) in a buffer of one
+// thread, with running sums of them: `cum` within blocks of 32 keys, `block_start` over blocks. To
+// draw a key is to find a uniform number among the running sums: a guide table names the block, one
+// compare over 32 sums names the key. The distinct keys of a head are a bitmap, which also gives
+// them in ascending order without a sort.
 //
-// `gumbel` needs no noise per key: the k largest of log p + Gumbel noise are the first k distinct results of
-// independent draws from p. Drawing exactly the number still missing, again and again, never overshoots.
+// `gumbel` needs no noise per key: the k largest of log p + Gumbel noise are the first k distinct
+// results of independent draws from p. Drawing exactly the number still missing, again and again,
+// never overshoots.
 #include "philox-inl.h"
 #include "score-inl.h"
 
@@ -20,10 +22,13 @@ namespace sampling {
 constexpr int kRows = 4;          // rows scored together, see score_tile
 constexpr int kRowsPerTask = 16;  // enough work that fetching a task costs nothing
 constexpr int kWordBits = 64;
+constexpr int kEager = 4;  // see list_bits
 
-// While |score| cannot exceed this, exp(score) needs no reference: e^60 * 2^20 keys stays far inside float.
+// While |score| cannot exceed this, exp(score) needs no reference: e^60 * 2^20 keys stays far
+// inside float.
 constexpr float kPlainExpBound = 60.0f;
-// Below this total, weights relative to the largest have begun to underflow: score again relative to the rest.
+// Below this total, weights relative to the largest have begun to underflow: score again relative
+// to the rest.
 constexpr double kUnderflow = 1e-25;
 // Share of a row's mass beyond which "total minus chosen" has lost its digits.
 constexpr double kCancellation = 0.999;
@@ -33,7 +38,7 @@ struct Row {
   float* weight;        // [padded M]; 0 where the key cannot be drawn
   float* cum;           // [padded M] inclusive running sum within each block of kTile
   double* block_start;  // [blocks + 1] running sum before each block
-  int32_t* guide;       // [guide_size] a block at or before the one that holds total * g / guide_size
+  int32_t* guide;  // [guide_size] a block at or before the one that holds total * g / guide_size
   int64_t blocks;
   int64_t guide_size;
   double guide_scale;
@@ -43,21 +48,23 @@ struct Row {
 };
 
 struct Scratch {
-  float* q;            // [kRows, S] scaled queries
-  float* weight;       // [kRows, padded M]
-  uint64_t* forced;    // [words] keys that are taken without drawing
-  uint64_t* taken;     // [words] keys of the head at hand
-  float* drawn_weight; // [padded K]
-  Row row;             // running sums of the row at hand; its weights lie in `weight`
-  Row rest;            // the same row without the keys taken so far
+  float* q;             // [kRows, S] scaled queries
+  float* weight;        // [kRows, padded M]
+  uint64_t* forced;     // [words] keys that are taken without drawing
+  uint64_t* taken;      // [words] keys of the head at hand
+  int32_t* list;        // [K + kEager]
+  float* drawn_weight;  // [padded K]
+  Row row;              // running sums of the row at hand; its weights lie in `weight`
+  Row rest;             // the same row without the keys taken so far
 };
 
 inline int64_t padded_keys(const SketchSampleParams& p) { return ceil_div(p.M, kTile) * kTile; }
 inline int64_t bitmap_words(const SketchSampleParams& p) { return ceil_div(p.M, kWordBits); }
 
+// Four entries per block: three of four draws then need no step beyond the guide's block.
 inline int64_t guide_size(int64_t blocks) {
-  int64_t size = 16;
-  while (size < blocks && size < 4096) size *= 2;
+  int64_t size = 64;
+  while (size < 4 * blocks && size < 8192) size *= 2;
   return size;
 }
 
@@ -85,6 +92,7 @@ inline Scratch lay_out(const SketchSampleParams& p, Arena* arena) {
   s.weight = arena->take<float>(kRows * padded);
   s.forced = arena->take<uint64_t>(words);
   s.taken = arena->take<uint64_t>(words);
+  s.list = arena->take<int32_t>(p.K + kEager);
   s.drawn_weight = arena->take<float>(p.K + kLanes<float>);
   for (Row* row : {&s.row, &s.rest}) {
     row->cum = arena->take<float>(padded);
@@ -95,10 +103,15 @@ inline Scratch lay_out(const SketchSampleParams& p, Arena* arena) {
   return s;
 }
 
-// ---- bitmaps ---------------------------------------------------------------------------------------------------------
+// ---- bitmaps
+// ---------------------------------------------------------------------------------------------------------
 
-inline bool test_bit(const uint64_t* bits, int64_t j) { return bits[j / kWordBits] >> (j % kWordBits) & 1; }
-inline void set_bit(uint64_t* bits, int64_t j) { bits[j / kWordBits] |= uint64_t{1} << (j % kWordBits); }
+inline bool test_bit(const uint64_t* bits, int64_t j) {
+  return bits[j / kWordBits] >> (j % kWordBits) & 1;
+}
+inline void set_bit(uint64_t* bits, int64_t j) {
+  bits[j / kWordBits] |= uint64_t{1} << (j % kWordBits);
+}
 
 // Sets bit j; true where it was clear.
 inline bool insert_bit(uint64_t* bits, int64_t j) {
@@ -110,10 +123,12 @@ inline bool insert_bit(uint64_t* bits, int64_t j) {
 template <typename F>
 inline void for_each_bit(const uint64_t* bits, int64_t words, F&& f) {
   for (int64_t i = 0; i < words; ++i)
-    for (uint64_t word = bits[i]; word != 0; word &= word - 1) f(i * kWordBits + __builtin_ctzll(word));
+    for (uint64_t word = bits[i]; word != 0; word &= word - 1)
+      f(i * kWordBits + __builtin_ctzll(word));
 }
 
-// ---- a row -----------------------------------------------------------------------------------------------------------
+// ---- a row
+// -----------------------------------------------------------------------------------------------------------
 
 // The keys [0, limit) of a row may be attended as far as key_mask allows.
 inline int64_t key_limit(const SketchSampleParams& p, int64_t i) {
@@ -122,16 +137,17 @@ inline int64_t key_limit(const SketchSampleParams& p, int64_t i) {
 
 // weight[r] = scores of kRows rows, or their exp, over the tiles below `limit`.
 template <bool kExp>
-inline void score_rows(const SketchSampleParams& p, int64_t b, const float* q, int64_t rows, int64_t limit,
-                       float* weight, int64_t weight_ld) {
+inline void score_rows(const SketchSampleParams& p, int64_t b, const float* q, int64_t rows,
+                       int64_t limit, float* weight, int64_t weight_ld) {
   const int64_t tiles = ceil_div(p.M, kTile);
   const auto run = [&](auto rows_at_once) {
     for (int64_t t = 0; t < ceil_div(limit, kTile); ++t) {
       const float* tile = p.k_tiles + (b * tiles + t) * p.S * kTile;
       const float* bias = p.key_bias + (b * tiles + t) * kTile;
-      score_tile<decltype(rows_at_once)::value>(q, p.S, tile, p.S, bias, [&](int r, int c, Vec<float> s) {
-        store(weight + r * weight_ld + t * kTile + c, kExp ? exp(s) : s);
-      });
+      score_tile<decltype(rows_at_once)::value>(
+          q, p.S, tile, p.S, bias, [&](int r, int c, Vec<float> s) {
+            store(weight + r * weight_ld + t * kTile + c, kExp ? exp(s) : s);
+          });
     }
   };
   if (rows == 1)
@@ -141,7 +157,8 @@ inline void score_rows(const SketchSampleParams& p, int64_t b, const float* q, i
 }
 
 // Puts `value` where a key cannot be drawn: beyond the limit and at the excluded keys.
-inline void blank(const uint64_t* excluded, int64_t words, int64_t limit, float value, float* weight) {
+inline void blank(const uint64_t* excluded, int64_t words, int64_t limit, float value,
+                  float* weight) {
   for (int64_t j = limit; j < ceil_div(limit, kTile) * kTile; ++j) weight[j] = value;
   for_each_bit(excluded, words, [&](int64_t j) { weight[j] = value; });
 }
@@ -152,7 +169,8 @@ inline void normalise(int64_t limit, Row* row) {
   Vec<float> top = broadcast(-__builtin_inff());
   for (int64_t j = 0; j < n; j += kLanes<float>) top = max(top, load(row->weight + j));
   const float reference = reduce_max(top);
-  for (int64_t j = 0; j < n; j += kLanes<float>) store(row->weight + j, exp(load(row->weight + j) - reference));
+  for (int64_t j = 0; j < n; j += kLanes<float>)
+    store(row->weight + j, exp(load(row->weight + j) - reference));
   row->reference = static_cast<double>(reference);
 }
 
@@ -180,10 +198,12 @@ inline void sum_row(int64_t limit, Row* row) {
 
   row->guide_size = guide_size(row->blocks);
   row->guide_scale = static_cast<double>(row->guide_size) / total;
-  const double step = total / static_cast<double>(row->guide_size);
+  // A little early, so that rounding of x * guide_scale cannot make the guide point beyond x.
+  const double step = total / static_cast<double>(row->guide_size) * (1 - 0x1p-40);
   int32_t block = 0;
   for (int64_t g = 0; g < row->guide_size; ++g) {
-    while (block + 1 < row->blocks && row->block_start[block + 1] <= step * static_cast<double>(g)) ++block;
+    const double x = step * static_cast<double>(g);
+    while (block + 1 < row->blocks && row->block_start[block + 1] <= x) ++block;
     row->guide[g] = block;
   }
 }
@@ -199,15 +219,14 @@ inline int64_t nearest_drawable(const Row& row, int64_t j) {
 }
 
 // The first key whose running sum exceeds x, for x in [0, total).
-inline int64_t find_key(const Row& row, double x) {
+SMARTBIRD_INLINE int64_t find_key(const Row& row, double x) {
   const int64_t g = min_of(static_cast<int64_t>(x * row.guide_scale), row.guide_size - 1);
   int64_t block = row.guide[g];
-  // The guide may be one block too far where its own product was rounded.
-  while (block > 0 && row.block_start[block] > x) --block;
   while (block + 1 < row.blocks && row.block_start[block + 1] <= x) ++block;
   const float within = static_cast<float>(x - row.block_start[block]);
   const int64_t j = block * kTile + count_le(row.cum + block * kTile, within);
-  // Sums within a block are rounded in an order of their own: rarely, x falls between two of them that should be equal.
+  // Sums within a block are rounded in an order of their own: rarely, x falls between two of them
+  // that should be equal.
   if (__builtin_expect(j < row.blocks * kTile && row.weight[j] > 0, 1)) return j;
   return nearest_drawable(row, j);
 }
@@ -222,14 +241,16 @@ struct RowContext {
   int64_t to_draw;  // places left by the forced keys; fewer than the keys that can be drawn
 };
 
-// weight = exp(score - reference) of the keys not excluded, the reference being their largest score.
+// weight = exp(score - reference) of the keys not excluded, the reference being their largest
+// score.
 inline void rescore(const RowContext& c, const uint64_t* excluded, Row* row) {
   score_rows<false>(*c.p, c.b, c.q, 1, c.limit, row->weight, 0);
   blank(excluded, c.words, c.limit, -__builtin_inff(), row->weight);
   normalise(c.limit, row);
 }
 
-// rest = row without the taken keys, scored again where what remains has underflowed. `rest` may be `row`.
+// rest = row without the taken keys, scored again where what remains has underflowed. `rest` may be
+// `row`.
 inline void exclude_taken(const RowContext& c, const uint64_t* taken, const Row& row, Row* rest) {
   const size_t bytes = static_cast<size_t>(row.blocks * kTile) * sizeof(float);
   if (rest->weight != row.weight) std::memcpy(rest->weight, row.weight, bytes);
@@ -267,11 +288,12 @@ inline Vec<float> log_one_minus_exp(Vec<float> x) {
   return e < 0.03f ? tail : log(x < 0.05f ? series : 1.0f - e);
 }
 
-// Successive sampling of c.to_draw keys into `taken`, which holds the forced keys before. Returns the arrival time of
-// the next key that would have come, in units of 1 / weight of the row whose reference is *reference: think of keys
-// arriving by Poisson processes of rate weight. The arrivals of a rate-W process after m draws is Gamma(m) / W.
-inline double draw_distinct(const RowContext& c, UniformStream* uniforms, UniformStream* arrivals, const Row& row,
-                            Row* rest, uint64_t* taken, double* reference) {
+// Successive sampling of c.to_draw keys into `taken`, which holds the forced keys before. Returns
+// the arrival time of the next key that would have come, in units of 1 / weight of the row whose
+// reference is *reference: think of keys arriving by Poisson processes of rate weight. The arrivals
+// of a rate-W process after m draws is Gamma(m) / W.
+inline double draw_distinct(const RowContext& c, UniformStream* uniforms, UniformStream* arrivals,
+                            const Row& row, Row* rest, uint64_t* taken, double* reference) {
   const Row* current = &row;
   double time = 0, mass = 0;  // mass: drawn from `current`
   int64_t draws = 0;          // made from `current`
@@ -290,17 +312,17 @@ inline double draw_distinct(const RowContext& c, UniformStream* uniforms, Unifor
     draws += missing;
     for (int64_t n = missing; n > 0; --n) {
       const int64_t j = find_key(*current, static_cast<double>(uniforms->next()) * scale);
-      if (insert_bit(taken, j)) {
-        mass += static_cast<double>(current->weight[j]);
-        --missing;
-      }
+      const bool is_new = insert_bit(taken, j);
+      mass += is_new ? static_cast<double>(current->weight[j]) : 0.0;
+      missing -= is_new;
     }
     if (missing == 0) break;
-    // Repeats come at the rate mass / total: leave the taken keys out where that is cheaper than drawing on.
+    // Repeats come at the rate mass / total: leave the taken keys out where that is cheaper than
+    // drawing on.
     const double share = mass / current->total;
     const double keys_per_draw = 24;  // what scanning keys costs, measured in draws
-    if (share > kCancellation ||
-        static_cast<double>(missing) * share > (1 - share) * static_cast<double>(c.limit) / keys_per_draw)
+    if (share > kCancellation || static_cast<double>(missing) * share >
+                                     (1 - share) * static_cast<double>(c.limit) / keys_per_draw)
       leave_out_taken();
   }
   if (arrivals == nullptr) return 0;
@@ -310,12 +332,14 @@ inline double draw_distinct(const RowContext& c, UniformStream* uniforms, Unifor
          gamma_variate(1, arrivals) / (current->total - mass);
 }
 
-// Takes every key whose inclusion probability would reach 1 and leaves the others in *rest; returns how many places
-// are left for them. Shared by the heads of a row.
-inline int64_t cap_inclusion(const RowContext& c, const Row& row, Row* rest, uint64_t* taken, const Row** remaining) {
+// Takes every key whose inclusion probability would reach 1 and leaves the others in *rest; returns
+// how many places are left for them. Shared by the heads of a row.
+inline int64_t cap_inclusion(const RowContext& c, const Row& row, Row* rest, uint64_t* taken,
+                             const Row** remaining) {
   int64_t places = c.to_draw;
   *remaining = &row;
-  while (places > 0 && static_cast<double>((*remaining)->max) * static_cast<double>(places) >= (*remaining)->total) {
+  while (places > 0 && static_cast<double>((*remaining)->max) * static_cast<double>(places) >=
+                           (*remaining)->total) {
     const Row& current = **remaining;
     const float cap = static_cast<float>(current.total / static_cast<double>(places));
     int64_t capped = 0;
@@ -332,14 +356,16 @@ inline int64_t cap_inclusion(const RowContext& c, const Row& row, Row* rest, uin
   return places;
 }
 
-// Takes the keys at which the running sum of inclusion probabilities passes u, u + 1, ..., u + places - 1.
+// Takes the keys at which the running sum of inclusion probabilities passes u, u + 1, ..., u +
+// places - 1.
 inline void draw_systematic(const Row& row, int64_t places, double u, uint64_t* taken) {
   const double step = row.total / static_cast<double>(places);
   for (int64_t n = 0; n < places; ++n) {
     int64_t j = find_key(row, (u + static_cast<double>(n)) * step);
     // A probability just below 1 can be passed twice by rounding: the next free key stands in.
     const int64_t end = row.blocks * kTile;
-    for (int64_t tried = 0; tried < end && !(row.weight[j] > 0 && insert_bit(taken, j)); ++tried) j = (j + 1) % end;
+    for (int64_t tried = 0; tried < end && !(row.weight[j] > 0 && insert_bit(taken, j)); ++tried)
+      j = (j + 1) % end;
   }
 }
 
@@ -396,7 +422,8 @@ inline void sort_ascending(int32_t* x, int64_t n) {  // heap sort: no library te
   }
 }
 
-// ---- output ----------------------------------------------------------------------------------------------------------
+// ---- output
+// ----------------------------------------------------------------------------------------------------------
 
 // One head's row of results.
 struct Output {
@@ -410,23 +437,47 @@ inline Output output_row(const RowContext& c, int64_t head) {
   return {p.indices + at, p.log_inclusion == nullptr ? nullptr : p.log_inclusion + at};
 }
 
-// The taken keys in ascending order, then -1; returns how many.
-inline int64_t write_indices(const RowContext& c, const uint64_t* taken, Output out) {
+// Lists the set bits in ascending order; returns how many. With about one bit a word, a loop over
+// bits would mispredict its exit every time: so kEager bits are listed whether there or not, up to
+// kEager entries beyond the last.
+inline int64_t list_bits(const uint64_t* bits, int64_t words, int32_t* list) {
   int64_t n = 0;
-  for_each_bit(taken, c.words, [&](int64_t j) { out.indices[n++] = static_cast<int32_t>(j); });
+  for (int64_t i = 0; i < words; ++i) {
+    uint64_t word = bits[i];
+    const int32_t first = static_cast<int32_t>(i * kWordBits);
+    const int count = __builtin_popcountll(word);
+    for (int e = 0; e < kEager; ++e) {
+      list[n + e] = first + (word == 0 ? 0 : __builtin_ctzll(word));
+      word &= word - 1;
+    }
+    if (__builtin_expect(count > kEager, 0))
+      for (int e = kEager; e < count; ++e, word &= word - 1)
+        list[n + e] = first + __builtin_ctzll(word);
+    n += count;
+  }
+  return n;
+}
+
+// The taken keys in ascending order, then -1; returns how many.
+inline int64_t write_indices(const RowContext& c, const uint64_t* taken, int32_t* list,
+                             Output out) {
+  const int64_t n = list_bits(taken, c.words, list);
+  std::memcpy(out.indices, list, static_cast<size_t>(n) * sizeof(int32_t));
   for (int64_t j = n; j < c.p->K; ++j) out.indices[j] = -1;
   return n;
 }
 
-// log_inclusion = f(weight) of the n drawn keys, 0 of those that were taken for certain, -inf in unused slots.
+// log_inclusion = f(weight) of the n drawn keys, 0 of those that were taken for certain, -inf in
+// unused slots.
 template <typename F>
-inline void write_log_inclusion(const RowContext& c, const float* weight, const uint64_t* certain, int64_t n,
-                                float* gathered, Output out, F&& f) {
+inline void write_log_inclusion(const RowContext& c, const float* weight, const uint64_t* certain,
+                                int64_t n, float* gathered, Output out, F&& f) {
   constexpr int L = kLanes<float>;
   for (int64_t j = 0; j < n; ++j) gathered[j] = weight[out.indices[j]];
   for (int64_t j = n; j < ceil_div(n, L) * L; ++j) gathered[j] = 1.0f;
   for (int64_t j = 0; j < n; j += L) store(gathered + j, f(load(gathered + j)));
-  for (int64_t j = 0; j < n; ++j) out.log_inclusion[j] = test_bit(certain, out.indices[j]) ? 0.0f : gathered[j];
+  for (int64_t j = 0; j < n; ++j)
+    out.log_inclusion[j] = test_bit(certain, out.indices[j]) ? 0.0f : gathered[j];
   for (int64_t j = n; j < c.p->K; ++j) out.log_inclusion[j] = -__builtin_inff();
 }
 
@@ -438,9 +489,9 @@ inline void copy_head(const RowContext& c, int64_t from, int64_t to) {
 }
 
 // Rows whose keys are the same for every head and certain: `taken` whole.
-inline void write_certain(const RowContext& c, const uint64_t* taken) {
+inline void write_certain(const RowContext& c, const uint64_t* taken, int32_t* list) {
   const Output out = output_row(c, 0);
-  const int64_t n = write_indices(c, taken, out);
+  const int64_t n = write_indices(c, taken, list, out);
   if (out.log_inclusion != nullptr)
     for (int64_t j = 0; j < c.p->K; ++j) out.log_inclusion[j] = j < n ? 0.0f : -__builtin_inff();
   for (int64_t head = 1; head < c.p->H_i; ++head) copy_head(c, 0, head);
@@ -452,9 +503,10 @@ inline void sample_gumbel(const RowContext& c, PhiloxKey key, PhiloxKey arrival_
     std::memcpy(s->taken, s->forced, static_cast<size_t>(c.words) * sizeof(uint64_t));
     UniformStream uniforms(key, c.b, head, c.i), arrivals(arrival_key, c.b, head, c.i);
     double reference = s->row.reference;
-    const double time = draw_distinct(c, &uniforms, out.log_inclusion == nullptr ? nullptr : &arrivals, s->row,
-                                      &s->rest, s->taken, &reference);
-    const int64_t n = write_indices(c, s->taken, out);
+    const double time =
+        draw_distinct(c, &uniforms, out.log_inclusion == nullptr ? nullptr : &arrivals, s->row,
+                      &s->rest, s->taken, &reference);
+    const int64_t n = write_indices(c, s->taken, s->list, out);
     if (out.log_inclusion == nullptr) continue;
     const float* weight = s->row.weight;
     if (reference != s->row.reference) {  // weights of keys drawn since lie in another range
@@ -480,7 +532,7 @@ inline void sample_systematic(const RowContext& c, PhiloxKey key, Scratch* s) {
     std::memcpy(s->taken, certain, static_cast<size_t>(c.words) * sizeof(uint64_t));
     const uint32_t bits = philox4x32(philox_counter(c.b, head, c.i, 0), key).word[0];
     if (places > 0) draw_systematic(*remaining, places, uniform_double(bits), s->taken);
-    const int64_t n = write_indices(c, s->taken, out);
+    const int64_t n = write_indices(c, s->taken, s->list, out);
     if (out.log_inclusion == nullptr) continue;
     write_log_inclusion(c, remaining->weight, certain, n, s->drawn_weight, out, [&](Vec<float> w) {
       return min(log(max(w * inclusion_scale, broadcast(1e-37f))), broadcast(0.0f));
@@ -496,20 +548,24 @@ inline void sample_multinomial(const RowContext& c, PhiloxKey key, Scratch* s) {
     UniformStream uniforms(key, c.b, head, c.i);
     int64_t n = 0;
     for (; n < c.to_draw; ++n)
-      out.indices[n] = static_cast<int32_t>(find_key(s->row, static_cast<double>(uniforms.next()) * scale));
-    for_each_bit(s->forced, c.words, [&](int64_t j) { out.indices[n++] = static_cast<int32_t>(j); });
+      out.indices[n] =
+          static_cast<int32_t>(find_key(s->row, static_cast<double>(uniforms.next()) * scale));
+    for_each_bit(s->forced, c.words,
+                 [&](int64_t j) { out.indices[n++] = static_cast<int32_t>(j); });
     sort_ascending(out.indices, n);
     if (out.log_inclusion == nullptr) continue;
-    write_log_inclusion(c, s->row.weight, s->forced, n, s->drawn_weight, out,
-                        [&](Vec<float> w) { return log(max(w * inclusion_scale, broadcast(1e-37f))); });
+    write_log_inclusion(c, s->row.weight, s->forced, n, s->drawn_weight, out, [&](Vec<float> w) {
+      return log(max(w * inclusion_scale, broadcast(1e-37f)));
+    });
   }
 }
 
-// ---- rows together ---------------------------------------------------------------------------------------------------
+// ---- rows together
+// ---------------------------------------------------------------------------------------------------
 
 // Marks the forced keys of row i; returns how many.
-inline int64_t mark_forced(const SketchSampleParams& p, const float* key_bias, int64_t i, int64_t limit,
-                           uint64_t* forced) {
+inline int64_t mark_forced(const SketchSampleParams& p, const float* key_bias, int64_t i,
+                           int64_t limit, uint64_t* forced) {
   int64_t n = 0;
   for (int64_t j = 0; j < limit && n < p.num_sinks; ++j)
     if (key_bias[j] == 0) n += insert_bit(forced, j);
@@ -584,7 +640,8 @@ inline void sketch_sample(const SketchSampleParams& p, int64_t task, void* scrat
         query_norm = is_finite(norm) ? max_of(query_norm, norm) : __builtin_inff();
       }
     });
-    const float bound = query_norm * key_norm;  // Cauchy-Schwarz: no |score| of these rows is larger
+    const float bound =
+        query_norm * key_norm;  // Cauchy-Schwarz: no |score| of these rows is larger
     if (!is_finite(bound) || !is_finite(query_norm) || !is_finite(key_norm)) {
       __atomic_store_n(p.error, kSketchNotFinite, __ATOMIC_RELAXED);
       return;
@@ -607,7 +664,7 @@ inline void sketch_sample(const SketchSampleParams& p, int64_t task, void* scrat
         c.to_draw = 0;
       }
       if (c.to_draw == 0) {
-        write_certain(c, s.forced);
+        write_certain(c, s.forced, s.list);
         continue;
       }
       s.row.weight = s.weight + r * tiles * kTile;
@@ -618,7 +675,7 @@ inline void sketch_sample(const SketchSampleParams& p, int64_t task, void* scrat
         blank(s.forced, c.words, c.limit, -__builtin_inff(), s.row.weight);
         if (p.method == SampleMethod::kTopK) {
           take_largest(s.row.weight, c.limit, c.to_draw, s.forced);
-          write_certain(c, s.forced);
+          write_certain(c, s.forced, s.list);
           continue;
         }
         normalise(c.limit, &s.row);

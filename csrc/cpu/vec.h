@@ -1,8 +1,9 @@
-// The vector type the kernels are written over: GCC/Clang vector extensions, so that one source serves every
-// instruction set. A translation unit defines SMARTBIRD_ISA (its namespace) and SMARTBIRD_VEC_BYTES (0: one lane).
+// The vector type the kernels are written over: GCC/Clang vector extensions, so that one source
+// serves every instruction set. A translation unit defines SMARTBIRD_ISA (its namespace) and
+// SMARTBIRD_VEC_BYTES (0: one lane).
 //
-// Nothing here may have external linkage outside the ISA's namespace: a weak symbol compiled with AVX-512 could
-// otherwise be picked by the linker for all.
+// Nothing here may have external linkage outside the ISA's namespace: a weak symbol compiled with
+// AVX-512 could otherwise be picked by the linker for all.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +17,15 @@
 
 #include "../params.h"
 
+// For what is called once per vector: GCC counts its statements and stops inlining where it hurts
+// most.
+#define SMARTBIRD_INLINE inline __attribute__((always_inline))
+
 namespace smartbird::SMARTBIRD_ISA {
 
 template <typename T>
-constexpr int kLanes = SMARTBIRD_VEC_BYTES == 0 ? 1 : SMARTBIRD_VEC_BYTES / static_cast<int>(sizeof(T));
+constexpr int kLanes =
+    SMARTBIRD_VEC_BYTES == 0 ? 1 : SMARTBIRD_VEC_BYTES / static_cast<int>(sizeof(T));
 
 template <typename T, int L = kLanes<T>>
 struct VecOf {
@@ -63,7 +69,8 @@ inline T max_of(T a, T b) {
 }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// ---- scalar conversion ---------------------------------------------------------------------------------------------
+// ---- scalar conversion
+// ---------------------------------------------------------------------------------------------
 
 inline float to_acc(float x) { return x; }
 inline double to_acc(double x) { return x; }
@@ -72,7 +79,8 @@ inline float to_acc(float16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
 #else
-  // Shift exponent and mantissa into place, then multiply by 2^(127 - 15): subnormals come out right.
+  // Shift exponent and mantissa into place, then multiply by 2^(127 - 15): subnormals come out
+  // right.
   const uint32_t magnitude = uint32_t{x.bits & 0x7FFFu} << 13;
   float y = bit_cast<float>(magnitude) * 0x1p112f;
   if (magnitude >= 0x0F800000u) y = bit_cast<float>(magnitude | 0x7F800000u);  // inf and NaN
@@ -93,8 +101,9 @@ inline double from_acc<double>(double x) {
 template <>
 inline bfloat16 from_acc<bfloat16>(float x) {
   const uint32_t u = bit_cast<uint32_t>(x);
-  if ((u & 0x7FFFFFFFu) > 0x7F800000u) return {static_cast<uint16_t>(u >> 16 | 0x40u)};  // quiet NaN
-  return {static_cast<uint16_t>((u + 0x7FFFu + (u >> 16 & 1u)) >> 16)};                  // nearest even
+  if ((u & 0x7FFFFFFFu) > 0x7F800000u)
+    return {static_cast<uint16_t>(u >> 16 | 0x40u)};                     // quiet NaN
+  return {static_cast<uint16_t>((u + 0x7FFFu + (u >> 16 & 1u)) >> 16)};  // nearest even
 }
 template <>
 inline float16 from_acc<float16>(float x) {
@@ -103,7 +112,8 @@ inline float16 from_acc<float16>(float x) {
 #else
   const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000u, magnitude = u & 0x7FFFFFFFu;
   if (magnitude > 0x7F800000u) return {static_cast<uint16_t>(sign | 0x7E00u)};
-  if (magnitude >= 0x477FF000u) return {static_cast<uint16_t>(sign | 0x7C00u)};  // rounds to 65536: infinity
+  if (magnitude >= 0x477FF000u)
+    return {static_cast<uint16_t>(sign | 0x7C00u)};  // rounds to 65536: infinity
   if (magnitude < 0x38800000u) {  // subnormal: let the float adder round at 2^-24
     const float rounded = bit_cast<float>(magnitude) + 0.5f;
     return {static_cast<uint16_t>(sign | (bit_cast<uint32_t>(rounded) - 0x3F000000u))};
@@ -113,7 +123,8 @@ inline float16 from_acc<float16>(float x) {
 #endif
 }
 
-// ---- load, store ---------------------------------------------------------------------------------------------------
+// ---- load, store
+// ---------------------------------------------------------------------------------------------------
 
 template <typename A>
 inline Vec<A> broadcast(A x) {
@@ -151,9 +162,11 @@ inline Vec<float> load(const bfloat16* p) {
 
 inline Vec<float> load(const float16* p) {
 #if defined(__AVX512F__)
-  return bit_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  return bit_cast<Vec<float>>(
+      _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__AVX2__)
-  return bit_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  return bit_cast<Vec<float>>(
+      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
   Vec<float> v;
   for (int l = 0; l < kLanes<float>; ++l) v[l] = to_acc(p[l]);
@@ -186,10 +199,12 @@ inline void store(bfloat16* p, Vec<float> v) {
 
 inline void store(float16* p, Vec<float> v) {
 #if defined(__AVX512F__)
-  const __m256i h = _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256i h =
+      _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
 #elif defined(__AVX2__)
-  const __m128i h = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m128i h =
+      _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h);
 #else
   for (int l = 0; l < kLanes<float>; ++l) p[l] = from_acc<float16>(v[l]);
@@ -201,10 +216,11 @@ inline void store_partial(T* p, Vec<acc_t<T>> v, int64_t n) {
   for (int64_t l = 0; l < n; ++l) p[l] = from_acc<T>(v[l]);
 }
 
-// ---- across lanes --------------------------------------------------------------------------------------------------
+// ---- across lanes
+// --------------------------------------------------------------------------------------------------
 
-// Lane l: a[l] + a[l ^ S] where bit S of l is clear, b[l] + b[l ^ S] where it is set. Folding pairwise with S = 1, 2, 4, ...
-// sums kLanes vectors across their lanes into the lanes of one.
+// Lane l: a[l] + a[l ^ S] where bit S of l is clear, b[l] + b[l ^ S] where it is set. Folding
+// pairwise with S = 1, 2, 4, ... sums kLanes vectors across their lanes into the lanes of one.
 template <int S, typename V>
 inline V fold(V a, V b) {
   return [&]<int... I>(std::integer_sequence<int, I...>) {
@@ -247,7 +263,8 @@ inline Elem<V> reduce_max(V v) {
   return lane[0];
 }
 
-// Elementwise maximum and minimum; where either is NaN, b. Spelled out: GCC makes a compare and a blend of the ternary.
+// Elementwise maximum and minimum; where either is NaN, b. Spelled out: GCC makes a compare and a
+// blend of the ternary.
 template <typename V>
 inline V max(V a, V b) {
 #if defined(__AVX512F__)
@@ -309,7 +326,8 @@ SMARTBIRD_INLINE Vec<float> prefix_sum(Vec<float> v) {
   __m512 x = bit_cast<__m512>(v);
   const auto shift = [](__m512 y, auto n) {  // towards higher lanes, zeros in
     constexpr int k = 16 - decltype(n)::value;
-    return _mm512_castsi512_ps(_mm512_maskz_alignr_epi32(0xFFFF, _mm512_castps_si512(y), _mm512_setzero_si512(), k));
+    return _mm512_castsi512_ps(
+        _mm512_maskz_alignr_epi32(0xFFFF, _mm512_castps_si512(y), _mm512_setzero_si512(), k));
   };
   x = _mm512_add_ps(x, shift(x, std::integral_constant<int, 1>{}));
   x = _mm512_add_ps(x, shift(x, std::integral_constant<int, 2>{}));
@@ -321,19 +339,22 @@ SMARTBIRD_INLINE Vec<float> prefix_sum(Vec<float> v) {
   x = _mm256_add_ps(x, _mm256_castsi256_ps(_mm256_slli_si256(_mm256_castps_si256(x), 4)));
   x = _mm256_add_ps(x, _mm256_castsi256_ps(_mm256_slli_si256(_mm256_castps_si256(x), 8)));
   const __m128 low_total = _mm_permute_ps(_mm256_castps256_ps128(x), 0xFF);
-  return bit_cast<Vec<float>>(_mm256_add_ps(x, _mm256_insertf128_ps(_mm256_setzero_ps(), low_total, 1)));
+  return bit_cast<Vec<float>>(
+      _mm256_add_ps(x, _mm256_insertf128_ps(_mm256_setzero_ps(), low_total, 1)));
 #else
   for (int l = 1; l < kLanes<float>; ++l) v[l] += v[l - 1];
   return v;
 #endif
 }
 
-// ---- elementary functions ------------------------------------------------------------------------------------------
+// ---- elementary functions
+// ------------------------------------------------------------------------------------------
 
 // exp(x) to 2 ulp; 0 below -87.3 (no subnormals), +inf above 88.7, NaN stays.
 SMARTBIRD_INLINE Vec<float> exp(Vec<float> x) {
   constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  constexpr float kRound =
+      12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const Vec<float> clamped = min(max(broadcast(-87.5f), x), broadcast(88.75f));
   const Vec<float> shifted = clamped * kLog2e + kRound;
   const Vec<float> n = shifted - kRound;
@@ -348,14 +369,16 @@ SMARTBIRD_INLINE Vec<float> exp(Vec<float> x) {
   // Times 2^n in two steps, as n may be 128.
   const VecI e = bit_cast<VecI>(shifted) - bit_cast<int32_t>(kRound);
   const VecI half = e >> 1;
-  const Vec<float> y = p * bit_cast<Vec<float>>((half + 127) << 23) * bit_cast<Vec<float>>((e - half + 127) << 23);
+  const Vec<float> y =
+      p * bit_cast<Vec<float>>((half + 127) << 23) * bit_cast<Vec<float>>((e - half + 127) << 23);
   return x < -87.3f ? broadcast(0.0f) : (x == x ? y : x);
 }
 
-// 2^x to 2 ulp for x in [-126, 127]; towards -127 it falls to an exact 0 and stays there, above 127 it stays 2^127, a
-// NaN stays. About half the price of exp.
-inline Vec<float> exp2(Vec<float> x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+// 2^x to 2 ulp for x in [-126, 127]; towards -127 it falls to an exact 0 and stays there, above 127
+// it stays 2^127, a NaN stays. About half the price of exp.
+SMARTBIRD_INLINE Vec<float> exp2(Vec<float> x) {
+  constexpr float kRound =
+      12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const Vec<float> clamped = max(broadcast(-127.0f), min(broadcast(127.0f), x));
   const Vec<float> shifted = clamped + kRound;
   const Vec<float> r = clamped - (shifted - kRound);
@@ -402,7 +425,8 @@ inline Vec<double> exp2(Vec<double> x) {
   return x;
 }
 
-// ---- dtype to type -------------------------------------------------------------------------------------------------
+// ---- dtype to type
+// -------------------------------------------------------------------------------------------------
 
 // Calls f with a value of the storage type that `dtype` names.
 template <typename F>
