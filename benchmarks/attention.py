@@ -3,6 +3,9 @@
 Each repetition runs every contender once, one after the other, so that a slow spell of the machine
 meets all of them; a ratio compares medians of one run. The table is printed and, with ``--out``,
 all timings are written as JSON.
+
+Queries, keys and sketches are random, so the sketch's probabilities are spread over many keys;
+where they are concentrated on few, ``gumbel`` takes more rounds to find distinct ones.
 """
 
 from __future__ import annotations
