@@ -1,10 +1,10 @@
 // Attention of each query over its own gathered keys, and the primitives its backward shares.
 //
 // What limits these kernels is where the gathered rows come from. A task therefore takes many
-// queries of one (batch, key/value head) and goes through them phase by phase - all scores, then
-// all softmaxes, then all sums of values - and each phase goes through the keys in blocks that stay
-// in L2. Index rows are ascending, so a query's part of a block is a run of its list; any other
-// order is slower, not wrong.
+// queries of one (batch, key/value head) and goes through them phase by phase (all scores, then all
+// softmaxes, then all sums of values), so that the cache holds either the keys or the values of one
+// head, not both; and rows are fetched a few entries ahead. Ascending index rows are the fastest,
+// any order is right.
 #include <utility>
 
 #include "philox-inl.h"
@@ -22,11 +22,11 @@ constexpr int kChunk = 8;
 template <typename A>
 constexpr int kGroup = kLanes<A> < 4 ? kLanes<A> : 4;
 
-// Bytes of gathered rows that are to stay in L2: what many cores have.
-constexpr int64_t kBlockBytes = 512 * 1024;
+// How many entries ahead of its use a gathered row is fetched.
+constexpr int64_t kPrefetchAhead = 8;
 
-// A task gathers this many times each row of its keys, so that reading them into L2 weighs little
-// ...
+// A task gathers each row of its keys this many times, so that bringing them into the cache weighs
+// little ...
 constexpr int64_t kReuse = 8;
 // ... within what scratch allows: so many slots, and so many lists. The fewest lists outweigh a
 // task's start.
@@ -60,7 +60,6 @@ template <typename T>
 struct Rows {
   const T* base;
   int64_t stride;
-  int64_t count;
   int64_t size;  // elements in a row
 
   const T* operator[](int64_t row) const { return base + row * stride; }
@@ -68,21 +67,8 @@ struct Rows {
 
 template <typename T>
 inline Rows<T> head_rows(const void* x, const int64_t (&stride)[3], int64_t b, int64_t h,
-                         int64_t count, int64_t size) {
-  return {static_cast<const T*>(x) + b * stride[0] + h * stride[1], stride[2], count, size};
-}
-
-template <typename T>
-inline Rows<T> query_rows(const GatherParams& P, int64_t b, int64_t h) {
-  return head_rows<T>(P.q, P.q_stride, b, h, P.N, P.D);
-}
-template <typename T>
-inline Rows<T> key_rows(const GatherParams& P, int64_t b, int64_t h_kv) {
-  return head_rows<T>(P.k, P.k_stride, b, h_kv, P.M, P.D);
-}
-template <typename T>
-inline Rows<T> value_rows(const GatherParams& P, int64_t b, int64_t h_kv) {
-  return head_rows<T>(P.v, P.v_stride, b, h_kv, P.M, P.Dv);
+                         int64_t size) {
+  return {static_cast<const T*>(x) + b * stride[0] + h * stride[1], stride[2], size};
 }
 
 // out [size] = x [size] * factor; x is padded to whole vectors.
@@ -99,8 +85,7 @@ inline void fill(A* x, int64_t n, A value) {
   for (int64_t j = 0; j < n; ++j) x[j] = value;
 }
 
-// ---- one run of a list: gathered rows that a block holds
-// -------------------------------------------
+// ---- gathered rows -----------------------------------------------------------------------------
 
 // Cuts a row of `size` elements into chunks of up to kChunk vectors and calls f(integral_constant
 // C, d) for each; C = 0 is the part of a vector at the end.
@@ -117,14 +102,10 @@ inline void for_each_chunk(int64_t size, F&& f) {
   if (d < size) f(std::integral_constant<int, 0>{}, d);
 }
 
-// The C vectors of a chunk at p, or for C = 0 the `left` elements before the row ends.
-template <int C, typename A>
-struct Chunk {
-  static constexpr int kVectors = C == 0 ? 1 : C;
-  Vec<A> x[kVectors];
-};
+template <int C>
+constexpr int kVectors = C == 0 ? 1 : C;
 
-// Vector c of it.
+// Vector c of a chunk of C at p, or for C = 0 the `left` elements before the row ends.
 template <int C, typename T>
 inline Vec<acc_t<T>> load_chunk(const T* p, int c, int64_t left) {
   if constexpr (C == 0)
@@ -133,16 +114,23 @@ inline Vec<acc_t<T>> load_chunk(const T* p, int c, int64_t left) {
     return load(p + c * kLanes<acc_t<T>>);
 }
 
+// Fetches a chunk of C at p.
+template <int C, typename T>
+inline void prefetch_chunk(const T* p) {
+  constexpr int kBytes = kVectors<C> * kLanes<acc_t<T>> * static_cast<int>(sizeof(T));
+  for (int byte = 0; byte < kBytes; byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
+}
+
 // Lane l of the result belongs to row keys[l % S]; the lanes of a row add up to its dot product
 // with x. Summing across lanes so, S rows at a time, costs far fewer shuffles than row by row.
 template <int C, int S, typename T>
-inline Vec<acc_t<T>> dot_tree(const Chunk<C, acc_t<T>>& x, const Rows<T>& rows, int64_t d,
+inline Vec<acc_t<T>> dot_tree(const Vec<acc_t<T>> (&x)[kVectors<C>], const Rows<T>& rows, int64_t d,
                               const int32_t* keys) {
   if constexpr (S == 1) {
     const T* row = rows[keys[0]] + d;
-    const int64_t left = rows.size - d;
-    Vec<acc_t<T>> sum = x.x[0] * load_chunk<C>(row, 0, left);
-    for (int c = 1; c < x.kVectors; ++c) sum += x.x[c] * load_chunk<C>(row, c, left);
+    Vec<acc_t<T>> sum = x[0] * load_chunk<C>(row, 0, rows.size - d);
+    for (int c = 1; c < kVectors<C>; ++c) sum += x[c] * load_chunk<C>(row, c, rows.size - d);
     return sum;
   } else {
     return fold<S / 2>(dot_tree<C, S / 2>(x, rows, d, keys),
@@ -150,120 +138,52 @@ inline Vec<acc_t<T>> dot_tree(const Chunk<C, acc_t<T>>& x, const Rows<T>& rows, 
   }
 }
 
-// dots[j] (+)= x . rows[keys[j]] over the elements of a chunk at d, from j on while the key lies
-// before `end` and j < n; returns where it stopped. keys and dots are padded to whole groups.
-template <int C, typename T>
-inline int64_t dot_run(const T* x, const Rows<T>& rows, int64_t d, const int32_t* __restrict keys,
-                       int64_t j, int64_t n, int64_t end, acc_t<T>* __restrict dots) {
+// dots[j] = x . rows[keys[j]] for j < n; keys and dots are padded to whole groups, and keys may be
+// fetched from up to kPrefetchAhead later.
+template <typename T>
+inline void gather_dots(const T* x, const Rows<T>& rows, const int32_t* __restrict keys, int64_t n,
+                        acc_t<T>* __restrict dots) {
   using A = acc_t<T>;
   constexpr int G = kGroup<A>;
-  Chunk<C, A> part;
-  for (int c = 0; c < part.kVectors; ++c) part.x[c] = load_chunk<C>(x + d, c, rows.size - d);
-  for (; j < n && keys[j] < end; j += G) {
-    const Vec<A> sum = sum_groups<G>(dot_tree<C, G>(part, rows, d, keys + j));
-    for (int g = 0; g < G; ++g) dots[j + g] = d == 0 ? sum[g] : dots[j + g] + sum[g];
-  }
-  return j;
-}
-
-// out += sum_j weights[j] * rows[keys[j]] over the elements of a chunk at d, from j on while the
-// key lies before `end` and j < n; returns where it stopped. out is padded to whole vectors.
-template <int C, typename T>
-inline int64_t accumulate_run(const acc_t<T>* __restrict weights, const Rows<T>& rows, int64_t d,
-                              const int32_t* __restrict keys, int64_t j, int64_t n, int64_t end,
-                              acc_t<T>* __restrict out) {
-  using A = acc_t<T>;
-  constexpr int L = kLanes<A>, V = Chunk<C, A>::kVectors;
-  constexpr int U = V < 3   ? 4
-                    : V < 6 ? 2
-                            : 1;  // independent sums of each vector, to hide FMA's latency
-  constexpr int G = 4;
-  const int64_t left = rows.size - d;
-  const auto add = [&](Vec<A>(&sum)[V], int64_t slot) {
-    const T* row = rows[keys[slot]] + d;
-    const A weight = weights[slot];
-    for (int c = 0; c < V; ++c) sum[c] += load_chunk<C>(row, c, left) * weight;
-  };
-  Vec<A> sum[U][V] = {};
-  for (; j + G <= n && keys[j] < end; j += G)
-    for (int g = 0; g < G; ++g) add(sum[g % U], j + g);
-  if (j + G > n)
-    for (; j < n && keys[j] < end; ++j) add(sum[0], j);
-  for (int c = 0; c < V; ++c) {
-    for (int u = 1; u < U; ++u) sum[0][c] += sum[u][c];
-    store(out + d + c * L, load(out + d + c * L) + sum[0][c]);
-  }
-  return j;
-}
-
-// ---- many lists
-// ------------------------------------------------------------------------------------
-
-// The keys that the queries of a task gather.
-struct GatherLists {
-  int64_t count;      // lists
-  int64_t capacity;   // entries of a list, padded to whole vectors
-  int32_t* keys;      // [count, capacity]
-  int64_t* size;      // [count]
-  int64_t* position;  // [count] how far a pass has come
-
-  void allocate(ScratchAllocator& scratch, int64_t max_count, int64_t padded_slots) {
-    capacity = padded_slots;
-    keys = scratch.take<int32_t>(max_count * capacity);
-    size = scratch.take<int64_t>(max_count);
-    position = scratch.take<int64_t>(max_count);
-  }
-};
-
-// How many rows of `row_bytes` a pass takes at a time when it gathers `gathered` times from `rows`
-// rows: all at once where they are too rarely gathered for a block to serve twice.
-inline int64_t rows_per_block(int64_t rows, int64_t row_bytes, int64_t gathered) {
-  return gathered < 2 * rows ? max_of<int64_t>(rows, 1)
-                             : max_of<int64_t>(kBlockBytes / row_bytes, 1);
-}
-
-// Takes all lists through `rows`, a chunk and a block at a time: f(chunk, d, list, begin, end)
-// works on the list's entries from `begin` on whose row lies before `end`, and returns where it
-// stopped.
-template <typename T, typename F>
-inline void for_each_run(const Rows<T>& rows, const GatherLists& lists, F&& f) {
-  using A = acc_t<T>;
+  if (rows.size == 0) fill(dots, n, A{0});
   for_each_chunk<A>(rows.size, [&](auto chunk, int64_t d) {
-    constexpr int64_t kBytes = Chunk<decltype(chunk)::value, A>::kVectors * kLanes<A> * sizeof(T);
-    const int64_t block = rows_per_block(rows.count, kBytes, lists.count * lists.capacity);
-    for (int64_t r = 0; r < lists.count; ++r) lists.position[r] = 0;
-    for (int64_t begin = 0; begin < rows.count; begin += block) {
-      const int64_t end = begin + block < rows.count ? begin + block : INT64_MAX;
-      for (int64_t r = 0; r < lists.count; ++r)
-        lists.position[r] = f(chunk, d, r, lists.position[r], end);
+    constexpr int C = decltype(chunk)::value;
+    Vec<A> part[kVectors<C>];
+    for (int c = 0; c < kVectors<C>; ++c) part[c] = load_chunk<C>(x + d, c, rows.size - d);
+    for (int64_t j = 0; j < n; j += G) {
+      for (int g = 0; g < G; ++g) prefetch_chunk<C>(rows[keys[j + g + kPrefetchAhead]] + d);
+      const Vec<A> sum = sum_groups<G>(dot_tree<C, G>(part, rows, d, keys + j));
+      for (int g = 0; g < G; ++g) dots[j + g] = d == 0 ? sum[g] : dots[j + g] + sum[g];
     }
   });
 }
 
-// dots[r, j] = x[r] . rows[keys[r, j]]; x [count] rows, dots [count, capacity].
+// out += sum_j weights[j] * rows[keys[j]] over j < n; out is padded to whole vectors, and keys may
+// be fetched from up to kPrefetchAhead later.
 template <typename T>
-inline void gather_dots(const T* const* x, const Rows<T>& rows, const GatherLists& lists,
-                        acc_t<T>* dots) {
-  if (rows.size == 0) fill(dots, lists.count * lists.capacity, acc_t<T>{0});
-  for_each_run(rows, lists, [&](auto chunk, int64_t d, int64_t r, int64_t begin, int64_t end) {
-    const int64_t at = r * lists.capacity;
-    return dot_run<decltype(chunk)::value>(x[r], rows, d, lists.keys + at, begin, lists.size[r],
-                                           end, dots + at);
-  });
-}
-
-// out[r] = sum_j weights[r, j] * rows[keys[r, j]]; weights [count, capacity], out [count, row size
-// padded to whole vectors].
-template <typename T>
-inline void gather_accumulate(const acc_t<T>* weights, const Rows<T>& rows,
-                              const GatherLists& lists, acc_t<T>* out) {
+inline void gather_accumulate(const acc_t<T>* __restrict weights, const Rows<T>& rows,
+                              const int32_t* __restrict keys, int64_t n, acc_t<T>* __restrict out) {
   using A = acc_t<T>;
-  const int64_t out_size = pad_to_vector<A>(rows.size);
-  fill(out, lists.count * out_size, A{0});
-  for_each_run(rows, lists, [&](auto chunk, int64_t d, int64_t r, int64_t begin, int64_t end) {
-    const int64_t at = r * lists.capacity;
-    return accumulate_run<decltype(chunk)::value>(weights + at, rows, d, lists.keys + at, begin,
-                                                  lists.size[r], end, out + r * out_size);
+  constexpr int L = kLanes<A>;
+  for_each_chunk<A>(rows.size, [&](auto chunk, int64_t d) {
+    constexpr int C = decltype(chunk)::value, V = kVectors<C>;
+    constexpr int U = V < 3   ? 4
+                      : V < 6 ? 2
+                              : 1;  // independent sums of each vector, to hide FMA's latency
+    Vec<A> sum[U][V] = {};
+    const auto add = [&](Vec<A>(&to)[V], int64_t j) {
+      const T* row = rows[keys[j]] + d;
+      prefetch_chunk<C>(rows[keys[j + kPrefetchAhead]] + d);
+      for (int c = 0; c < V; ++c) to[c] += load_chunk<C>(row, c, rows.size - d) * weights[j];
+    };
+    int64_t j = 0;
+    for (; j + U <= n; j += U)
+      for (int u = 0; u < U; ++u) add(sum[u], j + u);
+    for (; j < n; ++j) add(sum[0], j);
+    for (int c = 0; c < V; ++c) {
+      for (int u = 1; u < U; ++u) sum[0][c] += sum[u][c];
+      store(out + d + c * L, load(out + d + c * L) + sum[0][c]);
+    }
   });
 }
 
@@ -296,11 +216,9 @@ inline const int32_t* row_indices(const GatherParams& P, GatherRow at) {
          at.i * P.indices_stride[2];
 }
 
-// keys [K, padded to a group] from the row's indices; returns the number of slots up to the last
-// that holds a key. Those without a key borrow one of the same row, so that no row is read that no
-// index names.
-template <typename A>
-inline int64_t load_keys(const GatherParams& P, GatherRow at, int32_t* keys) {
+// keys [capacity] from the row's indices; returns the number of slots up to the last that holds a
+// key. The others borrow a key of the same row, so that no row is read that no index names.
+inline int64_t load_keys(const GatherParams& P, GatherRow at, int64_t capacity, int32_t* keys) {
   const int32_t* indices = row_indices(P, at);
   const uint32_t M = static_cast<uint32_t>(P.M);
   uint32_t out_of_range = 0, empty = 0;
@@ -319,8 +237,7 @@ inline int64_t load_keys(const GatherParams& P, GatherRow at, int32_t* keys) {
     int32_t borrowed = n > 0 ? indices[n - 1] : 0;
     for (int64_t j = n - 1; j >= 0; --j) keys[j] = borrowed = holds_key(j) ? indices[j] : borrowed;
   }
-  if (n > 0)
-    for (int64_t j = n; j % kGroup<A> != 0; ++j) keys[j] = keys[n - 1];
+  fill(keys + n, capacity - n, n > 0 ? keys[n - 1] : 0);
   return n;
 }
 
@@ -424,54 +341,73 @@ inline int64_t gather_num_tasks(const GatherParams& P) {
   return P.B * P.H_kv * ceil_div(P.N, gather_queries_per_task(P));
 }
 
-// Fills the lists of a task's queries, and the pointers to their rows of q.
-template <typename T>
-inline void load_lists(const GatherParams& P, const GatherTask& task, GatherLists& lists,
-                       const T** q) {
-  lists.count = task.heads * task.queries;
-  task.for_each_row([&](int64_t r, GatherRow at) {
-    q[r] = query_rows<T>(P, at.b, at.h)[at.i];
-    lists.size[r] = load_keys<acc_t<T>>(P, at, lists.keys + r * lists.capacity);
-  });
-}
+// The keys that each query of a task gathers.
+struct GatherLists {
+  int64_t capacity;  // slots of a list, padded to whole vectors
+  int32_t* keys;     // [lists, capacity]
+  int64_t* size;     // [lists]
 
-// ---- forward
-// ---------------------------------------------------------------------------------------
-
-template <typename T>
-struct GatherScratch {
-  using A = acc_t<T>;
-  GatherLists lists;
-  const T** q;    // [lists]
-  A* weights;     // [lists, slots] first dot products, then logits, then weights
-  A* normalizer;  // [lists]
-  A* out;         // [lists, Dv]
-  A* bias;        // [slots] of one list
-  A* factors;     // [slots] of one list
-
-  GatherScratch(const GatherParams& P, ScratchAllocator& scratch) {
-    const int64_t count = gather_queries_per_task(P) * (P.H / P.H_kv),
-                  slots = pad_to_vector<A>(P.K);
-    lists.allocate(scratch, count, slots);
-    q = scratch.take<const T*>(count);
-    weights = scratch.take<A>(count * slots);
-    normalizer = scratch.take<A>(count);
-    out = scratch.take<A>(count * pad_to_vector<A>(P.Dv));
-    bias = scratch.take<A>(slots);
-    factors = scratch.take<A>(slots);
+  // Returns how many lists there may be.
+  template <typename A>
+  int64_t allocate(const GatherParams& P, ScratchAllocator& scratch) {
+    const int64_t lists = gather_queries_per_task(P) * (P.H / P.H_kv);
+    capacity = pad_to_vector<A>(P.K);
+    keys = scratch.take<int32_t>(lists * capacity + kPrefetchAhead);
+    size = scratch.take<int64_t>(lists);
+    return lists;
+  }
+  void load(const GatherParams& P, const GatherTask& task) {
+    int64_t lists = 0;
+    task.for_each_row([&](int64_t r, GatherRow at) {
+      size[r] = load_keys(P, at, capacity, keys + r * capacity);
+      lists = r + 1;
+    });
+    fill(keys + lists * capacity, kPrefetchAhead, 0);
   }
 };
+
+// ---- forward -----------------------------------------------------------------------------------
+
+template <typename A>
+struct GatherScratch {
+  GatherLists lists;
+  A* weights;     // [lists, capacity] first dot products, then logits, then weights
+  A* normalizer;  // [lists]
+  A* bias;        // [capacity] of one list
+  A* factors;     // [capacity] of one list
+  A* out;         // [Dv] of one list
+
+  GatherScratch(const GatherParams& P, ScratchAllocator& scratch) {
+    const int64_t count = lists.allocate<A>(P, scratch);
+    weights = scratch.take<A>(count * lists.capacity);
+    normalizer = scratch.take<A>(count);
+    bias = scratch.take<A>(lists.capacity);
+    factors = scratch.take<A>(lists.capacity);
+    out = scratch.take<A>(pad_to_vector<A>(P.Dv));
+  }
+};
+
+// dots [lists, capacity] of each query of a task with its gathered keys.
+template <typename T>
+inline void score_keys(const GatherParams& P, const GatherTask& task, const GatherLists& lists,
+                       acc_t<T>* dots) {
+  const auto k = head_rows<T>(P.k, P.k_stride, task.b, task.h_kv, P.D);
+  task.for_each_row([&](int64_t r, GatherRow at) {
+    const T* q = head_rows<T>(P.q, P.q_stride, at.b, at.h, P.D)[at.i];
+    gather_dots(q, k, lists.keys + r * lists.capacity, lists.size[r], dots + r * lists.capacity);
+  });
+}
 
 // q [D], k [M, D], v [M, Dv] -> out [Dv], lse of each query: softmax attention over its gathered
 // keys.
 template <typename T>
 inline void gather_attention_task(const GatherParams& P, const GatherTask& task,
-                                  PhiloxKey dropout_key, GatherScratch<T>& scratch) {
+                                  PhiloxKey dropout_key, GatherScratch<acc_t<T>>& scratch) {
   using A = acc_t<T>;
   const A none = -static_cast<A>(__builtin_inff());
   GatherLists& lists = scratch.lists;
-  load_lists(P, task, lists, scratch.q);
-  gather_dots(scratch.q, key_rows<T>(P, task.b, task.h_kv), lists, scratch.weights);
+  lists.load(P, task);
+  score_keys<T>(P, task, lists, scratch.weights);
 
   task.for_each_row([&](int64_t r, GatherRow at) {
     A* weights = scratch.weights + r * lists.capacity;
@@ -494,9 +430,12 @@ inline void gather_attention_task(const GatherParams& P, const GatherTask& task,
     n = drop_zeros(weights, lists.keys + r * lists.capacity, n);
   });
 
-  gather_accumulate(scratch.weights, value_rows<T>(P, task.b, task.h_kv), lists, scratch.out);
+  const auto v = head_rows<T>(P.v, P.v_stride, task.b, task.h_kv, P.Dv);
   task.for_each_row([&](int64_t r, GatherRow at) {
-    store_row(scratch.out + r * pad_to_vector<A>(P.Dv), P.Dv, scratch.normalizer[r],
+    fill(scratch.out, pad_to_vector<A>(P.Dv), A{0});
+    gather_accumulate(scratch.weights + r * lists.capacity, v, lists.keys + r * lists.capacity,
+                      lists.size[r], scratch.out);
+    store_row(scratch.out, P.Dv, scratch.normalizer[r],
               static_cast<T*>(P.out) + row_number(P, at) * P.Dv);
   });
 }
@@ -505,11 +444,11 @@ inline void gather_attention_task(const GatherParams& P, const GatherTask& task,
 // slots.
 template <typename T>
 inline void gather_scores_task(const GatherParams& P, const GatherTask& task,
-                               GatherScratch<T>& scratch) {
+                               GatherScratch<acc_t<T>>& scratch) {
   using A = acc_t<T>;
-  GatherLists& lists = scratch.lists;
-  load_lists(P, task, lists, scratch.q);
-  gather_dots(scratch.q, key_rows<T>(P, task.b, task.h_kv), lists, scratch.weights);
+  const GatherLists& lists = scratch.lists;
+  scratch.lists.load(P, task);
+  score_keys<T>(P, task, lists, scratch.weights);
   task.for_each_row([&](int64_t r, GatherRow at) {
     A* scores = scratch.weights + r * lists.capacity;
     T* out = static_cast<T*>(P.out) + row_number(P, at) * P.K;
@@ -524,7 +463,7 @@ inline int64_t gather_scratch_bytes(const GatherParams& P) {
   int64_t bytes = 0;
   dispatch_dtype(P.dtype, [&](auto type) {
     ScratchAllocator allocator(nullptr);
-    GatherScratch<decltype(type)>(P, allocator);
+    GatherScratch<acc_t<decltype(type)>>(P, allocator);
     bytes = allocator.bytes();
   });
   return bytes;
@@ -533,17 +472,19 @@ inline int64_t gather_scratch_bytes(const GatherParams& P) {
 inline void gather_attention(const GatherParams& P, int64_t task, void* scratch) {
   const PhiloxKey dropout_key = philox_key(P.seed, P.offset, kDropoutStream);
   dispatch_dtype(P.dtype, [&](auto type) {
+    using T = decltype(type);
     ScratchAllocator allocator(scratch);
-    GatherScratch<decltype(type)> task_scratch(P, allocator);
-    gather_attention_task(P, GatherTask(P, task), dropout_key, task_scratch);
+    GatherScratch<acc_t<T>> task_scratch(P, allocator);
+    gather_attention_task<T>(P, GatherTask(P, task), dropout_key, task_scratch);
   });
 }
 
 inline void gather_scores(const GatherParams& P, int64_t task, void* scratch) {
   dispatch_dtype(P.dtype, [&](auto type) {
+    using T = decltype(type);
     ScratchAllocator allocator(scratch);
-    GatherScratch<decltype(type)> task_scratch(P, allocator);
-    gather_scores_task(P, GatherTask(P, task), task_scratch);
+    GatherScratch<acc_t<T>> task_scratch(P, allocator);
+    gather_scores_task<T>(P, GatherTask(P, task), task_scratch);
   });
 }
 

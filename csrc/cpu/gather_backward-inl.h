@@ -47,29 +47,22 @@ inline void invert_indices(const InvertParams& P, int64_t task, void*) {
 // ---- pass 1: queries
 // -------------------------------------------------------------------------------
 
-template <typename T>
+template <typename A>
 struct QueryGradScratch {
-  using A = acc_t<T>;
   GatherLists lists;
-  const T** q;     // [lists]
-  const T** dout;  // [lists]
-  A* weights;      // [lists, slots] first q . k, at the end d out / d v
-  A* dlogits;      // [lists, slots] first dout . v
-  A* dq;           // [lists, D]
-  A* bias;         // [slots] of one list
-  A* factors;      // [slots] of one list
+  A* weights;  // [lists, capacity] first q . k, at the end d out / d v
+  A* dlogits;  // [lists, capacity] first dout . v
+  A* bias;     // [capacity] of one list
+  A* factors;  // [capacity] of one list
+  A* dq;       // [D] of one list
 
   QueryGradScratch(const GatherParams& P, ScratchAllocator& scratch) {
-    const int64_t count = gather_queries_per_task(P) * (P.H / P.H_kv),
-                  slots = pad_to_vector<A>(P.K);
-    lists.allocate(scratch, count, slots);
-    q = scratch.take<const T*>(count);
-    dout = scratch.take<const T*>(count);
-    weights = scratch.take<A>(count * slots);
-    dlogits = scratch.take<A>(count * slots);
-    dq = scratch.take<A>(count * pad_to_vector<A>(P.D));
-    bias = scratch.take<A>(slots);
-    factors = scratch.take<A>(slots);
+    const int64_t count = lists.allocate<A>(P, scratch);
+    weights = scratch.take<A>(count * lists.capacity);
+    dlogits = scratch.take<A>(count * lists.capacity);
+    bias = scratch.take<A>(lists.capacity);
+    factors = scratch.take<A>(lists.capacity);
+    dq = scratch.take<A>(pad_to_vector<A>(P.D));
   }
 };
 
@@ -151,22 +144,24 @@ inline void store_slot_grads(const GatherBackwardParams& P, GatherRow at, int64_
 // q [D], k [M, D], v [M, Dv], dout [Dv] -> dq [D], dbias [K], slot_grads [K, 2] of each query.
 template <typename T>
 inline void gather_backward_queries_task(const GatherBackwardParams& P, const GatherTask& task,
-                                         PhiloxKey dropout_key, QueryGradScratch<T>& scratch) {
+                                         PhiloxKey dropout_key,
+                                         QueryGradScratch<acc_t<T>>& scratch) {
   using A = acc_t<T>;
   const GatherParams& F = P.fwd;
   GatherLists& lists = scratch.lists;
-  load_lists(F, task, lists, scratch.q);
-  const auto k = key_rows<T>(F, task.b, task.h_kv);
+  lists.load(F, task);
   if (F.v) {
-    gather_dots(scratch.q, k, lists, scratch.weights);
-    if (P.dq || P.dk || P.dbias) {
-      task.for_each_row([&](int64_t r, GatherRow at) {
-        scratch.dout[r] = static_cast<const T*>(P.dout) + row_number(F, at) * F.Dv;
-      });
-      gather_dots(scratch.dout, value_rows<T>(F, task.b, task.h_kv), lists, scratch.dlogits);
-    } else {
-      fill(scratch.dlogits, lists.count * lists.capacity, A{0});
-    }
+    score_keys<T>(F, task, lists, scratch.weights);
+    const bool need_dlogits = P.dq || P.dk || P.dbias;
+    const auto v = head_rows<T>(F.v, F.v_stride, task.b, task.h_kv, F.Dv);
+    task.for_each_row([&](int64_t r, GatherRow at) {
+      const T* dout = static_cast<const T*>(P.dout) + row_number(F, at) * F.Dv;
+      A* dlogits = scratch.dlogits + r * lists.capacity;
+      if (need_dlogits)
+        gather_dots(dout, v, lists.keys + r * lists.capacity, lists.size[r], dlogits);
+      else
+        fill(dlogits, lists.capacity, A{0});
+    });
   }
 
   task.for_each_row([&](int64_t r, GatherRow at) {
@@ -183,9 +178,12 @@ inline void gather_backward_queries_task(const GatherBackwardParams& P, const Ga
   });
 
   if (!P.dq) return;
-  gather_accumulate(scratch.dlogits, k, lists, scratch.dq);
+  const auto k = head_rows<T>(F.k, F.k_stride, task.b, task.h_kv, F.D);
   task.for_each_row([&](int64_t r, GatherRow at) {
-    store_row(scratch.dq + r * pad_to_vector<A>(F.D), F.D, static_cast<A>(F.scale),
+    fill(scratch.dq, pad_to_vector<A>(F.D), A{0});
+    gather_accumulate(scratch.dlogits + r * lists.capacity, k, lists.keys + r * lists.capacity,
+                      lists.size[r], scratch.dq);
+    store_row(scratch.dq, F.D, static_cast<A>(F.scale),
               static_cast<T*>(P.dq) + row_number(F, at) * F.D);
   });
 }
@@ -198,23 +196,21 @@ inline void gather_backward_queries(const GatherBackwardParams& P, int64_t task,
   const PhiloxKey dropout_key = philox_key(P.fwd.seed, P.fwd.offset, kDropoutStream);
   const int64_t first_task = P.slice_begin * ceil_div(P.fwd.N, gather_queries_per_task(P.fwd));
   dispatch_dtype(P.fwd.dtype, [&](auto type) {
+    using T = decltype(type);
     ScratchAllocator allocator(scratch);
-    QueryGradScratch<decltype(type)> task_scratch(P.fwd, allocator);
-    gather_backward_queries_task(P, GatherTask(P.fwd, first_task + task), dropout_key,
-                                 task_scratch);
+    QueryGradScratch<acc_t<T>> task_scratch(P.fwd, allocator);
+    gather_backward_queries_task<T>(P, GatherTask(P.fwd, first_task + task), dropout_key,
+                                    task_scratch);
   });
 }
 
 // ---- pass 2: keys
 // ----------------------------------------------------------------------------------
 
-constexpr int64_t kRunEntries = 256;  // entries of a run unpacked at once
-
-// Keys of one task, by the rule of gather_queries_per_task: a key has N * K / M entries.
-inline int64_t gather_keys_per_task(const GatherParams& P) {
-  const int64_t wanted = kReuse * P.M / max_of<int64_t>(P.K, 1);
-  return min_of(min_of(max_of(wanted, kMinLists), kMaxLists), max_of<int64_t>(P.M, 1));
-}
+constexpr int64_t kGradKeys = 64;      // keys of a task: their sums stay in L2
+constexpr int64_t kListEntries = 256;  // entries of a key gathered at once
+constexpr int64_t kSlotGradsAhead =
+    32;  // how many entries ahead of their use slot_grads are fetched
 
 // Exact quotients of 0 <= n < 2^31 by a constant without a division.
 class Divisor {
@@ -236,20 +232,37 @@ class Divisor {
   uint64_t multiplier_;
 };
 
-template <typename T>
+// What one gradient of a key is summed from: the weights and the queries they belong to.
+template <typename A>
+struct EntryList {
+  A* weights;        // [kListEntries]
+  int32_t* queries;  // [kListEntries]
+  int64_t size;
+
+  void allocate(ScratchAllocator& scratch) {
+    weights = scratch.take<A>(kListEntries);
+    queries = scratch.take<int32_t>(kListEntries + kPrefetchAhead);
+  }
+  // Overwritten by the next where the weight is zero: a row that does not count must not, NaN or
+  // not.
+  void append(A weight, int32_t query) {
+    weights[size] = weight;
+    queries[size] = query;
+    size += weight != 0;
+  }
+};
+
+template <typename A>
 struct KeyGradScratch {
-  using A = acc_t<T>;
-  A* grads;           // [keys, D or Dv]
-  int64_t* position;  // [keys] how far a pass over the queries has come
-  A* weights;         // [kRunEntries]
-  int32_t* queries;   // [kRunEntries]
+  A* dk;  // [kGradKeys, D]
+  A* dv;  // [kGradKeys, Dv]
+  EntryList<A> dk_list, dv_list;
 
   KeyGradScratch(const GatherParams& P, ScratchAllocator& scratch) {
-    const int64_t keys = gather_keys_per_task(P);
-    grads = scratch.take<A>(keys * pad_to_vector<A>(max_of(P.D, P.Dv)));
-    position = scratch.take<int64_t>(keys);
-    weights = scratch.take<A>(kRunEntries);
-    queries = scratch.take<int32_t>(kRunEntries);
+    dk = scratch.take<A>(kGradKeys * pad_to_vector<A>(P.D));
+    dv = scratch.take<A>(kGradKeys * pad_to_vector<A>(P.Dv));
+    dk_list.allocate(scratch);
+    dv_list.allocate(scratch);
   }
 };
 
@@ -258,89 +271,83 @@ struct KeyBlock {
   int64_t slice, begin, end;
 };
 
-// grads[m] += sum over the entries of key m of slot_grad * rows[query of the entry], for one head.
+// dk[m] += score gradient * q[query] and dv[m] += weight * dout[query] over the entries of each key
+// m of a block, for one head.
 template <typename T>
-inline void accumulate_entries(const int64_t* key_start, const int32_t* entries,
-                               const acc_t<T>* slot_grads, const Rows<T>& rows, int64_t K,
-                               KeyBlock keys, KeyGradScratch<T>& scratch) {
+inline void accumulate_entries(const GatherBackwardParams& P, KeyBlock keys, int64_t h,
+                               KeyGradScratch<acc_t<T>>& scratch) {
   using A = acc_t<T>;
-  const int64_t grad_size = pad_to_vector<A>(rows.size), row_bytes = rows.size * sizeof(T);
-  const int64_t gathered = key_start[keys.end] - key_start[keys.begin];
-  const int64_t block = rows_per_block(rows.count, row_bytes, gathered);
-  const Divisor slots_per_query(K);
-  for (int64_t m = keys.begin; m < keys.end; ++m) scratch.position[m - keys.begin] = key_start[m];
-  for (int64_t begin = 0; begin < rows.count; begin += block) {
-    const int64_t end_slot = begin + block < rows.count ? (begin + block) * K : INT64_MAX;
-    for (int64_t m = keys.begin; m < keys.end; ++m) {
-      int64_t e = scratch.position[m - keys.begin];
-      int64_t n = 0;
-      const auto flush = [&] {
-        for_each_chunk<A>(rows.size, [&](auto chunk, int64_t d) {
-          accumulate_run<decltype(chunk)::value>(scratch.weights, rows, d, scratch.queries, 0, n,
-                                                 INT64_MAX,
-                                                 scratch.grads + (m - keys.begin) * grad_size);
-        });
-        n = 0;
-      };
-      for (; e < key_start[m + 1] && entries[e] < end_slot; ++e) {
-        const A weight = slot_grads[2 * static_cast<int64_t>(entries[e])];
-        scratch.weights[n] = weight;
-        scratch.queries[n] = slots_per_query.quotient(entries[e]);
-        n += weight != 0;  // a row of weight zero must not count, NaN or not
-        if (n == kRunEntries) flush();
+  const GatherParams& F = P.fwd;
+  const int64_t b = keys.slice / F.H_kv, head = b * F.H + h,
+                index_head = b * F.H_i + h / (F.H / F.H_i);
+  const int64_t* key_start = P.key_start + index_head * (F.M + 1);
+  const int32_t* entries = P.entries + index_head * F.N * F.K;
+  const A* slot_grads =
+      static_cast<const A*>(P.slot_grads) + (head - P.slice_begin * (F.H / F.H_kv)) * F.N * F.K * 2;
+  const auto q = head_rows<T>(F.q, F.q_stride, b, h, F.D);
+  const Rows<T> dout{static_cast<const T*>(P.dout) + head * F.N * F.Dv, F.Dv, F.Dv};
+  const int64_t D = pad_to_vector<A>(F.D), Dv = pad_to_vector<A>(F.Dv),
+                last = key_start[keys.end] - 1;
+  const Divisor slots_per_query(F.K);
+  EntryList<A>&dk_list = scratch.dk_list, &dv_list = scratch.dv_list;
+
+  for (int64_t m = keys.begin; m < keys.end; ++m) {
+    for (int64_t begin = key_start[m]; begin < key_start[m + 1]; begin += kListEntries) {
+      const int64_t end = min_of(begin + kListEntries, key_start[m + 1]);
+      dk_list.size = dv_list.size = 0;
+      for (int64_t e = begin; e < end; ++e) {
+        __builtin_prefetch(slot_grads + 2 * int64_t{entries[min_of(e + kSlotGradsAhead, last)]});
+        const A* slot_grad = slot_grads + 2 * int64_t{entries[e]};
+        const int32_t query = slots_per_query.quotient(entries[e]);
+        dv_list.append(slot_grad[0], query);
+        dk_list.append(slot_grad[1], query);
       }
-      if (n > 0) flush();
-      scratch.position[m - keys.begin] = e;
+      if (P.dk)
+        gather_accumulate(dk_list.weights, q, dk_list.queries, dk_list.size,
+                          scratch.dk + (m - keys.begin) * D);
+      if (P.dv)
+        gather_accumulate(dv_list.weights, dout, dv_list.queries, dv_list.size,
+                          scratch.dv + (m - keys.begin) * Dv);
     }
   }
 }
 
-// grad [keys, size] = sum over the heads that share the keys of slot_grads[.., part] * rows of that
-// head.
-template <typename T, typename HeadRows>
-inline void gather_backward_key_block(const GatherBackwardParams& P, KeyBlock keys, int part,
-                                      int64_t size, KeyGradScratch<T>& scratch, void* grad,
-                                      HeadRows&& head_rows) {
+// q [H, N, D], dout [H, N, Dv], slot_grads -> dk [D], dv [Dv] of each key, summed over the heads
+// that share it.
+template <typename T>
+inline void gather_backward_keys_task(const GatherBackwardParams& P, KeyBlock keys,
+                                      KeyGradScratch<acc_t<T>>& scratch) {
   using A = acc_t<T>;
   const GatherParams& F = P.fwd;
-  const int64_t group = F.H / F.H_kv, b = keys.slice / F.H_kv,
-                first_head = keys.slice % F.H_kv * group;
-  const int64_t padded_size = pad_to_vector<A>(size);
-  fill(scratch.grads, (keys.end - keys.begin) * padded_size, A{0});
-  for (int64_t h = first_head; h < first_head + group; ++h) {
-    const int64_t index_head = b * F.H_i + h / (F.H / F.H_i);
-    const A* slot_grads = static_cast<const A*>(P.slot_grads) +
-                          (b * F.H + h - P.slice_begin * group) * F.N * F.K * 2 + part;
-    accumulate_entries<T>(P.key_start + index_head * (F.M + 1), P.entries + index_head * F.N * F.K,
-                          slot_grads, head_rows(b, h), F.K, keys, scratch);
+  const int64_t group = F.H / F.H_kv, first_head = keys.slice % F.H_kv * group,
+                count = keys.end - keys.begin;
+  const int64_t D = pad_to_vector<A>(F.D), Dv = pad_to_vector<A>(F.Dv);
+  fill(scratch.dk, count * D, A{0});
+  fill(scratch.dv, count * Dv, A{0});
+  for (int64_t h = first_head; h < first_head + group; ++h)
+    accumulate_entries<T>(P, keys, h, scratch);
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t row = keys.slice * F.M + keys.begin + r;
+    if (P.dk) store_row(scratch.dk + r * D, F.D, A{1}, static_cast<T*>(P.dk) + row * F.D);
+    if (P.dv) store_row(scratch.dv + r * Dv, F.Dv, A{1}, static_cast<T*>(P.dv) + row * F.Dv);
   }
-  for (int64_t m = keys.begin; m < keys.end; ++m)
-    store_row(scratch.grads + (m - keys.begin) * padded_size, size, A{1},
-              static_cast<T*>(grad) + (keys.slice * F.M + m) * size);
 }
 
 inline int64_t gather_backward_keys_num_tasks(const GatherBackwardParams& P) {
-  return (P.slice_end - P.slice_begin) * ceil_div(P.fwd.M, gather_keys_per_task(P.fwd));
+  return (P.slice_end - P.slice_begin) * ceil_div(P.fwd.M, kGradKeys);
 }
 
-// slot_grads, q [H, N, D], dout [H, N, Dv] -> dk [D], dv [Dv] of a block of keys.
 inline void gather_backward_keys(const GatherBackwardParams& P, int64_t task, void* scratch) {
   const GatherParams& F = P.fwd;
-  const int64_t step = gather_keys_per_task(F), blocks = ceil_div(F.M, step);
-  const int64_t begin = task % blocks * step;
-  const KeyBlock keys{P.slice_begin + task / blocks, begin, min_of(begin + step, F.M)};
+  const int64_t blocks = ceil_div(F.M, kGradKeys), begin = task % blocks * kGradKeys;
+  const KeyBlock keys{P.slice_begin + task / blocks, begin, min_of(begin + kGradKeys, F.M)};
   dispatch_dtype(F.dtype, [&](auto type) {
     using T = decltype(type);
     ScratchAllocator allocator(scratch);
-    KeyGradScratch<T> task_scratch(F, allocator);
-    if (P.dk)
-      gather_backward_key_block(P, keys, 1, F.D, task_scratch, P.dk,
-                                [&](int64_t b, int64_t h) { return query_rows<T>(F, b, h); });
-    if (P.dv)
-      gather_backward_key_block(P, keys, 0, F.Dv, task_scratch, P.dv, [&](int64_t b, int64_t h) {
-        const T* dout = static_cast<const T*>(P.dout);
-        return Rows<T>{dout + (b * F.H + h) * F.N * F.Dv, F.Dv, F.N, F.Dv};
-      });
+    KeyGradScratch<acc_t<T>> task_scratch(F, allocator);
+    fill(task_scratch.dk_list.queries, kListEntries + kPrefetchAhead, 0);
+    fill(task_scratch.dv_list.queries, kListEntries + kPrefetchAhead, 0);
+    gather_backward_keys_task<T>(P, keys, task_scratch);
   });
 }
 
@@ -349,8 +356,8 @@ inline int64_t gather_backward_scratch_bytes(const GatherBackwardParams& P) {
   dispatch_dtype(P.fwd.dtype, [&](auto type) {
     using T = decltype(type);
     ScratchAllocator queries(nullptr), keys(nullptr);
-    QueryGradScratch<T>(P.fwd, queries);
-    KeyGradScratch<T>(P.fwd, keys);
+    QueryGradScratch<acc_t<T>>(P.fwd, queries);
+    KeyGradScratch<acc_t<T>>(P.fwd, keys);
     bytes = max_of(queries.bytes(), keys.bytes());
   });
   return bytes;
