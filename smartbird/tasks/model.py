@@ -8,7 +8,6 @@ from smartbird.tasks.attention import ATTENTIONS
 from smartbird.tasks.config import Config
 from smartbird.tasks.data import Task
 
-
 # Embeddings of the usual 0.02 are soon drowned by what the layers add to them: recall (mqar) then
 # stays at guessing among the values for thousands of steps, with 0.5 it is learned in hundreds.
 EMBEDDING_STD = 0.5

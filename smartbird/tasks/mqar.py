@@ -49,7 +49,7 @@ class Mqar:
         "num_pairs": 8,
         "steps": 2000,
         "batch_size": 64,
-        "lr": 2e-3,
+        "lr": 3e-3,
         "eval_every": 250,
     }
     per_position = True
