@@ -33,14 +33,14 @@ setup: $(READY)  ## create .venv with the pinned tools and the CPU build of torc
 
 build: $(BUILT)  ## compile the extension into the source tree (editable install)
 
-test: test-quick test-isa  ## the quick test suite, then the op tests under each instruction set
+test: test-quick test-isa  ## the quick test suite, then the op tests under the other instruction sets
 
 test-quick: $(BUILT)
 	$(BIN)/pytest
 
-# An instruction set this machine lacks is not tried: forcing it is an error.
-test-isa: $(BUILT)  ## the op tests with each instruction set of this machine forced in turn
-	for isa in $$($(BIN)/python -c 'import smartbird; print(*smartbird.build_info()["cpu_isas"])'); do
+# The one chosen by default is what test-quick runs; forcing one that this machine lacks is an error.
+test-isa: $(BUILT)  ## the op tests with each further instruction set of this machine forced in turn
+	for isa in $$($(BIN)/python -c 'import smartbird; i = smartbird.build_info(); print(*set(i["cpu_isas"]) - {i["cpu_isa"]})'); do
 	    echo "SMARTBIRD_CPU_ISA=$$isa"
 	    SMARTBIRD_CPU_ISA=$$isa $(BIN)/pytest -q $(OP_TESTS)
 	done
