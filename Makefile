@@ -40,7 +40,8 @@ test-quick: $(BUILT)
 
 # The one chosen by default is what test-quick runs; forcing one that this machine lacks is an error.
 test-isa: $(BUILT)  ## the op tests with each further instruction set of this machine forced in turn
-	for isa in $$($(BIN)/python -c 'import smartbird; i = smartbird.build_info(); print(*set(i["cpu_isas"]) - {i["cpu_isa"]})'); do
+	for isa in $$($(BIN)/python -c 'import smartbird; info = smartbird.build_info()
+	print(*set(info["cpu_isas"]) - {info["cpu_isa"]})'); do
 	    echo "SMARTBIRD_CPU_ISA=$$isa"
 	    SMARTBIRD_CPU_ISA=$$isa $(BIN)/pytest -q $(OP_TESTS)
 	done
@@ -91,7 +92,7 @@ $(READY): requirements-dev.txt
 	    { echo 'error: $(PYTHON) must be Python 3.11 or newer' >&2; exit 1; }
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	    { echo 'error: $(PYTHON) has no venv module: apt-get install python3-venv' >&2; exit 1; }
-	$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || \
 	    { echo 'error: $(PYTHON) has no C headers: apt-get install python3-dev' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --no-deps torch==$(TORCH) 2>/dev/null || \
