@@ -18,6 +18,8 @@ enum class SampleMethod : int32_t { kGumbel, kSystematic, kMultinomial, kTopK };
 // What a kernel found wrong in the values of its inputs, reported through `error` (0: nothing).
 enum ValueError : int32_t { kNoError = 0, kIndexOutOfRange = 1, kSketchNotFinite = 2 };
 
+constexpr double kLog2e = 1.4426950408889634;
+
 constexpr int64_t kTile = 32;  // keys per tile: two AVX-512 vectors of float
 
 // Rearranges key rows so that a vector holds one feature of neighbouring keys, and two such vectors
@@ -119,8 +121,6 @@ struct InvertParams {
 //   col_weight[c]
 // over valid pairs. The queries carry the softmax scale times log2(e), whichever side they are on,
 // so that a score is the same number to the last bit in both orientations.
-constexpr double kLog2e = 1.4426950408889634;
-
 struct DenseParams {
   int64_t B, H, R, C, D, Dv;
   DType dtype;

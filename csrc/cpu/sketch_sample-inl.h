@@ -1,7 +1,7 @@
 // q_sketch [B, N, S], k_sketch [B, M, S] -> indices, log_inclusion [B, H_i, N, K]: every index head
 // draws its own keys of a row from softmax(q_sketch k_sketch^T scale).
 //
-// A row's scores are made once, for all heads, as weights exp(score - reference) in a buffer of one
+// A row's scores are made once, for all heads, as weights 2^(score - reference) in a buffer of one
 // thread, with running sums of them: `cum` within blocks of 32 keys, `block_start` over blocks. To
 // draw a key is to find a uniform number among the running sums: a guide table names the block, one
 // compare over 32 sums names the key. The distinct keys of a head are a bitmap, which also gives
@@ -19,39 +19,47 @@
 namespace smartbird::SMARTBIRD_ISA {
 namespace sampling {
 
-constexpr int kRows = 4;          // rows scored together, see score_tile
+// Rows scored together, see score_tile: as many as the registers hold.
+constexpr int kRows = kLanes<float> == 16 ? 8 : 4;
 constexpr int kRowsPerTask = 16;  // enough work that fetching a task costs nothing
 constexpr int kWordBits = 64;
 constexpr int kEager = 4;  // see list_bits
 
-// While |score| cannot exceed this, exp(score) needs no reference: e^60 * 2^20 keys stays far
-// inside float.
-constexpr float kPlainExpBound = 60.0f;
+// While |score| cannot exceed this, 2^score needs no reference: 2^86 * 2^20 keys stays far inside
+// float.
+constexpr float kPlainExpBound = 86.0f;
 // Below this total, weights relative to the largest have begun to underflow: score again relative
 // to the rest.
 constexpr double kUnderflow = 1e-25;
 // Share of a row's mass beyond which "total minus chosen" has lost its digits.
 constexpr double kCancellation = 0.999;
 
+// Draws are integers in [0, kWhole]: running sums over blocks are kept on the same grid, so that to
+// find a block is to compare integers, many draws at once.
+constexpr int32_t kWhole = INT32_MAX;
+constexpr int kWholeBits = 31;
+
 // A row of weights with its running sums.
 struct Row {
   float* weight;        // [padded M]; 0 where the key cannot be drawn
   float* cum;           // [padded M] inclusive running sum within each block of kTile
   double* block_start;  // [blocks + 1] running sum before each block
-  int32_t* guide;  // [guide_size] a block at or before the one that holds total * g / guide_size
+  int32_t* start;       // [blocks + 1] the same, total = 2^31
+  int32_t* guide;       // [guide_size] the block that holds g * 2^31 / guide_size, or one before it
   int64_t blocks;
-  int64_t guide_size;
-  double guide_scale;
+  int guide_shift;    // guide index of a draw: draw >> guide_shift
+  float draw_weight;  // total / 2^31
   double total;
-  double reference;  // weight = exp(score - reference)
+  double reference;  // weight = 2^(score - reference)
   float max;
 };
 
 struct Scratch {
-  float* q;             // [kRows, S] scaled queries
+  float* q;             // [kRows, S] queries times scale * log2(e)
   float* weight;        // [kRows, padded M]
   uint64_t* forced;     // [words] keys that are taken without drawing
   uint64_t* taken;      // [words] keys of the head at hand
+  int32_t* draws;       // [padded K]
   int32_t* list;        // [K + kEager]
   float* drawn_weight;  // [padded K]
   Row row;              // running sums of the row at hand; its weights lie in `weight`
@@ -62,10 +70,10 @@ inline int64_t padded_keys(const SketchSampleParams& p) { return ceil_div(p.M, k
 inline int64_t bitmap_words(const SketchSampleParams& p) { return ceil_div(p.M, kWordBits); }
 
 // Four entries per block: three of four draws then need no step beyond the guide's block.
-inline int64_t guide_size(int64_t blocks) {
-  int64_t size = 64;
-  while (size < 4 * blocks && size < 8192) size *= 2;
-  return size;
+inline int guide_bits(int64_t blocks) {
+  int bits = 6;
+  while (bits < 13 && (int64_t{1} << bits) < 4 * blocks) ++bits;
+  return bits;
 }
 
 // Hands out 64-byte aligned pieces; with a null base it only counts.
@@ -93,11 +101,13 @@ inline Scratch lay_out(const SketchSampleParams& p, Arena* arena) {
   s.forced = arena->take<uint64_t>(words);
   s.taken = arena->take<uint64_t>(words);
   s.list = arena->take<int32_t>(p.K + kEager);
+  s.draws = arena->take<int32_t>(p.K + kLanes<float>);
   s.drawn_weight = arena->take<float>(p.K + kLanes<float>);
   for (Row* row : {&s.row, &s.rest}) {
     row->cum = arena->take<float>(padded);
     row->block_start = arena->take<double>(blocks + 1);
-    row->guide = arena->take<int32_t>(guide_size(blocks));
+    row->start = arena->take<int32_t>(blocks + 1);
+    row->guide = arena->take<int32_t>((int64_t{1} << guide_bits(blocks)) + kEager);
   }
   s.rest.weight = arena->take<float>(padded);
   return s;
@@ -135,7 +145,7 @@ inline int64_t key_limit(const SketchSampleParams& p, int64_t i) {
   return p.is_causal ? max_of<int64_t>(0, min_of(p.M, i + p.M - p.N + 1)) : p.M;
 }
 
-// weight[r] = scores of kRows rows, or their exp, over the tiles below `limit`.
+// weight[r] = scores of kRows rows, or 2 to their power, over the tiles below `limit`.
 template <bool kExp>
 inline void score_rows(const SketchSampleParams& p, int64_t b, const float* q, int64_t rows,
                        int64_t limit, float* weight, int64_t weight_ld) {
@@ -146,7 +156,7 @@ inline void score_rows(const SketchSampleParams& p, int64_t b, const float* q, i
       const float* bias = p.key_bias + (b * tiles + t) * kTile;
       score_tile<decltype(rows_at_once)::value>(
           q, p.S, tile, p.S, bias, [&](int r, int c, Vec<float> s) {
-            store(weight + r * weight_ld + t * kTile + c, kExp ? exp(s) : s);
+            store(weight + r * weight_ld + t * kTile + c, kExp ? exp2(s) : s);
           });
     }
   };
@@ -170,8 +180,30 @@ inline void normalise(int64_t limit, Row* row) {
   for (int64_t j = 0; j < n; j += kLanes<float>) top = max(top, load(row->weight + j));
   const float reference = reduce_max(top);
   for (int64_t j = 0; j < n; j += kLanes<float>)
-    store(row->weight + j, exp(load(row->weight + j) - reference));
+    store(row->weight + j, exp2(load(row->weight + j) - reference));
   row->reference = static_cast<double>(reference);
+}
+
+// start and guide from block_start and total.
+inline void index_blocks(Row* row) {
+  const int bits = guide_bits(row->blocks);
+  row->guide_shift = kWholeBits - bits;
+  const double scale = 0x1p31 / row->total;
+  for (int64_t t = 0; t < row->blocks; ++t)
+    row->start[t] = static_cast<int32_t>(min_of(row->block_start[t] * scale, kWhole - 1.0));
+  row->start[row->blocks] = kWhole;
+  // Block t is the guide of g from the first g << guide_shift at or beyond its start to that of the
+  // next block: about four, written eagerly, as in list_bits.
+  const int32_t cell = (1 << row->guide_shift) - 1;
+  const auto first_entry = [&](int64_t t) {
+    return (int64_t{row->start[t]} + cell) >> row->guide_shift;
+  };
+  for (int64_t t = 0, g = 0; t < row->blocks; ++t) {
+    const int64_t end = t + 1 < row->blocks ? first_entry(t + 1) : int64_t{1} << bits;
+    for (int e = 0; e < kEager; ++e) row->guide[g + e] = static_cast<int32_t>(t);
+    for (int64_t e = g + kEager; e < end; ++e) row->guide[e] = static_cast<int32_t>(t);
+    g = end;
+  }
 }
 
 // Fills in everything but weight and reference.
@@ -194,18 +226,9 @@ inline void sum_row(int64_t limit, Row* row) {
   }
   row->block_start[row->blocks] = total;
   row->total = total;
+  row->draw_weight = static_cast<float>(total * 0x1p-31);
   row->max = reduce_max(top);
-
-  row->guide_size = guide_size(row->blocks);
-  row->guide_scale = static_cast<double>(row->guide_size) / total;
-  // A little early, so that rounding of x * guide_scale cannot make the guide point beyond x.
-  const double step = total / static_cast<double>(row->guide_size) * (1 - 0x1p-40);
-  int32_t block = 0;
-  for (int64_t g = 0; g < row->guide_size; ++g) {
-    const double x = step * static_cast<double>(g);
-    while (block + 1 < row->blocks && row->block_start[block + 1] <= x) ++block;
-    row->guide[g] = block;
-  }
+  index_blocks(row);
 }
 
 // A key of positive weight at or nearest after j, else nearest before it.
@@ -218,17 +241,32 @@ inline int64_t nearest_drawable(const Row& row, int64_t j) {
   return 0;
 }
 
-// The first key whose running sum exceeds x, for x in [0, total).
-SMARTBIRD_INLINE int64_t find_key(const Row& row, double x) {
-  const int64_t g = min_of(static_cast<int64_t>(x * row.guide_scale), row.guide_size - 1);
-  int64_t block = row.guide[g];
-  while (block + 1 < row.blocks && row.block_start[block + 1] <= x) ++block;
-  const float within = static_cast<float>(x - row.block_start[block]);
-  const int64_t j = block * kTile + count_le(row.cum + block * kTile, within);
-  // Sums within a block are rounded in an order of their own: rarely, x falls between two of them
-  // that should be equal.
-  if (__builtin_expect(j < row.blocks * kTile && row.weight[j] > 0, 1)) return j;
-  return nearest_drawable(row, j);
+// Calls f(n, j) for each draw n: j is the key that holds it, the first whose running sum exceeds
+// it. `draws` is read up to a multiple of the vector length.
+template <typename F>
+inline void find_keys(const Row& row, const int32_t* draws, int64_t count, F&& f) {
+  constexpr int L = kLanes<float>;
+  for (int64_t n = 0; n < count; n += L) {
+    const VecI draw = load_int(draws + n);
+    VecI block = gather(row.guide, draw >> row.guide_shift);
+    for (;;) {
+      const VecI beyond = draw >= gather(row.start + 1, block);
+      if (!any(beyond)) break;
+      block -= beyond;
+    }
+    const VecI rest = draw - gather(row.start, block);
+    const Vec<float> within = __builtin_convertvector(rest, Vec<float>) * row.draw_weight;
+    const int lanes = static_cast<int>(min_of<int64_t>(L, count - n));
+    for (int l = 0; l < lanes; ++l) {
+      const int64_t begin = int64_t{block[l]} * kTile;
+      int64_t j = begin + count_le(row.cum + begin, within[l]);
+      // Sums within a block are rounded in an order of their own: rarely, a draw falls between two
+      // that should be equal.
+      if (__builtin_expect(j >= row.blocks * kTile || !(row.weight[j] > 0), 0))
+        j = nearest_drawable(row, j);
+      f(n + l, j);
+    }
+  }
 }
 
 // What one row's draws share.
@@ -241,7 +279,7 @@ struct RowContext {
   int64_t to_draw;  // places left by the forced keys; fewer than the keys that can be drawn
 };
 
-// weight = exp(score - reference) of the keys not excluded, the reference being their largest
+// weight = 2^(score - reference) of the keys not excluded, the reference being their largest
 // score.
 inline void rescore(const RowContext& c, const uint64_t* excluded, Row* row) {
   score_rows<false>(*c.p, c.b, c.q, 1, c.limit, row->weight, 0);
@@ -265,6 +303,13 @@ inline void exclude_taken(const RowContext& c, const uint64_t* taken, const Row&
 }
 
 // ---- methods: each fills the bitmap `taken` for one head ---------------------------------------
+
+// n draws in [0, kWhole).
+inline void take_draws(UniformStream* uniforms, int64_t n, int32_t* draws) {
+  for (int64_t j = 0; j < n; ++j)
+    draws[j] = min_of(static_cast<int32_t>(uniforms->next() >> 1), kWhole - 1);
+  for (int64_t j = n; j < ceil_div(n, kLanes<float>) * kLanes<float>; ++j) draws[j] = 0;
+}
 
 // Sum of n independent Exp(1) variables.
 inline double gamma_variate(int64_t n, UniformStream* arrivals) {
@@ -293,7 +338,8 @@ inline Vec<float> log_one_minus_exp(Vec<float> x) {
 // reference is *reference: think of keys arriving by Poisson processes of rate weight. The arrivals
 // of a rate-W process after m draws is Gamma(m) / W.
 inline double draw_distinct(const RowContext& c, UniformStream* uniforms, UniformStream* arrivals,
-                            const Row& row, Row* rest, uint64_t* taken, double* reference) {
+                            const Row& row, Row* rest, int32_t* list, uint64_t* taken,
+                            double* reference) {
   const Row* current = &row;
   double time = 0, mass = 0;  // mass: drawn from `current`
   int64_t draws = 0;          // made from `current`
@@ -302,20 +348,20 @@ inline double draw_distinct(const RowContext& c, UniformStream* uniforms, Unifor
     const double old_reference = current->reference;
     exclude_taken(c, taken, *current, rest);
     current = rest;
-    time *= __builtin_exp(current->reference - old_reference);
+    time *= __builtin_exp2(current->reference - old_reference);
     mass = 0;
     draws = 0;
   };
   int64_t missing = c.to_draw;
   for (;;) {
-    const double scale = current->total * 0x1p-32;
+    take_draws(uniforms, missing, list);
     draws += missing;
-    for (int64_t n = missing; n > 0; --n) {
-      const int64_t j = find_key(*current, static_cast<double>(uniforms->next()) * scale);
+    const int64_t count = missing;
+    find_keys(*current, list, count, [&](int64_t, int64_t j) {
       const bool is_new = insert_bit(taken, j);
       mass += is_new ? static_cast<double>(current->weight[j]) : 0.0;
       missing -= is_new;
-    }
+    });
     if (missing == 0) break;
     // Repeats come at the rate mass / total: leave the taken keys out where that is cheaper than
     // drawing on.
@@ -357,16 +403,17 @@ inline int64_t cap_inclusion(const RowContext& c, const Row& row, Row* rest, uin
 }
 
 // Takes the keys at which the running sum of inclusion probabilities passes u, u + 1, ..., u +
-// places - 1.
-inline void draw_systematic(const Row& row, int64_t places, double u, uint64_t* taken) {
-  const double step = row.total / static_cast<double>(places);
-  for (int64_t n = 0; n < places; ++n) {
-    int64_t j = find_key(row, (u + static_cast<double>(n)) * step);
+// places - 1; u = uniform / 2^32.
+inline void draw_systematic(const Row& row, int64_t places, uint32_t uniform, int32_t* draws,
+                            uint64_t* taken) {
+  const double u = uniform_double(uniform), step = 0x1p31 / static_cast<double>(places);
+  for (int64_t n = 0; n < ceil_div(places, kLanes<float>) * kLanes<float>; ++n)
+    draws[n] = static_cast<int32_t>(min_of((u + static_cast<double>(n)) * step, kWhole - 1.0));
+  const int64_t end = row.blocks * kTile;
+  find_keys(row, draws, places, [&](int64_t, int64_t j) {
     // A probability just below 1 can be passed twice by rounding: the next free key stands in.
-    const int64_t end = row.blocks * kTile;
-    for (int64_t tried = 0; tried < end && !(row.weight[j] > 0 && insert_bit(taken, j)); ++tried)
-      j = (j + 1) % end;
-  }
+    while (!(row.weight[j] > 0 && insert_bit(taken, j))) j = (j + 1) % end;
+  });
 }
 
 // The k largest scores, ties to the lower index. Scores are compared as integers of the same order.
@@ -505,7 +552,7 @@ inline void sample_gumbel(const RowContext& c, PhiloxKey key, PhiloxKey arrival_
     double reference = s->row.reference;
     const double time =
         draw_distinct(c, &uniforms, out.log_inclusion == nullptr ? nullptr : &arrivals, s->row,
-                      &s->rest, s->taken, &reference);
+                      &s->rest, s->draws, s->taken, &reference);
     const int64_t n = write_indices(c, s->taken, s->list, out);
     if (out.log_inclusion == nullptr) continue;
     const float* weight = s->row.weight;
@@ -513,7 +560,7 @@ inline void sample_gumbel(const RowContext& c, PhiloxKey key, PhiloxKey arrival_
       score_rows<false>(*c.p, c.b, c.q, 1, c.limit, s->rest.weight, 0);
       const float shift = static_cast<float>(reference);
       for (int64_t j = 0; j < s->row.blocks * kTile; j += kLanes<float>)
-        store(s->rest.weight + j, exp(load(s->rest.weight + j) - shift));
+        store(s->rest.weight + j, exp2(load(s->rest.weight + j) - shift));
       weight = s->rest.weight;
     }
     const float rate = static_cast<float>(time);
@@ -531,7 +578,7 @@ inline void sample_systematic(const RowContext& c, PhiloxKey key, Scratch* s) {
     const Output out = output_row(c, head);
     std::memcpy(s->taken, certain, static_cast<size_t>(c.words) * sizeof(uint64_t));
     const uint32_t bits = philox4x32(philox_counter(c.b, head, c.i, 0), key).word[0];
-    if (places > 0) draw_systematic(*remaining, places, uniform_double(bits), s->taken);
+    if (places > 0) draw_systematic(*remaining, places, bits, s->draws, s->taken);
     const int64_t n = write_indices(c, s->taken, s->list, out);
     if (out.log_inclusion == nullptr) continue;
     write_log_inclusion(c, remaining->weight, certain, n, s->drawn_weight, out, [&](Vec<float> w) {
@@ -541,15 +588,14 @@ inline void sample_systematic(const RowContext& c, PhiloxKey key, Scratch* s) {
 }
 
 inline void sample_multinomial(const RowContext& c, PhiloxKey key, Scratch* s) {
-  const double scale = s->row.total * 0x1p-32;
   const float inclusion_scale = static_cast<float>(static_cast<double>(c.to_draw) / s->row.total);
   for (int64_t head = 0; head < c.p->H_i; ++head) {
     const Output out = output_row(c, head);
     UniformStream uniforms(key, c.b, head, c.i);
-    int64_t n = 0;
-    for (; n < c.to_draw; ++n)
-      out.indices[n] =
-          static_cast<int32_t>(find_key(s->row, static_cast<double>(uniforms.next()) * scale));
+    take_draws(&uniforms, c.to_draw, s->draws);
+    find_keys(s->row, s->draws, c.to_draw,
+              [&](int64_t i, int64_t j) { out.indices[i] = static_cast<int32_t>(j); });
+    int64_t n = c.to_draw;
     for_each_bit(s->forced, c.words,
                  [&](int64_t j) { out.indices[n++] = static_cast<int32_t>(j); });
     sort_ascending(out.indices, n);
@@ -586,12 +632,20 @@ inline int64_t count_valid(const SketchSampleParams& p, const float* key_bias, i
   return n;
 }
 
+// For topk the scale only counts by its sign: without it, scores that are equal in exact arithmetic
+// stay equal.
+inline double query_factor(const SketchSampleParams& p) {
+  if (p.method != SampleMethod::kTopK) return p.scale * kLog2e;
+  return p.scale > 0 ? 1.0 : (p.scale < 0 ? -1.0 : 0.0);
+}
+
 template <typename T>
 inline float load_query(const SketchSampleParams& p, int64_t b, int64_t i, float* q) {
   const T* x = static_cast<const T*>(p.q_sketch) + b * p.q_stride[0] + i * p.q_stride[1];
+  const double factor = query_factor(p);
   float square = 0;
   for (int64_t d = 0; d < p.S; ++d) {
-    q[d] = static_cast<float>(static_cast<double>(to_acc(x[d])) * p.scale);
+    q[d] = static_cast<float>(static_cast<double>(to_acc(x[d])) * factor);
     square += q[d] * q[d];
   }
   return __builtin_sqrtf(square);

@@ -174,12 +174,36 @@ inline Vec<float> load(const float16* p) {
 #endif
 }
 
+// The even and the odd ones of 2 kLanes elements, for less than two loads in order.
+inline void load_even_odd(const bfloat16* p, Vec<float>* even, Vec<float>* odd) {
+  VecU pair;
+  std::memcpy(&pair, p, sizeof(pair));
+  *even = bit_cast<Vec<float>>(pair << 16);
+  *odd = bit_cast<Vec<float>>(pair & 0xFFFF0000u);
+}
+
 // The first n < kLanes elements; the other lanes are 0.
 template <typename T>
 inline Vec<acc_t<T>> load_partial(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  const uint32_t mask = (1u << n) - 1;
+  if constexpr (std::is_same_v<T, float>)
+    return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p));
+  else if constexpr (std::is_same_v<T, double>)
+    return bit_cast<Vec<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p));
+  alignas(32) T lane[kLanes<float>];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lane), _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p));
+  return load(lane);
+#else
+#if defined(__AVX2__)
+  const VecI wanted = iota<int32_t>() < static_cast<int32_t>(n);
+  if constexpr (std::is_same_v<T, float>)
+    return bit_cast<Vec<float>>(_mm256_maskload_ps(p, bit_cast<__m256i>(wanted)));
+#endif
   Vec<acc_t<T>> v{};
   for (int64_t l = 0; l < n; ++l) v[l] = to_acc(p[l]);
   return v;
+#endif
 }
 
 template <typename A>
@@ -227,6 +251,17 @@ inline V fold(V a, V b) {
     constexpr int L = sizeof...(I);
     return __builtin_shufflevector(a, b, (I & S ? I + L : I)...) +
            __builtin_shufflevector(a, b, (I & S ? I + L - S : I + S)...);
+  }(std::make_integer_sequence<int, kLanes<Elem<V>>>{});
+}
+
+// Even and odd elements to 2 kLanes elements in order: a becomes the first kLanes, b the others.
+template <typename V>
+inline void interleave(V* a, V* b) {
+  [&]<int... I>(std::integer_sequence<int, I...>) {
+    constexpr int L = sizeof...(I);
+    const V even = *a, odd = *b;
+    *a = __builtin_shufflevector(even, odd, (I / 2 + I % 2 * L)...);
+    *b = __builtin_shufflevector(even, odd, (L / 2 + I / 2 + I % 2 * L)...);
   }(std::make_integer_sequence<int, kLanes<Elem<V>>>{});
 }
 
@@ -303,6 +338,38 @@ inline bool any_greater(V a, V b) {
   return any;
 }
 
+inline VecI load_int(const int32_t* p) {
+  VecI v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// base[index[l]] in lane l.
+SMARTBIRD_INLINE VecI gather(const int32_t* base, VecI index) {
+#if defined(__AVX512F__)
+  return bit_cast<VecI>(_mm512_i32gather_epi32(bit_cast<__m512i>(index), base, 4));
+#elif defined(__AVX2__)
+  return bit_cast<VecI>(_mm256_i32gather_epi32(base, bit_cast<__m256i>(index), 4));
+#else
+  VecI v;
+  for (int l = 0; l < kLanes<float>; ++l) v[l] = base[index[l]];
+  return v;
+#endif
+}
+
+// Whether any lane of a comparison's result is true.
+SMARTBIRD_INLINE bool any(VecI mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(bit_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(bit_cast<__m256>(mask)) != 0;
+#else
+  int32_t joined = 0;
+  for (int l = 0; l < kLanes<float>; ++l) joined |= mask[l];
+  return joined != 0;
+#endif
+}
+
 // How many of 32 ascending floats are <= x.
 SMARTBIRD_INLINE int count_le(const float* p, float x) {
 #if defined(__AVX512F__)
@@ -355,7 +422,7 @@ SMARTBIRD_INLINE Vec<float> exp(Vec<float> x) {
   constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
   constexpr float kRound =
       12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const Vec<float> clamped = min(max(broadcast(-87.5f), x), broadcast(88.75f));
+  const Vec<float> clamped = min(max(broadcast(-87.3f), x), broadcast(88.75f));
   const Vec<float> shifted = clamped * kLog2e + kRound;
   const Vec<float> n = shifted - kRound;
   const Vec<float> r = (clamped - n * kLn2Hi) - n * kLn2Lo;
