@@ -102,39 +102,48 @@ inline void for_each_chunk(int64_t size, F&& f) {
   if (d < size) f(std::integral_constant<int, 0>{}, d);
 }
 
-template <int C>
-constexpr int kVectors = C == 0 ? 1 : C;
-
-// Vector c of a chunk of C at p, or for C = 0 the `left` elements before the row ends.
+// A chunk of a row in registers: C whole vectors, or for C = 0 the `left` elements before the row
+// ends. bfloat16 comes as pairs of vectors of even and odd elements, half the work of two vectors
+// in order: nothing to a dot product, and add_to() puts them back.
 template <int C, typename T>
-inline Vec<acc_t<T>> load_chunk(const T* p, int c, int64_t left) {
-  if constexpr (C == 0)
-    return load_partial(p, left);
-  else
-    return load(p + c * kLanes<acc_t<T>>);
-}
+struct Chunk {
+  using A = acc_t<T>;
+  static constexpr int kSize = C == 0 ? 1 : C, L = kLanes<A>;
+  static constexpr int kPaired = std::is_same_v<T, bfloat16> && L > 1 ? C / 2 * 2 : 0;
+  Vec<A> v[kSize] = {};
 
-// Fetches a chunk of C at p.
-template <int C, typename T>
-inline void prefetch_chunk(const T* p) {
-  constexpr int kBytes = kVectors<C> * kLanes<acc_t<T>> * static_cast<int>(sizeof(T));
-  for (int byte = 0; byte < kBytes; byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
-}
+  static Chunk load(const T* p, int64_t left) {
+    Chunk x;
+    if constexpr (C == 0) x.v[0] = load_partial(p, left);
+    if constexpr (kPaired > 0)
+      for (int c = 0; c < kPaired; c += 2) load_even_odd(p + c * L, &x.v[c], &x.v[c + 1]);
+    for (int c = kPaired; c < C; ++c) x.v[c] = SMARTBIRD_ISA::load(p + c * L);
+    return x;
+  }
+  static void prefetch(const T* p) {
+    for (size_t byte = 0; byte < kSize * L * sizeof(T); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(p) + byte);
+  }
+  void add_to(A* p) {
+    if constexpr (kPaired > 0)
+      for (int c = 0; c < kPaired; c += 2) interleave(&v[c], &v[c + 1]);
+    for (int c = 0; c < kSize; ++c) store(p + c * L, SMARTBIRD_ISA::load(p + c * L) + v[c]);
+  }
+};
 
 // Lane l of the result belongs to row keys[l % S]; the lanes of a row add up to its dot product
 // with x. Summing across lanes so, S rows at a time, costs far fewer shuffles than row by row.
-template <int C, int S, typename T>
-inline Vec<acc_t<T>> dot_tree(const Vec<acc_t<T>> (&x)[kVectors<C>], const Rows<T>& rows, int64_t d,
+template <int S, int C, typename T>
+inline Vec<acc_t<T>> dot_tree(const Chunk<C, T>& x, const Rows<T>& rows, int64_t d,
                               const int32_t* keys) {
   if constexpr (S == 1) {
-    const T* row = rows[keys[0]] + d;
-    Vec<acc_t<T>> sum = x[0] * load_chunk<C>(row, 0, rows.size - d);
-    for (int c = 1; c < kVectors<C>; ++c) sum += x[c] * load_chunk<C>(row, c, rows.size - d);
+    const auto row = Chunk<C, T>::load(rows[keys[0]] + d, rows.size - d);
+    Vec<acc_t<T>> sum = x.v[0] * row.v[0];
+    for (int c = 1; c < row.kSize; ++c) sum += x.v[c] * row.v[c];
     return sum;
   } else {
-    return fold<S / 2>(dot_tree<C, S / 2>(x, rows, d, keys),
-                       dot_tree<C, S / 2>(x, rows, d, keys + S / 2));
+    return fold<S / 2>(dot_tree<S / 2>(x, rows, d, keys),
+                       dot_tree<S / 2>(x, rows, d, keys + S / 2));
   }
 }
 
@@ -146,13 +155,12 @@ inline void gather_dots(const T* x, const Rows<T>& rows, const int32_t* __restri
   using A = acc_t<T>;
   constexpr int G = kGroup<A>;
   if (rows.size == 0) fill(dots, n, A{0});
-  for_each_chunk<A>(rows.size, [&](auto chunk, int64_t d) {
-    constexpr int C = decltype(chunk)::value;
-    Vec<A> part[kVectors<C>];
-    for (int c = 0; c < kVectors<C>; ++c) part[c] = load_chunk<C>(x + d, c, rows.size - d);
+  for_each_chunk<A>(rows.size, [&](auto vectors, int64_t d) {
+    using RowChunk = Chunk<decltype(vectors)::value, T>;
+    const auto part = RowChunk::load(x + d, rows.size - d);
     for (int64_t j = 0; j < n; j += G) {
-      for (int g = 0; g < G; ++g) prefetch_chunk<C>(rows[keys[j + g + kPrefetchAhead]] + d);
-      const Vec<A> sum = sum_groups<G>(dot_tree<C, G>(part, rows, d, keys + j));
+      for (int g = 0; g < G; ++g) RowChunk::prefetch(rows[keys[j + g + kPrefetchAhead]] + d);
+      const Vec<A> sum = sum_groups<G>(dot_tree<G>(part, rows, d, keys + j));
       for (int g = 0; g < G; ++g) dots[j + g] = d == 0 ? sum[g] : dots[j + g] + sum[g];
     }
   });
@@ -163,27 +171,24 @@ inline void gather_dots(const T* x, const Rows<T>& rows, const int32_t* __restri
 template <typename T>
 inline void gather_accumulate(const acc_t<T>* __restrict weights, const Rows<T>& rows,
                               const int32_t* __restrict keys, int64_t n, acc_t<T>* __restrict out) {
-  using A = acc_t<T>;
-  constexpr int L = kLanes<A>;
-  for_each_chunk<A>(rows.size, [&](auto chunk, int64_t d) {
-    constexpr int C = decltype(chunk)::value, V = kVectors<C>;
-    constexpr int U = V < 3   ? 4
-                      : V < 6 ? 2
-                              : 1;  // independent sums of each vector, to hide FMA's latency
-    Vec<A> sum[U][V] = {};
-    const auto add = [&](Vec<A>(&to)[V], int64_t j) {
-      const T* row = rows[keys[j]] + d;
-      prefetch_chunk<C>(rows[keys[j + kPrefetchAhead]] + d);
-      for (int c = 0; c < V; ++c) to[c] += load_chunk<C>(row, c, rows.size - d) * weights[j];
+  for_each_chunk<acc_t<T>>(rows.size, [&](auto vectors, int64_t d) {
+    using RowChunk = Chunk<decltype(vectors)::value, T>;
+    constexpr int V = RowChunk::kSize, U = V < 3   ? 4
+                                           : V < 6 ? 2
+                                                   : 1;  // U sums hide the latency of FMA
+    RowChunk sum[U];
+    const auto add = [&](RowChunk& to, int64_t j) {
+      const auto row = RowChunk::load(rows[keys[j]] + d, rows.size - d);
+      RowChunk::prefetch(rows[keys[j + kPrefetchAhead]] + d);
+      for (int c = 0; c < V; ++c) to.v[c] += row.v[c] * weights[j];
     };
     int64_t j = 0;
     for (; j + U <= n; j += U)
       for (int u = 0; u < U; ++u) add(sum[u], j + u);
     for (; j < n; ++j) add(sum[0], j);
-    for (int c = 0; c < V; ++c) {
-      for (int u = 1; u < U; ++u) sum[0][c] += sum[u][c];
-      store(out + d + c * L, load(out + d + c * L) + sum[0][c]);
-    }
+    for (int u = 1; u < U; ++u)
+      for (int c = 0; c < V; ++c) sum[0].v[c] += sum[u].v[c];
+    sum[0].add_to(out + d);
   });
 }
 
@@ -202,8 +207,7 @@ inline int64_t drop_zeros(A* weights, int32_t* keys, int64_t n) {
   return kept;
 }
 
-// ---- one query's slots
-// -----------------------------------------------------------------------------
+// ---- one query's slots -------------------------------------------------------------------------
 
 // Query i of head h of batch b.
 struct GatherRow {
@@ -297,8 +301,7 @@ inline void dropout_factors(const GatherParams& P, GatherRow at, PhiloxKey key, 
   }
 }
 
-// ---- tasks
-// -----------------------------------------------------------------------------------------
+// ---- tasks -------------------------------------------------------------------------------------
 
 // Queries of one task and head.
 inline int64_t gather_queries_per_task(const GatherParams& P) {

@@ -9,7 +9,7 @@
 
 namespace smartbird::SMARTBIRD_ISA {
 
-// ---- inverse of the indices
+// ---- inverse of the indices --------------------------------------------------------------------
 
 inline int64_t invert_indices_num_tasks(const InvertParams& P) { return P.B * P.H_i; }
 
@@ -44,8 +44,7 @@ inline void invert_indices(const InvertParams& P, int64_t task, void*) {
       [&](int32_t key, int64_t slot) { entries[start[key + 1]++] = static_cast<int32_t>(slot); });
 }
 
-// ---- pass 1: queries
-// -------------------------------------------------------------------------------
+// ---- pass 1: queries ---------------------------------------------------------------------------
 
 template <typename A>
 struct QueryGradScratch {
@@ -204,13 +203,18 @@ inline void gather_backward_queries(const GatherBackwardParams& P, int64_t task,
   });
 }
 
-// ---- pass 2: keys
-// ----------------------------------------------------------------------------------
+// ---- pass 2: keys ------------------------------------------------------------------------------
 
-constexpr int64_t kGradKeys = 64;      // keys of a task: their sums stay in L2
 constexpr int64_t kListEntries = 256;  // entries of a key gathered at once
 constexpr int64_t kSlotGradsAhead =
     32;  // how many entries ahead of their use slot_grads are fetched
+
+// Keys of a task. Where heads share a key the task goes through them one by one, so it takes enough
+// keys that bringing a head's rows into the cache weighs little.
+inline int64_t gather_keys_per_task(const GatherParams& P) {
+  const int64_t wanted = P.H == P.H_kv ? kMinLists : kReuse * P.M / max_of<int64_t>(P.K, 1);
+  return min_of(max_of(wanted, kMinLists), kMaxLists);
+}
 
 // Exact quotients of 0 <= n < 2^31 by a constant without a division.
 class Divisor {
@@ -254,13 +258,14 @@ struct EntryList {
 
 template <typename A>
 struct KeyGradScratch {
-  A* dk;  // [kGradKeys, D]
-  A* dv;  // [kGradKeys, Dv]
+  A* dk;  // [keys, D]
+  A* dv;  // [keys, Dv]
   EntryList<A> dk_list, dv_list;
 
   KeyGradScratch(const GatherParams& P, ScratchAllocator& scratch) {
-    dk = scratch.take<A>(kGradKeys * pad_to_vector<A>(P.D));
-    dv = scratch.take<A>(kGradKeys * pad_to_vector<A>(P.Dv));
+    const int64_t keys = gather_keys_per_task(P);
+    dk = scratch.take<A>(keys * pad_to_vector<A>(P.D));
+    dv = scratch.take<A>(keys * pad_to_vector<A>(P.Dv));
     dk_list.allocate(scratch);
     dv_list.allocate(scratch);
   }
@@ -334,13 +339,14 @@ inline void gather_backward_keys_task(const GatherBackwardParams& P, KeyBlock ke
 }
 
 inline int64_t gather_backward_keys_num_tasks(const GatherBackwardParams& P) {
-  return (P.slice_end - P.slice_begin) * ceil_div(P.fwd.M, kGradKeys);
+  return (P.slice_end - P.slice_begin) * ceil_div(P.fwd.M, gather_keys_per_task(P.fwd));
 }
 
 inline void gather_backward_keys(const GatherBackwardParams& P, int64_t task, void* scratch) {
   const GatherParams& F = P.fwd;
-  const int64_t blocks = ceil_div(F.M, kGradKeys), begin = task % blocks * kGradKeys;
-  const KeyBlock keys{P.slice_begin + task / blocks, begin, min_of(begin + kGradKeys, F.M)};
+  const int64_t step = gather_keys_per_task(F), blocks = ceil_div(F.M, step);
+  const int64_t begin = task % blocks * step;
+  const KeyBlock keys{P.slice_begin + task / blocks, begin, min_of(begin + step, F.M)};
   dispatch_dtype(F.dtype, [&](auto type) {
     using T = decltype(type);
     ScratchAllocator allocator(scratch);

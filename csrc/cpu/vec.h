@@ -185,25 +185,27 @@ inline void load_even_odd(const bfloat16* p, Vec<float>* even, Vec<float>* odd) 
 // The first n < kLanes elements; the other lanes are 0.
 template <typename T>
 inline Vec<acc_t<T>> load_partial(const T* p, int64_t n) {
+  alignas(64) T lane[kLanes<acc_t<T>>] = {};
 #if defined(__AVX512F__)
-  const uint32_t mask = (1u << n) - 1;
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
   if constexpr (std::is_same_v<T, float>)
-    return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p));
+    _mm512_store_ps(lane, _mm512_maskz_loadu_ps(mask, p));
   else if constexpr (std::is_same_v<T, double>)
-    return bit_cast<Vec<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p));
-  alignas(32) T lane[kLanes<float>];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lane), _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p));
-  return load(lane);
-#else
-#if defined(__AVX2__)
-  const VecI wanted = iota<int32_t>() < static_cast<int32_t>(n);
+    _mm512_store_pd(lane, _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p));
+  else
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lane), _mm256_maskz_loadu_epi16(mask, p));
+#elif defined(__AVX2__)
   if constexpr (std::is_same_v<T, float>)
-    return bit_cast<Vec<float>>(_mm256_maskload_ps(p, bit_cast<__m256i>(wanted)));
+    _mm256_store_ps(lane, _mm256_maskload_ps(p, bit_cast<__m256i>(iota<T>() < static_cast<T>(n))));
+  else if constexpr (std::is_same_v<T, double>)
+    _mm256_store_pd(lane, _mm256_maskload_pd(p, bit_cast<__m256i>(iota<T>() < static_cast<T>(n))));
+  else
+    for (int64_t l = 0; l < n; ++l) lane[l] = p[l];
+#else
+  for (int64_t l = 0; l < n; ++l) lane[l] = p[l];
 #endif
-  Vec<acc_t<T>> v{};
-  for (int64_t l = 0; l < n; ++l) v[l] = to_acc(p[l]);
-  return v;
-#endif
+  const T* padded = lane;
+  return load(padded);
 }
 
 template <typename A>
