@@ -12,6 +12,7 @@ from smartbird.modules import (
     DenseWarmup,
     SmartBirdAttention,
     SmartBirdEncoderLayer,
+    seed_evaluation,
     sketch_loss,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "ops",
     "patterns",
     "reference",
+    "seed_evaluation",
     "sketch_loss",
 ]
