@@ -69,6 +69,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     add("--dim", type=int, help="model width")
     add("--heads", type=int, help="attention heads per layer")
     add("--dropout", type=float, metavar="P", help="dropout probability")
+    add("--embedding-std", type=float, metavar="STD", help="of new embeddings")
     add("--vocab-size", type=int, metavar="V", help="tokens (sotu, mqar)")
     add("--num-pairs", type=int, metavar="P", help="key-value pairs per sequence (mqar)")
     add("--steps", type=int, help="optimizer steps")

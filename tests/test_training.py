@@ -342,6 +342,7 @@ def test_sizes_that_do_not_fit_leave_nothing_behind(config):
         ("dropout", 1.0),
         ("dropout", float("nan")),
         ("lr", 0.0),
+        ("embedding_std", 0.0),
         ("lr", float("inf")),
         ("seed", -1),
         ("threads", 0),

@@ -35,6 +35,7 @@ class Config:
         dim: model width.
         heads: attention heads per layer; must divide `dim`.
         dropout: probability, in [0, 1), on embeddings, attention output and feed-forward output.
+        embedding_std: standard deviation of new token and position embeddings.
         vocab_size: tokens the task knows; only for tasks that have such a choice.
         num_pairs: key-value pairs per sequence; only for `mqar`.
         steps: optimizer steps.
@@ -62,6 +63,7 @@ class Config:
     dim: int
     heads: int
     dropout: float
+    embedding_std: float
     vocab_size: int | None
     num_pairs: int | None
     steps: int
@@ -92,8 +94,10 @@ class Config:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if not (math.isfinite(self.lr) and self.lr > 0.0):
-            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        for name in ("lr", "embedding_std"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0.0):
+                raise ValueError(f"{name} must be positive and finite, got {value}")
         if self.dim % self.heads:
             raise ValueError(f"heads must divide dim, got heads={self.heads}, dim={self.dim}")
         if unknown := set(self.learning) - set(LEARNING_ROUTES):

@@ -8,10 +8,6 @@ from smartbird.tasks.attention import ATTENTIONS
 from smartbird.tasks.config import Config
 from smartbird.tasks.data import Task
 
-# Embeddings of the usual 0.02 are soon drowned by what the layers add to them: recall (mqar) then
-# stays at guessing among the values for thousands of steps, with 0.5 it is learned in hundreds.
-EMBEDDING_STD = 0.5
-
 
 class Block(nn.Module):
     """Pre-norm Transformer layer: attention, then a feed-forward of four times the width."""
@@ -48,8 +44,8 @@ class Encoder(nn.Module):
         self.per_position = task.per_position
         self.tokens = nn.Embedding(task.vocab_size, config.dim)
         self.positions = nn.Embedding(config.seq_len, config.dim)
-        nn.init.normal_(self.tokens.weight, std=EMBEDDING_STD)
-        nn.init.normal_(self.positions.weight, std=EMBEDDING_STD)
+        nn.init.normal_(self.tokens.weight, std=config.embedding_std)
+        nn.init.normal_(self.positions.weight, std=config.embedding_std)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config, task.is_causal) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)

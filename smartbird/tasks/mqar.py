@@ -45,6 +45,8 @@ class Mqar:
         "dim": 64,
         "heads": 4,
         "dropout": 0.0,
+        # From 0.02, recall stays at guessing among the values for thousands of steps.
+        "embedding_std": 0.5,
         "vocab_size": 64,
         "num_pairs": 8,
         "steps": 2000,

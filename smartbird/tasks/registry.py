@@ -25,6 +25,7 @@ _DEFAULTS: dict[str, Any] = {
     "learning": ("distill",),
     "dense_warmup": 0,
     "dropout": 0.1,
+    "embedding_std": 0.02,
     "vocab_size": None,
     "num_pairs": None,
     "seed": 0,
