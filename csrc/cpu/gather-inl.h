@@ -18,7 +18,8 @@ namespace smartbird::SMARTBIRD_ISA {
 // Vectors of a row held in registers at once: half of the 16 that AVX2 has.
 constexpr int kChunk = 8;
 
-// Gathered rows scored or added together; lists are cut at multiples of it.
+// Gathered rows scored together: enough that summing across lanes is cheap, few enough to stay in
+// registers.
 template <typename A>
 constexpr int kGroup = kLanes<A> < 4 ? kLanes<A> : 4;
 
@@ -173,9 +174,8 @@ inline void gather_accumulate(const acc_t<T>* __restrict weights, const Rows<T>&
                               const int32_t* __restrict keys, int64_t n, acc_t<T>* __restrict out) {
   for_each_chunk<acc_t<T>>(rows.size, [&](auto vectors, int64_t d) {
     using RowChunk = Chunk<decltype(vectors)::value, T>;
-    constexpr int V = RowChunk::kSize, U = V < 3   ? 4
-                                           : V < 6 ? 2
-                                                   : 1;  // U sums hide the latency of FMA
+    constexpr int V = RowChunk::kSize;
+    constexpr int U = V < 3 ? 4 : (V < 6 ? 2 : 1);  // as many sums hide the latency of FMA
     RowChunk sum[U];
     const auto add = [&](RowChunk& to, int64_t j) {
       const auto row = RowChunk::load(rows[keys[j]] + d, rows.size - d);

@@ -205,9 +205,10 @@ inline void gather_backward_queries(const GatherBackwardParams& P, int64_t task,
 
 // ---- pass 2: keys ------------------------------------------------------------------------------
 
-constexpr int64_t kListEntries = 256;  // entries of a key gathered at once
-constexpr int64_t kSlotGradsAhead =
-    32;  // how many entries ahead of their use slot_grads are fetched
+// Entries of a key gathered at once.
+constexpr int64_t kListEntries = 256;
+// How many entries ahead of its use a slot's gradients are fetched: half a typical key.
+constexpr int64_t kSlotGradsAhead = 32;
 
 // Keys of a task. Where heads share a key the task goes through them one by one, so it takes enough
 // keys that bringing a head's rows into the cache weighs little.
@@ -247,8 +248,7 @@ struct EntryList {
     weights = scratch.take<A>(kListEntries);
     queries = scratch.take<int32_t>(kListEntries + kPrefetchAhead);
   }
-  // Overwritten by the next where the weight is zero: a row that does not count must not, NaN or
-  // not.
+  // The next one overwrites an entry of weight zero: its row must not count, NaN or not.
   void append(A weight, int32_t query) {
     weights[size] = weight;
     queries[size] = query;
