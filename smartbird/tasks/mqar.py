@@ -38,7 +38,7 @@ class Mqar:
     """
 
     defaults: ClassVar[dict[str, Any]] = {
-        "seq_len": 64,
+        "seq_len": 128,
         "num_samples": 8,
         "window": 1,
         "layers": 2,
@@ -49,7 +49,7 @@ class Mqar:
         "embedding_std": 0.5,
         "vocab_size": 64,
         "num_pairs": 8,
-        "steps": 2000,
+        "steps": 1500,
         "batch_size": 64,
         "lr": 3e-3,
         "eval_every": 250,

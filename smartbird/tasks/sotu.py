@@ -67,13 +67,13 @@ class Sotu:
         "seq_len": 2048,
         "num_samples": 64,
         "layers": 2,
-        "dim": 128,
+        "dim": 64,
         "heads": 4,
         "vocab_size": 4096,
-        "steps": 200,
+        "steps": 300,
         "batch_size": 4,
-        "lr": 2e-3,
-        "eval_every": 50,
+        "lr": 3e-3,
+        "eval_every": 75,
         "log_every": 10,
     }
     num_classes = len(PERIODS)

@@ -132,7 +132,7 @@ class _Stop(Exception):
 
 
 class _Run:
-    """A run between two checkpoints; `finish` is its loop."""
+    """The state of a run, and its loop."""
 
     def __init__(self, config: Config, resume: bool, report: Callable[[Row], None]) -> None:
         self.config, self.report = config, report
@@ -359,7 +359,7 @@ def _config_of(state: dict[str, Any], path: Path) -> Config:
 
 def _restore(path: Path, state: dict[str, Any], task: Task, parts: dict[str, Any]) -> None:
     if state["fingerprint"] != task.fingerprint:
-        raise RunError(f"{path}: was trained on other data than task {task} gives here")
+        raise RunError(f"{path}: was trained on other data than its task gives here")
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
