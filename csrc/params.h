@@ -82,9 +82,9 @@ struct GatherParams {
   int32_t* error;  // [1] out
 };
 
-// The forward's inputs and results in `fwd`. Each gradient may be null where it is not needed. In
-// the backward of gather_scores v, dv, lse, dlse and bias are null, Dv is 0, and dout is [B, H, N,
-// K].
+// The forward's inputs in `fwd`; its results are not read, the softmax is made again. Each gradient
+// may be null where it is not needed. In the backward of gather_scores v, dv, lse, dlse and bias
+// are null, Dv is 0, and dout is [B, H, N, K].
 struct GatherBackwardParams {
   GatherParams fwd;
   const void* dout;  // [B, H, N, Dv], contiguous

@@ -60,7 +60,7 @@ SMARTBIRD_HOST_DEVICE static inline PhiloxBlock philox_counter(int64_t batch, in
            static_cast<uint32_t>(batch)}};
 }
 
-// Draws of the sampler are numbered so that 16 blocks give 64 draws word by word, as vector code
+// Draws of a row are numbered so that 16 blocks give 64 draws word by word, as vector code
 // makes them: draw d is word d / 16 % 4 of block d / 64 * 16 + d % 16.
 constexpr int kDrawsPerChunk = 64;
 

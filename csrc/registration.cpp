@@ -1,47 +1,40 @@
 // Every schema of the library, and nothing else. Kernels are registered beside their implementation
 // (cpu/ops_cpu.cpp, cuda/ops_cuda.cpp), fake kernels and gradients in smartbird/ops.py.
 #include <Python.h>
-
 #include <torch/csrc/stable/library.h>
 
+// clang-format off: it would break the strings where no reader would.
 STABLE_TORCH_LIBRARY(smartbird, m) {
   m.def(
-      "sketch_sample(Tensor q_sketch, Tensor k_sketch, int num_samples, int num_index_heads, str "
-      "method, float scale, "
-      "bool is_causal, Tensor? key_mask, int window, int num_sinks, Tensor seed, bool "
-      "need_log_inclusion) "
-      "-> (Tensor indices, Tensor log_inclusion)");
+      "sketch_sample(Tensor q_sketch, Tensor k_sketch, int num_samples, int num_index_heads, "
+      "str method, float scale, bool is_causal, Tensor? key_mask, int window, int num_sinks, "
+      "Tensor seed, bool need_log_inclusion) -> (Tensor indices, Tensor log_inclusion)");
   m.def("gather_scores(Tensor q, Tensor k, Tensor indices, float scale) -> Tensor");
   m.def(
       "gather_scores_backward(Tensor dscores, Tensor q, Tensor k, Tensor indices, float scale) "
       "-> (Tensor dq, Tensor dk)");
   m.def(
       "gather_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? bias, float scale, "
-      "float dropout_p, "
-      "Tensor? seed) -> (Tensor out, Tensor lse)");
+      "float dropout_p, Tensor? seed) -> (Tensor out, Tensor lse)");
   m.def(
-      "gather_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor "
-      "indices, "
-      "Tensor? bias, Tensor out, Tensor lse, float scale, float dropout_p, Tensor? seed, bool "
-      "need_dqk, bool need_dv, "
-      "bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
+      "gather_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
+      "Tensor indices, Tensor? bias, float scale, float dropout_p, Tensor? seed, bool need_dqk, "
+      "bool need_dv, bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
   m.def(
-      "sketch_lse(Tensor q_sketch, Tensor k_sketch, float scale, bool is_causal, Tensor? key_mask) "
-      "-> Tensor");
+      "sketch_lse(Tensor q_sketch, Tensor k_sketch, float scale, bool is_causal, "
+      "Tensor? key_mask) -> Tensor");
   m.def(
       "sketch_lse_backward(Tensor dlse, Tensor q_sketch, Tensor k_sketch, Tensor lse, float scale, "
-      "bool is_causal, "
-      "Tensor? key_mask) -> (Tensor dq_sketch, Tensor dk_sketch)");
+      "bool is_causal, Tensor? key_mask) -> (Tensor dq_sketch, Tensor dk_sketch)");
   m.def(
-      "summed_attention(Tensor q, Tensor k, Tensor v, float scale, bool is_causal, Tensor? "
-      "key_mask) "
-      "-> (Tensor out, Tensor lse)");
+      "summed_attention(Tensor q, Tensor k, Tensor v, float scale, bool is_causal, "
+      "Tensor? key_mask) -> (Tensor out, Tensor lse)");
   m.def(
-      "summed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor lse, float scale, bool "
-      "is_causal, "
-      "Tensor? key_mask) -> Tensor dv");
+      "summed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor lse, float scale, "
+      "bool is_causal, Tensor? key_mask) -> Tensor dv");
   m.def("cpu_isas() -> str");
 }
+// clang-format on
 
 // Importing smartbird._C loads the library; there is nothing to call in it.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {

@@ -637,8 +637,6 @@ def _fake_gather_attention_backward(
     v: Tensor,
     indices: Tensor,
     bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
@@ -708,23 +706,21 @@ def _gather_scores_backward(ctx: Any, dscores: Tensor) -> Any:
 
 def _save_gather_attention(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, indices, bias, ctx.scale, ctx.dropout_p, seed = inputs
-    ctx.save_for_backward(q, k, v, indices, bias, *output, seed)
+    ctx.save_for_backward(q, k, v, indices, bias, seed)
     ctx.set_materialize_grads(False)
 
 
 def _gather_attention_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
-    q, k, v, indices, bias, out, lse, seed = ctx.saved_tensors
+    q, k, v, indices, bias, seed = ctx.saved_tensors
     need_dq, need_dk, need_dv, _, need_dbias = ctx.needs_input_grad[:5]
     dq, dk, dv, dbias = _ops.gather_attention_backward(
-        torch.zeros_like(out) if dout is None else dout,
+        q.new_zeros((*q.shape[:3], v.shape[3])) if dout is None else dout,
         dlse,
         q,
         k,
         v,
         indices,
         bias,
-        out,
-        lse,
         ctx.scale,
         ctx.dropout_p,
         seed,

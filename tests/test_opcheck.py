@@ -54,7 +54,7 @@ def samples(op: str, case: Case, dtype: torch.dtype, device: torch.device) -> li
         out, lse = ops.gather_attention(x.q, x.k, x.v, x.indices, None, 0.5, 0.0, None)
         common = (x.q, x.k, x.v, x.indices)
         return [
-            (out, dlse, *common, b, out, lse, 0.5, p, x.seed if p else None, *needed)
+            (out, dlse, *common, b, 0.5, p, x.seed if p else None, *needed)
             for dlse, b, p in ((None, None, 0.0), (torch.ones_like(lse), bias.detach(), 0.3))
             for needed in (
                 (True, True, b is not None),

@@ -309,26 +309,18 @@ std::tuple<Tensor, Tensor> gather_scores_backward_cpu(const Tensor& dscores, con
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gather_attention_backward_cpu(
     const Tensor& dout_, OptionalTensor dlse_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
-    const Tensor& indices_, OptionalTensor bias, const Tensor& out_, const Tensor& lse_,
-    double scale, double dropout_p, OptionalTensor seed, bool need_dqk, bool need_dv,
-    bool need_dbias) {
+    const Tensor& indices_, OptionalTensor bias, double scale, double dropout_p,
+    OptionalTensor seed, bool need_dqk, bool need_dv, bool need_dbias) {
   const Tensor q = with_packed_heads(q_), k = with_packed_heads(k_), v = with_packed_heads(v_),
                indices = with_contiguous_rows(indices_);
-  const Tensor dout = torch::stable::contiguous(dout_), out = torch::stable::contiguous(out_),
-               lse = torch::stable::contiguous(lse_);
+  const Tensor dout = torch::stable::contiguous(dout_);
   GatherBackwardParams p{};
   p.fwd = gather_params(q, k, indices, scale);
   add_values(v, bias, dropout_p, seed, &p.fwd);
   const GatherParams& f = p.fwd;
-  for (const Tensor* t : {&dout, &out}) {
-    check_shape(*t, "dout, out", {f.B, f.H, f.N, f.Dv});
-    check_type(*t, "dout, out", q.scalar_type());
-  }
-  check_shape(lse, "lse", {f.B, f.H, f.N});
-  check_type(lse, "lse", acc_type(f.dtype));
+  check_shape(dout, "dout", {f.B, f.H, f.N, f.Dv});
+  check_type(dout, "dout", q.scalar_type());
   p.dout = dout.const_data_ptr();
-  p.fwd.out = const_cast<void*>(out.const_data_ptr());
-  p.fwd.lse = const_cast<void*>(lse.const_data_ptr());
   Tensor dlse;
   if (dlse_.has_value()) {
     dlse = torch::stable::contiguous(*dlse_);
