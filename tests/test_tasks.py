@@ -115,7 +115,10 @@ def test_mqar_splits_differ(mqar):
 
 @pytest.mark.parametrize(
     ("changes", "name"),
-    [({"num_pairs": 17}, "num_pairs"), ({"vocab_size": 31}, "vocab_size")],
+    [
+        ({"seq_len": 64, "num_pairs": 17}, "num_pairs"),
+        ({"num_pairs": 8, "vocab_size": 15}, "vocab_size"),
+    ],
 )
 def test_mqar_refuses_sizes_that_do_not_fit(changes, name):
     with pytest.raises(ValueError, match=name):
