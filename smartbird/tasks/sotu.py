@@ -48,8 +48,9 @@ class Sotu:
     Every number becomes one token `[NUM]` (a year would give the answer away), and remarks in
     brackets, which only modern transcripts have ("[Laughter]"), are taken out. All addresses of a
     year are in one split, since a spoken and a written message of one year share sentences; within
-    each period, years are dealt out by a fixed shuffle. The tokenizer (byte-pair encoding) is
-    trained on the training split only.
+    each period, years are dealt out by a fixed shuffle. A president's addresses may be in several
+    splits: style and affairs of a period are what is learned. The tokenizer (byte-pair encoding)
+    is trained on the training split only.
 
     Validation and test take each address apart into consecutive passages; a rest shorter than N / 2
     is left out unless it is all there is, a longer one is padded. Training draws an address by its
