@@ -106,10 +106,10 @@ def test_the_default_attention_learns_recall_where_fixed_and_random_keys_do_not(
     }
     assert tasks.default_config("mqar").attention == "smartbird"
     assert accuracy["smartbird"] >= 0.95
-    # A window never reaches the pairs. Random keys hold the asked pair with 4 heads x 7 of 32..128
-    # keys for about a third of the questions; the others are guessed among 8 values.
-    assert accuracy["window"] < 0.1
-    assert accuracy["random"] < 0.6
+    # A window reaches the last pairs only, and from the first questions only. Random keys hold the
+    # asked pair, with 4 heads x 7 of up to 127 keys, for a third of the questions at best.
+    assert accuracy["window"] < 0.2
+    assert accuracy["random"] < 0.5
 
 
 def test_equal_configurations_give_equal_weights_and_leave_the_callers_random_numbers(
