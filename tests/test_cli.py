@@ -82,6 +82,13 @@ def test_a_moved_run_resumes(capsys, tmp_path):
         (["--task", "mqar", "--heads", "3"], "heads"),
         (["--task", "mqar", "--lr", "nan"], "lr"),
         (["--task", "mqar", "--num-pairs", "1000"], "num_pairs"),
+        (["--task", "mqar", "--num-pairs", "0"], "num_pairs"),
+        (["--task", "mqar", "--seed", "-1"], "seed"),
+        (["--task", "mqar", "--seed", str(2**63)], "seed"),
+        (["--task", "mqar", "--dim", str(10**24)], "dim"),
+        (["--task", "sotu", "--vocab-size", "-5"], "vocab_size"),
+        # 2^62 bytes, more than any address space holds.
+        (["--task", "mqar", "--vocab-size", str(2**30), "--dim", str(2**30)], "allocate"),
         (["--task", "mqar", "--no-such-flag"], "--no-such-flag"),
         (["--resume"], "--out"),
         (["--resume", "--out", "OUT"], "no checkpoint"),

@@ -8,6 +8,8 @@ from typing import Any
 
 from smartbird.modules import LEARNING_ROUTES
 
+LARGEST_COUNT = 2**31 - 1  # of int32, as are the indices of keys and the threads of PyTorch
+
 
 class RunError(Exception):
     """A run cannot start or go on; the message is one line that says what is wrong and where."""
@@ -41,8 +43,8 @@ class Config:
         steps: optimizer steps.
         batch_size: sequences per step.
         lr: peak learning rate.
-        seed: seeds the weights, the order of the training data, sampling and dropout. Which
-            examples are validation and test examples does not depend on it.
+        seed: from 0 to 2**63 - 1; seeds the weights, the order of the training data, sampling and
+            dropout. Which examples are validation and test examples does not depend on it.
         log_every, eval_every, checkpoint_every: intervals in steps.
         out: directory of the run.
         threads: threads PyTorch may use; None leaves its own choice.
@@ -80,18 +82,21 @@ class Config:
         for name in (
             *("seq_len", "num_samples", "sketch_dim", "layers", "dim", "heads", "steps"),
             *("batch_size", "log_every", "eval_every", "checkpoint_every", "threads"),
+            *("vocab_size", "num_pairs"),
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and not 1 <= value <= LARGEST_COUNT:
+                raise ValueError(f"{name} must be from 1 to {LARGEST_COUNT}, got {value}")
         if self.window > 0 and 2 * (self.window // 2) + 1 > self.num_samples:
             raise ValueError(
                 f"window must leave its keys room among num_samples={self.num_samples}, "
                 f"got {self.window}"
             )
-        for name in ("window", "dense_warmup", "seed"):
+        for name in ("window", "dense_warmup"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         for name in ("lr", "embedding_std"):

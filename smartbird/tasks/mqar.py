@@ -63,10 +63,9 @@ class Mqar:
         self.seq_len, self.num_pairs = config.seq_len, config.num_pairs
         self.vocab_size = self.num_classes = config.vocab_size
         self.batch_size, self.seed = config.batch_size, config.seed
-        if self.num_pairs < 1 or 4 * self.num_pairs > self.seq_len:
+        if 4 * self.num_pairs > self.seq_len:
             raise ValueError(
-                f"num_pairs must be from 1 to seq_len / 4 = {self.seq_len // 4}, "
-                f"got {self.num_pairs}"
+                f"num_pairs must be at most seq_len / 4 = {self.seq_len // 4}, got {self.num_pairs}"
             )
         if self.vocab_size < 2 * self.num_pairs:
             raise ValueError(

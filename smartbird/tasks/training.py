@@ -336,8 +336,9 @@ def _build(config: Config) -> tuple[Task, Encoder]:
     try:
         task = TASKS[config.task](config)
         model = Encoder(config, task)
-    except ValueError as error:
-        raise RunError(f"task {config.task}: {error}") from error
+    except (ValueError, RuntimeError, MemoryError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"task {config.task}: {reason}") from error
     seed_evaluation(model, config.seed)
     return task, model
 
