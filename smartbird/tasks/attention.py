@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from smartbird import ops, patterns
+from smartbird.functional import dense_attention
 from smartbird.modules import SmartBirdAttention
 from smartbird.tasks.config import Config
 
@@ -47,12 +46,7 @@ class DenseAttention(ProjectedAttention):
     """Every key: PyTorch's scaled_dot_product_attention."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        if key_mask is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)
-        mask = key_mask[:, None, None, :]
-        if self.is_causal:
-            mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return dense_attention(q, k, v, is_causal=self.is_causal, key_mask=key_mask)
 
 
 class PatternAttention(ProjectedAttention):
