@@ -40,8 +40,9 @@ test-quick: $(BUILT)
 
 # What test-quick covers is left out: the default instruction set, and tests of the reference alone.
 test-isa: $(BUILT)  ## the op tests with each further instruction set of this machine forced in turn
-	for isa in $$($(BIN)/python -c 'import smartbird; info = smartbird.build_info()
-	print(*set(info["cpu_isas"]) - {info["cpu_isa"]})'); do
+	isas=$$($(BIN)/python -c 'import smartbird; info = smartbird.build_info()
+	print(*sorted(set(info["cpu_isas"]) - {info["cpu_isa"]}))')
+	for isa in $$isas; do
 	    echo "SMARTBIRD_CPU_ISA=$$isa"
 	    SMARTBIRD_CPU_ISA=$$isa $(BIN)/pytest -q -k "not reference" $(OP_TESTS)
 	done
