@@ -1,4 +1,4 @@
-"""The problems that correctness, gradients, opcheck and benchmarks go through, their inputs, and
+"""The problems that the tests of correctness, gradients and opcheck go through, their inputs, and
 how results are held to the reference."""
 
 from __future__ import annotations
