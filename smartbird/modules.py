@@ -352,7 +352,7 @@ class SmartBirdAttention(nn.Module):
 
     def _keep_loss(self, loss: Tensor) -> None:
         # Inside backward a checkpoint recomputes this call, whose loss was collected before.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        if torch.compiler.is_compiling() or not _inside_backward():
             self._sketch_loss = loss
 
     def extra_repr(self) -> str:
@@ -365,6 +365,12 @@ class SmartBirdAttention(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A loss that nobody collected hangs on its graph and can be neither copied nor pickled.
         return {**self.__dict__, "_sketch_loss": None}
+
+
+def _inside_backward() -> bool:
+    # Private to torch. Without it a recomputed loss stays until the next pass replaces it.
+    graph_task_id = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+    return bool(graph_task_id() != -1)
 
 
 def _logit_bias(
@@ -484,7 +490,8 @@ class SmartBirdEncoderLayer(nn.Module):
             The shape of ``src``.
 
         Raises:
-            ValueError: a mask that says anything else, which sampled attention cannot honour.
+            ValueError: a mask that says anything else, which sampled attention cannot honour; a
+                ``src_mask`` without ``is_causal`` while compiling or exporting.
         """
         causal = self.self_attn.is_causal or is_causal
         if src_mask is not None and not is_causal:
@@ -510,6 +517,12 @@ class SmartBirdEncoderLayer(nn.Module):
 
 def _require_causal(src_mask: Tensor, length: int) -> None:
     """Refuse a mask other than the causal one: it would have to be dropped."""
+    # The comparison reads values, which a traced graph cannot branch on.
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "src_mask must come with is_causal=True in a compiled or exported graph, which cannot "
+            "compare it with the causal mask, got is_causal=False"
+        )
     additive = src_mask
     if src_mask.dtype == torch.bool:
         additive = torch.zeros(src_mask.shape, device=src_mask.device)

@@ -130,6 +130,28 @@ def test_compiled_functional_form_draws_anew_each_call() -> None:
     )
 
 
+def test_compiled_encoder_layer_asks_for_is_causal_beside_a_mask() -> None:
+    layer = make_model(1).eval()[0]
+    x, mask = torch.randn(2, 9, E), nn.Transformer.generate_square_subsequent_mask(9)
+    expected = layer(x, src_mask=mask)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, src_mask=mask, is_causal=True), expected)
+    # Dynamo reports what a traced function raises as an error of its own.
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="src_mask must come with is_causal"):
+        compiled(x, src_mask=mask)
+    with pytest.raises(ValueError, match="src_mask must come with is_causal=True"):
+        torch.export.export(layer, (x, mask), strict=False)
+
+
+def test_graph_breaks_leave_the_mask_to_be_checked_in_eager() -> None:
+    layer = make_model(1).eval()[0]
+    x, mask = torch.randn(2, 9, E), nn.Transformer.generate_square_subsequent_mask(9)
+    compiled = torch.compile(layer, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, src_mask=mask), layer(x, src_mask=mask))
+    with pytest.raises(ValueError, match="src_mask must be None or the causal mask"):
+        compiled(x, src_mask=mask.T)
+
+
 def test_default_backend() -> None:
     layer = make_layer(num_samples=32)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)

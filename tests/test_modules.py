@@ -304,6 +304,13 @@ def test_sketch_loss_sums_layers_and_clears() -> None:
     assert sketch_loss(nn.ReLU()).item() == 0.0
 
 
+def test_sketch_loss_without_the_private_name_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C, "_current_graph_task_id")
+    layer = make_layer()
+    layer(torch.randn(2, N, E))
+    assert sketch_loss(layer).item() > 0.0
+
+
 def test_evaluation_leaves_no_sketch_loss() -> None:
     layer = make_layer().eval()
     layer(torch.randn(2, N, E))
