@@ -1,5 +1,5 @@
-// What the kernels take: raw pointers, sizes and strides, filled in (and checked) by ops_cpu.cpp
-// and ops_cuda.cpp.
+// What the kernels take: raw pointers, sizes and strides, filled in (and checked) by
+// cpu/ops_cpu.cpp.
 //
 // Sizes: B batch, N queries, M keys, H heads, H_kv key/value heads, H_i index heads, D head dim, Dv
 // value dim, S sketch dim, K samples per query and index head. Strides count elements; the last
@@ -74,7 +74,7 @@ struct GatherParams {
   const void* bias;  // acc [B, H, N, K] added to the scaled scores, all four strides free; or null
   int64_t bias_stride[4];
   double scale;
-  float dropout_p;
+  double dropout_p;
   uint64_t seed, offset;
 
   void* out;       // [B, H, N, Dv] out, contiguous; in gather_scores [B, H, N, K]

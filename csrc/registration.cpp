@@ -1,5 +1,5 @@
 // Every schema of the library, and nothing else. Kernels are registered beside their implementation
-// (cpu/ops_cpu.cpp, cuda/ops_cuda.cpp), fake kernels and gradients in smartbird/ops.py.
+// (cpu/ops_cpu.cpp), fake kernels and gradients in smartbird/ops.py.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smartbird import ops
+from smartbird.ops import check_key_mask
 
 __all__ = [
-    "check_key_mask",
     "dense_attention",
     "per_head",
     "sample_keys",
@@ -77,9 +77,12 @@ def smart_bird_attention(
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
     """
+    ops.check_same_tokens(q_sketch, k_sketch, q, k)
+    if not isinstance(q, Tensor) or q.dim() != 4:
+        raise ValueError(f"q must be a Tensor [B, H, N, D], got {getattr(q, 'shape', type(q))}")
     if seed is None:
         seed = ops.draw_seed(q.device, generator)
-    num_heads = q.shape[1] if q.dim() == 4 else 1  # a q of another rank is for the op to refuse
+    num_heads = q.shape[1]
     indices, log_inclusion = sample_keys(
         q_sketch,
         k_sketch,
@@ -122,18 +125,6 @@ def per_head(x: Tensor, num_heads: int) -> Tensor:
     if num_index_heads in (1, num_heads):
         return x
     return x.repeat_interleave(num_heads // num_index_heads, dim=1)
-
-
-def check_key_mask(key_mask: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse a ``key_mask`` of another type or ``shape``, which would hide the wrong keys.
-
-    Raises:
-        ValueError, TypeError: says what it is and what it must be.
-    """
-    if key_mask.dtype != torch.bool:
-        raise TypeError(f"key_mask must be bool, True = may be attended, got {key_mask.dtype}")
-    if key_mask.shape != shape:
-        raise ValueError(f"key_mask must be {list(shape)}, got {list(key_mask.shape)}")
 
 
 def dense_attention(

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smartbird import ops
-from smartbird.functional import check_key_mask, dense_attention, per_head, sample_keys
+from smartbird.functional import dense_attention, per_head, sample_keys
+from smartbird.ops import check_key_mask
 
 __all__ = [
     "DenseWarmup",

@@ -2,9 +2,11 @@
 
 Letters: B batch, N queries, M keys, H heads, H_kv key/value heads, H_i index heads (head h uses
 index head ``h // (H / H_i)``), D head dim, Dv value dim, S sketch dim, K samples per query and
-index head. Tensors may be strided views, not copied where the last dimension is contiguous.
-float32, float64, bfloat16 and float16, one dtype per call; accumulation is in float32 (float64 for
-float64). Under autocast, float inputs are cast to its dtype as in scaled_dot_product_attention.
+index head. Tensors may be strided views. They are not copied where the last dimension is
+contiguous, but for k and v (in the backward also q) whose heads are interleaved, which are gathered
+faster from a copy. float32, float64, bfloat16 and float16, one dtype per call; accumulation is in
+float32 (float64 for float64), sampling in float32 always. Under autocast, float inputs are cast to
+its dtype as in scaled_dot_product_attention.
 
 Each call is a pure function of its arguments: random draws are those of ``seed``, an int64 tensor
 [2] (seed, offset), drawn from ``generator`` where None, and do not depend on the number of threads.
@@ -12,7 +14,7 @@ The underlying dispatcher ops are ``torch.ops.smartbird.*``.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -31,6 +33,7 @@ __all__ = [
 
 METHODS = ("gumbel", "systematic", "multinomial", "topk")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MOST = 2**31 - 1  # indices are int32
 _ops = torch.ops.smartbird
 
 
@@ -147,6 +150,7 @@ def _sample(
     _check_count("num_index_heads", num_index_heads, 1)
     _check_count("window", window, 0)
     _check_count("num_sinks", num_sinks, 0)
+    _check_flag("is_causal", is_causal)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     forced = num_sinks + (window if is_causal or window == 0 else 2 * (window // 2) + 1)
@@ -315,6 +319,7 @@ def sketch_lse(
     """
     q_sketch, k_sketch = _autocast(q_sketch, k_sketch)
     _check_sketches(q_sketch, k_sketch)
+    _check_flag("is_causal", is_causal)
     _check_key_mask(key_mask, k_sketch)
     lse: Tensor = _call(
         _ops.sketch_lse.default, q_sketch, k_sketch, _scale(scale, q_sketch), is_causal, key_mask
@@ -371,11 +376,7 @@ def distill_loss(
     _check_heads(q, k)
     _check_sketches(q_sketch, k_sketch)
     _check_tensor("q_sketch", q_sketch, 3, q)
-    for name, sketch, of, x in (("q_sketch", q_sketch, "q", q), ("k_sketch", k_sketch, "k", k)):
-        if (sketch.shape[0], sketch.shape[1]) != (x.shape[0], x.shape[2]):
-            raise ValueError(
-                f"{name} must have the batch and length of {of} {_shape(x)}, got {_shape(sketch)}"
-            )
+    check_same_tokens(q_sketch, k_sketch, q, k)
     q, k = q.detach(), k.detach()
     sketch_scale = _scale(sketch_scale, q_sketch, "sketch_scale")
     sketch_lse_ = sketch_lse(
@@ -391,9 +392,12 @@ def distill_loss(
         target = summed / q.shape[1]
         target_mass = valid.to(target.dtype)
     else:
+        _check_indices(indices, q)
         bias = None
+        # In the accumulation type, autocast or not: the target is a sum of differences that 8 bits
+        # would not hold.
+        acc = _acc_dtype(q)
         if log_inclusion is not None:
-            _check_indices(indices, q)
             if not isinstance(log_inclusion, Tensor) or log_inclusion.dtype != torch.float32:
                 raise TypeError(
                     f"log_inclusion must be a float32 Tensor, got {_kind(log_inclusion)}"
@@ -403,17 +407,18 @@ def distill_loss(
                     f"log_inclusion must have the shape of indices {_shape(indices)}, "
                     f"got {_shape(log_inclusion)}"
                 )
-            bias = -log_inclusion.repeat_interleave(q.shape[1] // indices.shape[1], dim=1)
-        # In the accumulation type: the target is a sum of differences that 8 bits would not hold.
-        acc = _acc_dtype(q)
-        per_head, lse = gather_attention(
+            bias = -log_inclusion.repeat_interleave(q.shape[1] // indices.shape[1], dim=1).to(acc)
+        values = k_sketch.to(acc).unsqueeze(1).expand(-1, k.shape[1], -1, -1)
+        per_head, lse = _call(
+            _ops.gather_attention.default,
             q.to(acc),
             k.to(acc),
-            k_sketch.to(acc).unsqueeze(1).expand(-1, k.shape[1], -1, -1),
+            values,
             indices,
-            bias=bias,
-            scale=scale,
-            return_lse=True,
+            bias,
+            _scale(scale, q),
+            0.0,
+            None,
         )
         target = per_head.mean(1)
         target_mass = (lse > -torch.inf).to(acc).mean(1)
@@ -457,8 +462,8 @@ def _check_tensor(name: str, x: Tensor, dim: int, like: Tensor | None = None) ->
 def _check_count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not least <= value <= _MOST:
+        raise ValueError(f"{name} must be at least {least} and below 2^31, got {value}")
 
 
 def _check_sketches(q_sketch: Tensor, k_sketch: Tensor) -> None:
@@ -471,19 +476,50 @@ def _check_sketches(q_sketch: Tensor, k_sketch: Tensor) -> None:
         )
 
 
-def _check_key_mask(key_mask: Tensor | None, k_sketch: Tensor) -> None:
-    if key_mask is None:
-        return
+def check_same_tokens(q_sketch: Tensor, k_sketch: Tensor, q: Tensor, k: Tensor) -> None:
+    """Refuse sketches of other tokens than those of q [B, H, N, D] and k [B, H_kv, M, D].
+
+    Anything else that is wrong with the four is left to the ops they go to.
+
+    Raises:
+        ValueError: names the sketch, what it is and what it must be.
+    """
+    for name, sketch, of, x in (("q_sketch", q_sketch, "q", q), ("k_sketch", k_sketch, "k", k)):
+        if not isinstance(sketch, Tensor) or not isinstance(x, Tensor):
+            continue
+        if sketch.dim() != 3 or x.dim() != 4:
+            continue
+        if (sketch.shape[0], sketch.shape[1]) != (x.shape[0], x.shape[2]):
+            raise ValueError(
+                f"{name} must have the batch and length of {of} {_shape(x)}, got {_shape(sketch)}"
+            )
+
+
+def check_key_mask(key_mask: Tensor, shape: Sequence[int]) -> None:
+    """Refuse a ``key_mask`` of another type or ``shape``, which would hide the wrong keys.
+
+    Raises:
+        ValueError, TypeError: says what it is and what it must be.
+    """
     if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
         raise TypeError(
             f"key_mask must be a bool Tensor (True = may be attended), got {_kind(key_mask)}"
         )
-    if key_mask.shape != k_sketch.shape[:2]:
-        raise ValueError(
-            f"key_mask must be [B, M] = {list(k_sketch.shape[:2])}, got {_shape(key_mask)}"
-        )
+    if key_mask.shape != shape:
+        raise ValueError(f"key_mask must be [B, M] = {list(shape)}, got {_shape(key_mask)}")
+
+
+def _check_key_mask(key_mask: Tensor | None, k_sketch: Tensor) -> None:
+    if key_mask is None:
+        return
+    check_key_mask(key_mask, k_sketch.shape[:2])
     if key_mask.device != k_sketch.device:
         raise ValueError(f"key_mask must be on {k_sketch.device}, got {key_mask.device}")
+
+
+def _check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 def _check_heads(q: Tensor, k: Tensor) -> None:
@@ -539,7 +575,7 @@ def _scale(scale: float | None, q: Tensor, name: str = "scale") -> float:
         return 1 / math.sqrt(q.shape[-1])
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{name} must be a float or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"{name} must be finite, got {scale}")
     return float(scale)
 
@@ -558,12 +594,18 @@ def _seed(seed: Tensor | None, like: Tensor, generator: torch.Generator | None) 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(
-        x.to(dtype) if x.dtype in _FLOATS and x.dtype != torch.float64 else x for x in tensors
-    )
+    device = first.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(x: Tensor) -> Tensor:
+        narrow = isinstance(x, Tensor) and x.dtype in _FLOATS and x.dtype != torch.float64
+        return x.to(dtype) if narrow else x
+
+    return tuple(map(cast, tensors))
 
 
 def _acc_dtype(x: Tensor) -> torch.dtype:
@@ -571,7 +613,10 @@ def _acc_dtype(x: Tensor) -> torch.dtype:
 
 
 def _call(op: Callable[..., Any], *args: Any) -> Any:
-    """Calls ``op``; what only the kernel can see to be wrong becomes a ValueError."""
+    """Calls ``op``; what only the kernel can see to be wrong becomes a ValueError.
+
+    In a compiled graph nothing stands between the two, and it stays the kernel's RuntimeError.
+    """
     if torch.compiler.is_compiling():
         return op(*args)
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smartbird import ops
-from smartbird.functional import check_key_mask
+from smartbird.ops import check_key_mask
 
 __all__ = ["bigbird_indices", "oracle_indices", "random_indices", "window_indices"]
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from cases import Backend, Case, make_inputs
 
+from smartbird.functional import smart_bird_attention
+
 CASE = Case("small", B=2, N=3, M=5, H=4, H_kv=2, H_i=2, D=8, Dv=6, S=4, K=3)
 OPS = {
     "sketch_sample": ("q_sketch", "k_sketch", "num_samples"),
@@ -260,3 +262,38 @@ def test_nan_where_nothing_is_valid_is_good(backend: Backend) -> None:
     k_sketch = one_value(math.nan, 2, 5, 4)
     indices, _ = call(backend, "sketch_sample", {"k_sketch": k_sketch, "key_mask": hidden})
     assert (indices[-1] < 4).all()
+
+
+def test_sketches_of_other_tokens() -> None:
+    q = torch.randn(1, 2, 8, 4)
+    q_sketch, k_sketch = torch.randn(1, 8, 4), torch.randn(1, 6, 4)
+    with pytest.raises(ValueError, match="k_sketch must have the batch and length of k"):
+        smart_bird_attention(q, q, q, q_sketch, k_sketch, 2)
+    with pytest.raises(ValueError, match="q_sketch must have the batch and length of q"):
+        smart_bird_attention(q, q, q, k_sketch, q_sketch, 2)
+
+
+# The dispatcher ops themselves check less, but what would leave their memory.
+
+
+def test_direct_call_with_empty_features_or_slots() -> None:
+    direct = torch.ops.smartbird
+    q, v = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 0)
+    indices = torch.zeros(1, 2, 4, 3, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="Dv must be at least 1"):
+        direct.gather_attention_backward(
+            v, None, q, q, v, indices, None, 1.0, 0.0, None, True, False, True
+        )
+    with pytest.raises(RuntimeError, match="K must be at least 1"):
+        direct.gather_scores_backward(
+            torch.zeros(1, 2, 4, 0), q, q, indices[..., :0].contiguous(), 1.0
+        )
+
+
+@pytest.mark.parametrize(("window", "num_sinks"), [(2**63 - 1, 1), (1, 2**63 - 1)])
+def test_direct_call_forcing_too_many_keys(window: int, num_sinks: int) -> None:
+    sketch, seed = torch.randn(1, 4, 4), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="no larger"):
+        torch.ops.smartbird.sketch_sample(
+            sketch, sketch, 1, 1, "gumbel", 1.0, True, None, window, num_sinks, seed, True
+        )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
+from smartbird import ops
 from smartbird.functional import smart_bird_attention
 from smartbird.modules import DenseWarmup, SmartBirdAttention, SmartBirdEncoderLayer, sketch_loss
 
@@ -269,3 +270,26 @@ def test_compiled_layer_can_be_copied_and_its_weights_loaded() -> None:
     other = make_layer().eval()
     other.load_state_dict(layer.state_dict())
     assert other(x).equal(expected)
+
+
+def test_changing_scale() -> None:
+    """A float that changes becomes symbolic; checks must not stop the graph at it."""
+    x = torch.randn(1, 1, 16, 8)
+    indices = torch.randint(16, (1, 1, 16, 4), dtype=torch.int32)
+
+    def attend(x: Tensor, scale: float) -> Tensor:
+        return ops.gather_attention(x, x, x, indices, scale=scale)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for scale in (0.5, 0.6, 0.7):
+        torch.testing.assert_close(compiled(x, scale), attend(x, scale))
+
+
+def test_distillation_is_not_narrowed_by_autocast() -> None:
+    q, k = torch.randn(1, 2, 16, 8), torch.randn(1, 2, 16, 8)
+    q_sketch, k_sketch = torch.randn(1, 16, 4), torch.randn(1, 16, 4)
+    indices, _ = ops.sketch_sample(q_sketch, k_sketch, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ops.distill_loss(q, k, q_sketch, k_sketch, indices=indices)
+    halves = (x.bfloat16() for x in (q, k, q_sketch, k_sketch))
+    assert torch.equal(loss, ops.distill_loss(*halves, indices=indices))

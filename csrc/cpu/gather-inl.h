@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "philox-inl.h"
+#include "scratch.h"
 #include "vec.h"
 
 #ifndef SMARTBIRD_GATHER_INL_H_
@@ -37,24 +38,6 @@ template <typename A>
 inline int64_t pad_to_vector(int64_t n) {
   return ceil_div(n, kLanes<A>) * kLanes<A>;
 }
-
-// Hands out 64-byte aligned pieces of a thread's scratch. From null it only counts.
-class ScratchAllocator {
- public:
-  explicit ScratchAllocator(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <typename T>
-  T* take(int64_t n) {
-    char* p = base_ ? base_ + bytes_ : nullptr;
-    bytes_ += ceil_div(n * static_cast<int64_t>(sizeof(T)), 64) * 64;
-    return reinterpret_cast<T*>(p);
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  char* base_;
-  int64_t bytes_ = 0;
-};
 
 // The rows of one (batch, head) of a strided tensor.
 template <typename T>
@@ -86,7 +69,7 @@ inline void fill(A* x, int64_t n, A value) {
   for (int64_t j = 0; j < n; ++j) x[j] = value;
 }
 
-// ---- gathered rows -----------------------------------------------------------------------------
+// ---- gathered rows ------------------------------------------------------------------------------
 
 // Cuts a row of `size` elements into chunks of up to kChunk vectors and calls f(integral_constant
 // C, d) for each; C = 0 is the part of a vector at the end.
@@ -207,7 +190,7 @@ inline int64_t drop_zeros(A* weights, int32_t* keys, int64_t n) {
   return kept;
 }
 
-// ---- one query's slots -------------------------------------------------------------------------
+// ---- one query's slots --------------------------------------------------------------------------
 
 // Query i of head h of batch b.
 struct GatherRow {
@@ -291,17 +274,18 @@ inline A exp_and_sum(A* logits, int64_t n, A largest) {
 template <typename A>
 inline void dropout_factors(const GatherParams& P, GatherRow at, PhiloxKey key, int64_t n,
                             A* factors) {
-  const A kept = P.dropout_p < 1 ? 1 / (1 - static_cast<A>(P.dropout_p)) : A{0};
+  const A kept = P.dropout_p < 1 ? static_cast<A>(1 / (1 - P.dropout_p)) : A{0};
+  const float dropout_p = static_cast<float>(P.dropout_p);
   uint32_t draws[kDrawsPerChunk];
   for (int64_t begin = 0; begin < n; begin += kDrawsPerChunk) {
     philox_chunk(key, at.b, at.h, at.i, static_cast<uint32_t>(begin / kDrawsPerChunk), draws);
     const int64_t count = min_of<int64_t>(n - begin, kDrawsPerChunk);
     for (int64_t j = 0; j < count; ++j)
-      factors[begin + j] = uniform_float(draws[j]) >= P.dropout_p ? kept : A{0};
+      factors[begin + j] = uniform_float(draws[j]) >= dropout_p ? kept : A{0};
   }
 }
 
-// ---- tasks -------------------------------------------------------------------------------------
+// ---- tasks --------------------------------------------------------------------------------------
 
 // Queries of one task and head.
 inline int64_t gather_queries_per_task(const GatherParams& P) {
@@ -369,7 +353,7 @@ struct GatherLists {
   }
 };
 
-// ---- forward -----------------------------------------------------------------------------------
+// ---- forward ------------------------------------------------------------------------------------
 
 template <typename A>
 struct GatherScratch {

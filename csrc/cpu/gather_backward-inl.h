@@ -9,7 +9,7 @@
 
 namespace smartbird::SMARTBIRD_ISA {
 
-// ---- inverse of the indices --------------------------------------------------------------------
+// ---- inverse of the indices ---------------------------------------------------------------------
 
 inline int64_t invert_indices_num_tasks(const InvertParams& P) { return P.B * P.H_i; }
 
@@ -44,7 +44,7 @@ inline void invert_indices(const InvertParams& P, int64_t task, void*) {
       [&](int32_t key, int64_t slot) { entries[start[key + 1]++] = static_cast<int32_t>(slot); });
 }
 
-// ---- pass 1: queries ---------------------------------------------------------------------------
+// ---- pass 1: queries ----------------------------------------------------------------------------
 
 template <typename A>
 struct QueryGradScratch {
@@ -149,7 +149,7 @@ inline void gather_backward_queries_task(const GatherBackwardParams& P, const Ga
   const GatherParams& F = P.fwd;
   GatherLists& lists = scratch.lists;
   lists.load(F, task);
-  if (F.v) {
+  if (F.Dv > 0) {
     score_keys<T>(F, task, lists, scratch.weights);
     const bool need_dlogits = P.dq || P.dk || P.dbias;
     const auto v = head_rows<T>(F.v, F.v_stride, task.b, task.h_kv, F.Dv);
@@ -167,7 +167,7 @@ inline void gather_backward_queries_task(const GatherBackwardParams& P, const Ga
     A* weights = scratch.weights + r * lists.capacity;
     A* dlogits = scratch.dlogits + r * lists.capacity;
     int64_t& n = lists.size[r];
-    if (F.v)
+    if (F.Dv > 0)
       n = attention_slot_grads(P, at, n, dropout_key, scratch.bias, scratch.factors, weights,
                                dlogits);
     else
@@ -203,7 +203,7 @@ inline void gather_backward_queries(const GatherBackwardParams& P, int64_t task,
   });
 }
 
-// ---- pass 2: keys ------------------------------------------------------------------------------
+// ---- pass 2: keys -------------------------------------------------------------------------------
 
 // Entries of a key gathered at once.
 constexpr int64_t kListEntries = 256;

@@ -28,7 +28,7 @@ void run(const TaskKernel<Params>& kernel, const Params& params) {
   const int64_t bytes = (kernel.scratch_bytes(params) + 63) / 64 * 64;
   std::unique_ptr<void, FreeDeleter> scratch(
       std::aligned_alloc(64, std::max<int64_t>(64, bytes * threads)));
-  STD_TORCH_CHECK(scratch != nullptr, "smartbird: out of memory for ", bytes * threads,
+  STD_TORCH_CHECK(scratch != nullptr, "smartbird ran out of memory: ", bytes * threads,
                   " bytes of scratch");
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
@@ -41,9 +41,9 @@ void run(const TaskKernel<Params>& kernel, const Params& params) {
 // smartbird/ops.py turns these into ValueError by their prefix.
 void raise_value_error(int32_t error) {
   STD_TORCH_CHECK(error != kIndexOutOfRange, "smartbird: indices holds a value outside [-1, M)");
-  STD_TORCH_CHECK(
-      error != kSketchNotFinite,
-      "smartbird: q_sketch or k_sketch holds NaN or infinity (or their scores overflow float32)");
+  STD_TORCH_CHECK(error != kSketchNotFinite,
+                  "smartbird: q_sketch or k_sketch holds NaN or infinity, or their scores overflow "
+                  "float32, in which all dtypes are sampled");
 }
 
 const uint8_t* mask_data(OptionalTensor* mask, int64_t B, int64_t M) {
@@ -62,8 +62,7 @@ void read_seed(const Tensor& seed, uint64_t* key, uint64_t* offset) {
   *offset = static_cast<uint64_t>(words.const_data_ptr<int64_t>()[1]);
 }
 
-// ---- packing
-// ---------------------------------------------------------------------------------------------------------
+// ---- packing ------------------------------------------------------------------------------------
 
 struct Packed {
   Tensor tiles, key_bias, tile_norm;
@@ -97,8 +96,7 @@ Packed pack(const Tensor& x, const uint8_t* key_mask, bool to_double, double sca
   return packed;
 }
 
-// ---- sketch_sample
-// ---------------------------------------------------------------------------------------------------
+// ---- sketch_sample ------------------------------------------------------------------------------
 
 SampleMethod method_named(const std::string& name) {
   if (name == "gumbel") return SampleMethod::kGumbel;
@@ -122,6 +120,10 @@ std::tuple<Tensor, Tensor> sketch_sample_cpu(const Tensor& q_sketch, const Tenso
   STD_TORCH_CHECK(
       num_samples >= 1 && num_index_heads >= 1 && window >= 0 && num_sinks >= 0,
       "num_samples and num_index_heads must be at least 1, window and num_sinks at least 0");
+  STD_TORCH_CHECK(window <= num_samples && num_sinks <= num_samples && num_samples <= INT32_MAX,
+                  "num_samples must be below 2^31, window and num_sinks no larger than it");
+  STD_TORCH_CHECK(q_sketch.size(2) >= 1, "S must be at least 1");
+  STD_TORCH_CHECK(k_sketch.size(1) <= INT32_MAX, "smartbird: M must be below 2^31");
   const int64_t forced = num_sinks + (is_causal || window == 0 ? window : window / 2 * 2 + 1);
   STD_TORCH_CHECK(forced <= num_samples, "window and num_sinks force more keys than num_samples");
   const Tensor q = with_contiguous_rows(q_sketch), k = with_contiguous_rows(k_sketch);
@@ -160,8 +162,7 @@ std::tuple<Tensor, Tensor> sketch_sample_cpu(const Tensor& q_sketch, const Tenso
   return {indices, log_inclusion};
 }
 
-// ---- gather
-// ----------------------------------------------------------------------------------------------------------
+// ---- gather -------------------------------------------------------------------------------------
 
 // Everything but v, bias, dropout and the outputs. The tensors must outlive the params.
 GatherParams gather_params(const Tensor& q, const Tensor& k, const Tensor& indices, double scale) {
@@ -185,6 +186,8 @@ GatherParams gather_params(const Tensor& q, const Tensor& k, const Tensor& indic
                   "the heads of q must be a multiple of the heads of k");
   STD_TORCH_CHECK(p.H_i > 0 && p.H % p.H_i == 0,
                   "the heads of q must be a multiple of the heads of indices");
+  STD_TORCH_CHECK(p.D >= 1 && p.K >= 1, "D and K must be at least 1");
+  STD_TORCH_CHECK(p.M <= INT32_MAX, "smartbird: M must be below 2^31");
   STD_TORCH_CHECK(p.N * p.K <= INT32_MAX, "smartbird: N * K must be below 2^31");
   p.dtype = dtype_of(q, "q");
   p.q = q.const_data_ptr();
@@ -203,6 +206,7 @@ void add_values(const Tensor& v, const OptionalTensor& bias, double dropout_p,
   check_shape(v, "v", {p->B, p->H_kv, p->M, v.size(3)});
   STD_TORCH_CHECK(dtype_of(v, "v") == p->dtype, "v must have the dtype of q");
   p->Dv = v.size(3);
+  STD_TORCH_CHECK(p->Dv >= 1, "Dv must be at least 1");
   p->v = v.const_data_ptr();
   set_strides(v, p->v_stride);
   if (bias.has_value()) {
@@ -213,7 +217,7 @@ void add_values(const Tensor& v, const OptionalTensor& bias, double dropout_p,
   }
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p must be in [0, 1]");
   STD_TORCH_CHECK(dropout_p == 0 || seed.has_value(), "dropout needs a seed");
-  p->dropout_p = static_cast<float>(dropout_p);
+  p->dropout_p = dropout_p;
   if (seed.has_value()) read_seed(*seed, &p->seed, &p->offset);
 }
 
@@ -304,6 +308,7 @@ std::tuple<Tensor, Tensor> gather_scores_backward_cpu(const Tensor& dscores, con
   p.dq = dq.mutable_data_ptr();
   p.dk = dk.mutable_data_ptr();
   run_gather_backward(&p, q);
+  raise_value_error(error);
   return {dq, dk};
 }
 
@@ -341,11 +346,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_attention_backward_cpu(
   const Tensor dv = gradient(need_dv, {f.B, f.H_kv, f.M, f.Dv}, q.scalar_type(), &p.dv);
   const Tensor dbias = gradient(need_dbias, {f.B, f.H, f.N, f.K}, acc_type(f.dtype), &p.dbias);
   run_gather_backward(&p, q);
+  raise_value_error(error);
   return {dq, dk, dv, dbias};
 }
 
-// ---- streamed dense
-// --------------------------------------------------------------------------------------------------
+// ---- streamed dense -----------------------------------------------------------------------------
 
 // rows [B, H, R, D] (or [B, R, D]) against packed cols of `cols` heads and C columns.
 DenseParams dense_params(const Tensor& rows, const Packed& cols, int64_t C, double scale) {

@@ -25,7 +25,8 @@ inline void pack_tile(const T* __restrict x, int64_t stride, int64_t D, int64_t 
   for (int64_t c = 0; c < kTile; ++c) {
     if (c < n && (mask == nullptr || mask[c])) {
       for (int64_t d = 0; d < D; ++d)
-        tile[d * kTile + c] = static_cast<A>(static_cast<double>(to_acc(x[c * stride + d])) * scale);
+        tile[d * kTile + c] =
+            static_cast<A>(static_cast<double>(to_acc(x[c * stride + d])) * scale);
     } else {
       for (int64_t d = 0; d < D; ++d) tile[d * kTile + c] = A{0};
     }

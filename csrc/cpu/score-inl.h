@@ -6,13 +6,15 @@
 
 namespace smartbird::SMARTBIRD_ISA {
 
-// scores[r, c] = rows[r] . tile[:, c] + bias[c] for r < R, c < 32; rows [R, D] with leading dimension `row_ld`,
-// tile [D, 32], bias [32]. Calls epilogue(r, c, v) once for each vector v of scores c, c + 1, ...
+// scores[r, c] = rows[r] . tile[:, c] + bias[c] for r < R, c < 32; rows [R, D] with leading
+// dimension `row_ld`, tile [D, 32], bias [32]. Calls epilogue(r, c, v) once for each vector v of
+// scores c, c + 1, ...
 //
-// R x 2 accumulators stay in registers: R = 4 covers the latency of FMA (4 cycles x 2 ports) with 8 of them.
+// R x 2 accumulators stay in registers: R = 4 covers the latency of FMA (4 cycles x 2 ports) with 8
+// of them.
 template <int R, typename A, typename Epilogue>
-SMARTBIRD_INLINE void score_tile(const A* __restrict rows, int64_t row_ld, const A* __restrict tile, int64_t D,
-                       const A* __restrict bias, Epilogue&& epilogue) {
+SMARTBIRD_INLINE void score_tile(const A* __restrict rows, int64_t row_ld, const A* __restrict tile,
+                                 int64_t D, const A* __restrict bias, Epilogue&& epilogue) {
   constexpr int L = kLanes<A>;
   for (int c = 0; c < kTile; c += 2 * L) {
     Vec<A> acc[R][2];

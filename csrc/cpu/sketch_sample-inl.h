@@ -12,6 +12,7 @@
 // never overshoots.
 #include "philox-inl.h"
 #include "score-inl.h"
+#include "scratch.h"
 
 #ifndef SMARTBIRD_SKETCH_SAMPLE_INL_H_
 #define SMARTBIRD_SKETCH_SAMPLE_INL_H_
@@ -76,24 +77,7 @@ inline int guide_bits(int64_t blocks) {
   return bits;
 }
 
-// Hands out 64-byte aligned pieces; with a null base it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <typename T>
-  T* take(int64_t n) {
-    T* p = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += ceil_div(n * static_cast<int64_t>(sizeof(T)), 64) * 64;
-    return p;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-inline Scratch lay_out(const SketchSampleParams& p, Arena* arena) {
+inline Scratch lay_out(const SketchSampleParams& p, ScratchAllocator* arena) {
   const int64_t padded = padded_keys(p), blocks = padded / kTile, words = bitmap_words(p);
   Scratch s{};
   s.q = arena->take<float>(kRows * p.S);
@@ -113,8 +97,7 @@ inline Scratch lay_out(const SketchSampleParams& p, Arena* arena) {
   return s;
 }
 
-// ---- bitmaps
-// ---------------------------------------------------------------------------------------------------------
+// ---- bitmaps ------------------------------------------------------------------------------------
 
 inline bool test_bit(const uint64_t* bits, int64_t j) {
   return bits[j / kWordBits] >> (j % kWordBits) & 1;
@@ -137,8 +120,7 @@ inline void for_each_bit(const uint64_t* bits, int64_t words, F&& f) {
       f(i * kWordBits + __builtin_ctzll(word));
 }
 
-// ---- a row
-// -----------------------------------------------------------------------------------------------------------
+// ---- a row --------------------------------------------------------------------------------------
 
 // The keys [0, limit) of a row may be attended as far as key_mask allows.
 inline int64_t key_limit(const SketchSampleParams& p, int64_t i) {
@@ -302,7 +284,7 @@ inline void exclude_taken(const RowContext& c, const uint64_t* taken, const Row&
   }
 }
 
-// ---- methods: each fills the bitmap `taken` for one head ---------------------------------------
+// ---- methods: each fills the bitmap `taken` for one head ----------------------------------------
 
 // n draws in [0, kWhole).
 inline void take_draws(UniformStream* uniforms, int64_t n, int32_t* draws) {
@@ -469,8 +451,7 @@ inline void sort_ascending(int32_t* x, int64_t n) {  // heap sort: no library te
   }
 }
 
-// ---- output
-// ----------------------------------------------------------------------------------------------------------
+// ---- output -------------------------------------------------------------------------------------
 
 // One head's row of results.
 struct Output {
@@ -606,8 +587,7 @@ inline void sample_multinomial(const RowContext& c, PhiloxKey key, Scratch* s) {
   }
 }
 
-// ---- rows together
-// ---------------------------------------------------------------------------------------------------
+// ---- rows together ------------------------------------------------------------------------------
 
 // Marks the forced keys of row i; returns how many.
 inline int64_t mark_forced(const SketchSampleParams& p, const float* key_bias, int64_t i,
@@ -660,14 +640,14 @@ inline int64_t sketch_sample_num_tasks(const SketchSampleParams& p) {
 }
 
 inline int64_t sketch_sample_scratch_bytes(const SketchSampleParams& p) {
-  sampling::Arena arena(nullptr);
+  ScratchAllocator arena(nullptr);
   sampling::lay_out(p, &arena);
-  return arena.used();
+  return arena.bytes();
 }
 
 inline void sketch_sample(const SketchSampleParams& p, int64_t task, void* scratch) {
   using namespace sampling;
-  Arena arena(scratch);
+  ScratchAllocator arena(scratch);
   Scratch s = lay_out(p, &arena);
   const PhiloxKey key = philox_key(p.seed, p.offset, kSampleStream);
   const PhiloxKey arrival_key = philox_key(p.seed, p.offset, kArrivalStream);

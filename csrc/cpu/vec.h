@@ -69,8 +69,7 @@ inline T max_of(T a, T b) {
 }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// ---- scalar conversion
-// ---------------------------------------------------------------------------------------------
+// ---- scalar conversion --------------------------------------------------------------------------
 
 inline float to_acc(float x) { return x; }
 inline double to_acc(double x) { return x; }
@@ -123,8 +122,7 @@ inline float16 from_acc<float16>(float x) {
 #endif
 }
 
-// ---- load, store
-// ---------------------------------------------------------------------------------------------------
+// ---- load, store --------------------------------------------------------------------------------
 
 template <typename A>
 inline Vec<A> broadcast(A x) {
@@ -242,8 +240,7 @@ inline void store_partial(T* p, Vec<acc_t<T>> v, int64_t n) {
   for (int64_t l = 0; l < n; ++l) p[l] = from_acc<T>(v[l]);
 }
 
-// ---- across lanes
-// --------------------------------------------------------------------------------------------------
+// ---- across lanes -------------------------------------------------------------------------------
 
 // Lane l: a[l] + a[l ^ S] where bit S of l is clear, b[l] + b[l ^ S] where it is set. Folding
 // pairwise with S = 1, 2, 4, ... sums kLanes vectors across their lanes into the lanes of one.
@@ -416,8 +413,7 @@ SMARTBIRD_INLINE Vec<float> prefix_sum(Vec<float> v) {
 #endif
 }
 
-// ---- elementary functions
-// ------------------------------------------------------------------------------------------
+// ---- elementary functions -----------------------------------------------------------------------
 
 // exp(x) to 2 ulp; 0 below -87.3 (no subnormals), +inf above 88.7, NaN stays.
 SMARTBIRD_INLINE Vec<float> exp(Vec<float> x) {
@@ -494,8 +490,7 @@ inline Vec<double> exp2(Vec<double> x) {
   return x;
 }
 
-// ---- dtype to type
-// -------------------------------------------------------------------------------------------------
+// ---- dtype to type ------------------------------------------------------------------------------
 
 // Calls f with a value of the storage type that `dtype` names.
 template <typename F>
