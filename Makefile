@@ -93,8 +93,6 @@ $(READY): requirements-dev.txt
 	    { echo 'error: $(PYTHON) must be Python 3.11 or newer' >&2; exit 1; }
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	    { echo 'error: $(PYTHON) has no venv module: apt-get install python3-venv' >&2; exit 1; }
-	test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || \
-	    { echo 'error: $(PYTHON) has no C headers: apt-get install python3-dev' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --no-deps torch==$(TORCH) 2>/dev/null || \
 	    $(BIN)/pip install -q --no-deps --index-url $(TORCH_INDEX) torch==$(TORCH)

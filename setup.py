@@ -1,4 +1,4 @@
-"""Builds smartbird._C: one stable-ABI library with the CPU kernels of every instruction set.
+"""Builds smartbird/_C: one stable-ABI library with the CPU kernels of every instruction set.
 
 Environment: DEBUG=1 for an unoptimised build with symbols, MAX_JOBS for the number of compilers run
 at once.
@@ -16,10 +16,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_comp
 DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 CXXFLAGS = ["-std=c++20", "-fvisibility=hidden", *(["-O0", "-g"] if DEBUG else ["-O3"])]
-MACROS = [
-    ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # the oldest torch it runs with: 2.10
-    ("Py_LIMITED_API", "0x030a0000"),  # and the oldest Python: 3.10
-]
+MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # the oldest torch it runs with: 2.10
 # Contracting a * b + c into FMA is meant; kernels never look at errno.
 KERNEL_FLAGS = [*CXXFLAGS, "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
 ISA_FLAGS: dict[str, list[str]] = {"scalar": []}

@@ -1,6 +1,5 @@
 // Every schema of the library, and nothing else. Kernels are registered beside their implementation
 // (cpu/ops_cpu.cpp), fake kernels and gradients in smartbird/ops.py.
-#include <Python.h>
 #include <torch/csrc/stable/library.h>
 
 // clang-format off: it would break the strings where no reader would.
@@ -35,10 +34,3 @@ STABLE_TORCH_LIBRARY(smartbird, m) {
   m.def("cpu_isas() -> str");
 }
 // clang-format on
-
-// Importing smartbird._C loads the library; there is nothing to call in it.
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  static PyModuleDef module{
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
-}

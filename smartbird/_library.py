@@ -1,6 +1,7 @@
 """Loads the compiled library and says what it holds."""
 
-import importlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,13 +10,19 @@ __version__ = "0.1.0"
 
 
 def _load() -> None:
-    try:
-        importlib.import_module("smartbird._C")
-    except ImportError as error:
+    library = Path(__file__).with_name("_C.abi3.so")
+    if not library.exists():
         raise ImportError(
-            f"smartbird's compiled library could not be loaded under torch {torch.__version__} "
-            f"({error}). It needs torch >= 2.10. In a source tree, build it first: "
-            "pip install -e . --no-build-isolation"
+            f"smartbird's compiled library is missing: {library}. In a source tree, build it "
+            "first: pip install -e . --no-build-isolation"
+        )
+    load: Callable[[str], None] = torch.ops.load_library
+    try:
+        load(str(library))
+    except OSError as error:
+        raise ImportError(
+            f"smartbird's compiled library was built for torch >= 2.10 and could not be loaded "
+            f"under torch {torch.__version__}: {error}"
         ) from error
 
 
