@@ -40,7 +40,7 @@ class Mqar:
     defaults: ClassVar[dict[str, Any]] = {
         "seq_len": 128,
         "num_samples": 8,
-        "window": 1,
+        "window": 2,  # itself and the one before: a value sees its key
         "layers": 2,
         "dim": 64,
         "heads": 4,
@@ -49,10 +49,10 @@ class Mqar:
         "embedding_std": 0.5,
         "vocab_size": 64,
         "num_pairs": 8,
-        "steps": 1500,
+        "steps": 1200,
         "batch_size": 64,
         "lr": 3e-3,
-        "eval_every": 250,
+        "eval_every": 200,
     }
     per_position = True
     is_causal = True
