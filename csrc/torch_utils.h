@@ -66,14 +66,6 @@ inline Tensor with_contiguous_rows(const Tensor& t) {
   return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
 }
 
-// For a [B, H, M, D] tensor whose rows are gathered at random: the rows of one head side by side.
-// Heads interleaved as a projection leaves them lie a page apart each, and gathering costs 2.5
-// times as much as from a copy, which is read once.
-inline Tensor with_packed_heads(const Tensor& t) {
-  const bool packed = t.size(2) <= 1 || t.stride(2) == t.size(3);
-  return packed ? with_contiguous_rows(t) : torch::stable::contiguous(t);
-}
-
 template <size_t n>
 inline void set_strides(const Tensor& t, int64_t (&stride)[n]) {
   for (size_t d = 0; d < n; ++d) stride[d] = t.stride(static_cast<int64_t>(d));

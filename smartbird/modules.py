@@ -265,6 +265,8 @@ class SmartBirdAttention(nn.Module):
                 seed=seed,
                 **masks,
             )
+            # The projection interleaves heads; rows of one head side by side are faster to gather.
+            q, k, v = (x.contiguous() for x in (q, k, v))
             bias = _logit_bias(q, scored_sketch, indices, log_inclusion)
             out = ops.gather_attention(q, k, v, indices, bias=bias, dropout_p=dropout_p, seed=seed)
         if self.training and "distill" in self.learning:

@@ -2,11 +2,11 @@
 
 Letters: B batch, N queries, M keys, H heads, H_kv key/value heads, H_i index heads (head h uses
 index head ``h // (H / H_i)``), D head dim, Dv value dim, S sketch dim, K samples per query and
-index head. Tensors may be strided views. They are not copied where the last dimension is
-contiguous, but for k and v (in the backward also q) whose heads are interleaved, which are gathered
-faster from a copy. float32, float64, bfloat16 and float16, one dtype per call; accumulation is in
-float32 (float64 for float64), sampling in float32 always. Under autocast, float inputs are cast to
-its dtype as in scaled_dot_product_attention.
+index head. Tensors may be strided views, not copied where the last dimension is contiguous; k and v
+(for the backward also q) whose heads are contiguous are gathered faster than interleaved ones.
+float32, float64, bfloat16 and float16, one dtype per call; accumulation is in float32 (float64 for
+float64), sampling in float32 always. Under autocast, float inputs are cast to its dtype as in
+scaled_dot_product_attention.
 
 Each call is a pure function of its arguments: random draws are those of ``seed``, an int64 tensor
 [2] (seed, offset), drawn from ``generator`` where None, and do not depend on the number of threads.

@@ -222,7 +222,7 @@ void add_values(const Tensor& v, const OptionalTensor& bias, double dropout_p,
 }
 
 Tensor gather_scores_cpu(const Tensor& q_, const Tensor& k_, const Tensor& indices_, double scale) {
-  const Tensor q = with_contiguous_rows(q_), k = with_packed_heads(k_),
+  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                indices = with_contiguous_rows(indices_);
   GatherParams p = gather_params(q, k, indices, scale);
   const Tensor out = new_tensor(q, {p.B, p.H, p.N, p.K}, q.scalar_type());
@@ -238,8 +238,8 @@ std::tuple<Tensor, Tensor> gather_attention_cpu(const Tensor& q_, const Tensor& 
                                                 const Tensor& v_, const Tensor& indices_,
                                                 OptionalTensor bias, double scale, double dropout_p,
                                                 OptionalTensor seed) {
-  const Tensor q = with_contiguous_rows(q_), k = with_packed_heads(k_), v = with_packed_heads(v_),
-               indices = with_contiguous_rows(indices_);
+  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
+               v = with_contiguous_rows(v_), indices = with_contiguous_rows(indices_);
   GatherParams p = gather_params(q, k, indices, scale);
   add_values(v, bias, dropout_p, seed, &p);
   const Tensor out = new_tensor(q, {p.B, p.H, p.N, p.Dv}, q.scalar_type());
@@ -294,7 +294,7 @@ void run_gather_backward(GatherBackwardParams* p, const Tensor& like) {
 std::tuple<Tensor, Tensor> gather_scores_backward_cpu(const Tensor& dscores, const Tensor& q_,
                                                       const Tensor& k_, const Tensor& indices_,
                                                       double scale) {
-  const Tensor q = with_packed_heads(q_), k = with_packed_heads(k_),
+  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                indices = with_contiguous_rows(indices_), dout = torch::stable::contiguous(dscores);
   GatherBackwardParams p{};
   p.fwd = gather_params(q, k, indices, scale);
@@ -316,8 +316,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_attention_backward_cpu(
     const Tensor& dout_, OptionalTensor dlse_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
     const Tensor& indices_, OptionalTensor bias, double scale, double dropout_p,
     OptionalTensor seed, bool need_dqk, bool need_dv, bool need_dbias) {
-  const Tensor q = with_packed_heads(q_), k = with_packed_heads(k_), v = with_packed_heads(v_),
-               indices = with_contiguous_rows(indices_);
+  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
+               v = with_contiguous_rows(v_), indices = with_contiguous_rows(indices_);
   const Tensor dout = torch::stable::contiguous(dout_);
   GatherBackwardParams p{};
   p.fwd = gather_params(q, k, indices, scale);
