@@ -71,8 +71,10 @@ struct GatherParams {
   int64_t v_stride[3];
   const int32_t* indices;  // [B, H_i, N, K], -1 = no key
   int64_t indices_stride[3];
-  const void* bias;  // acc [B, H, N, K] added to the scaled scores, all four strides free; or null
+  const void* bias;  // acc [B, H_bias, N, K] added to the scaled scores, all four strides free; or
+                     // null
   int64_t bias_stride[4];
+  int64_t H_bias;  // H or H_i: head h has the bias of h / (H / H_bias)
   double scale;
   double dropout_p;
   uint64_t seed, offset;
@@ -94,13 +96,18 @@ struct GatherBackwardParams {
   void* dv;          // [B, H_kv, M, Dv] out, contiguous
   void* dbias;       // acc [B, H, N, K] out, contiguous
 
-  // Between the two passes (queries first, then keys) of one round over the slices [slice_begin,
-  // slice_end), where slice s is (b, h_kv) = (s / H_kv, s % H_kv).
+  // The work of one round, a pass over queries and then one over keys: the slices [slice_begin,
+  // slice_end), where slice s is (b, h_kv) = (s / H_kv, s % H_kv), and of each the heads
+  // [head_begin, head_end) among the H / H_kv that share its keys. Where these are not all, a round
+  // has one slice, and dk_sum and dv_sum carry its sums from round to round.
   int64_t slice_begin, slice_end;
+  int64_t head_begin, head_end;
+  void* dk_sum;              // acc [M, D], or null
+  void* dv_sum;              // acc [M, Dv], or null
   const int64_t* key_start;  // [B, H_i, M + 1] where each key's entries begin within its index head
   const int32_t* entries;    // [B, H_i, N * K] inverse of indices: the slots i * K + j that hold a
                              // key, ascending
-  void* slot_grads;  // acc [slices of the round, H / H_kv, N * K, 2] per slot (dv weight, score
+  void* slot_grads;  // acc [slices, heads of the round, N * K, 2] per slot (dv weight, score
                      // gradient)
 };
 

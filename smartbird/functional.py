@@ -13,7 +13,6 @@ from smartbird.ops import check_key_mask
 
 __all__ = [
     "dense_attention",
-    "per_head",
     "sample_keys",
     "smart_bird_attention",
 ]
@@ -82,13 +81,12 @@ def smart_bird_attention(
         raise ValueError(f"q must be a Tensor [B, H, N, D], got {getattr(q, 'shape', type(q))}")
     if seed is None:
         seed = ops.draw_seed(q.device, generator)
-    num_heads = q.shape[1]
     indices, log_inclusion = sample_keys(
         q_sketch,
         k_sketch,
         num_samples,
         correction=correction,
-        num_index_heads=num_heads if num_index_heads is None else num_index_heads,
+        num_index_heads=q.shape[1] if num_index_heads is None else num_index_heads,
         method=method,
         scale=sketch_scale,
         is_causal=is_causal,
@@ -102,7 +100,7 @@ def smart_bird_attention(
         k,
         v,
         indices,
-        bias=None if log_inclusion is None else per_head(-log_inclusion, num_heads),
+        bias=None if log_inclusion is None else -log_inclusion,
         scale=scale,
         dropout_p=dropout_p,
         seed=seed,
@@ -117,14 +115,6 @@ def sample_keys(
     if correction:
         return ops.sketch_sample(q_sketch, k_sketch, num_samples, **options)
     return ops.sample_indices(q_sketch, k_sketch, num_samples, **options), None
-
-
-def per_head(x: Tensor, num_heads: int) -> Tensor:
-    """Repeat what each index head holds, [B, H_i, N, K], for its heads; H_i = 1 broadcasts."""
-    num_index_heads = x.shape[1]
-    if num_index_heads in (1, num_heads):
-        return x
-    return x.repeat_interleave(num_heads // num_index_heads, dim=1)
 
 
 def dense_attention(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smartbird import ops
-from smartbird.functional import dense_attention, per_head, sample_keys
+from smartbird.functional import dense_attention, sample_keys
 from smartbird.ops import check_key_mask
 
 __all__ = [
@@ -267,7 +267,7 @@ class SmartBirdAttention(nn.Module):
             )
             # The projection interleaves heads; rows of one head side by side are faster to gather.
             q, k, v = (x.contiguous() for x in (q, k, v))
-            bias = _logit_bias(q, scored_sketch, indices, log_inclusion)
+            bias = _logit_bias(scored_sketch, indices, log_inclusion)
             out = ops.gather_attention(q, k, v, indices, bias=bias, dropout_p=dropout_p, seed=seed)
         if self.training and "distill" in self.learning:
             self._keep_loss(
@@ -377,20 +377,16 @@ def _inside_backward() -> bool:
 
 
 def _logit_bias(
-    q: Tensor,
     sketch: tuple[Tensor, Tensor] | None,
     indices: Tensor,
     log_inclusion: Tensor | None,
 ) -> Tensor | None:
-    """What joins the logits of the drawn pairs: sketch scores, correction, both or nothing."""
-    num_heads = q.shape[1]
-    bias = None
-    if log_inclusion is not None:
-        bias = per_head(-log_inclusion, num_heads)
+    """What joins the logits of the drawn pairs, [B, H_i, N, K]: sketch scores, correction, both."""
+    bias = None if log_inclusion is None else -log_inclusion
     if sketch is not None:
         q_sketch, k_sketch = sketch
         q_sketch = q_sketch.unsqueeze(1).expand(-1, indices.shape[1], -1, -1)
-        scores = per_head(ops.gather_scores(q_sketch, k_sketch.unsqueeze(1), indices), num_heads)
+        scores = ops.gather_scores(q_sketch, k_sketch.unsqueeze(1), indices)
         bias = scores if bias is None else bias + scores
     return bias
 

@@ -253,7 +253,8 @@ def gather_attention(
         k: [B, H_kv, M, D], dtype of ``q``, H a multiple of H_kv.
         v: [B, H_kv, M, Dv], dtype of ``q``.
         indices: int32 [B, H_i, N, K] in [-1, M), -1 = no key, H a multiple of H_i.
-        bias: floating point, broadcastable to [B, H, N, K], added to the scaled scores.
+        bias: floating point, added to the scaled scores: broadcastable to [B, H, N, K], or one for
+            each index head, [B, H_i, N, K].
         scale: None: ``D ** -0.5``.
         dropout_p: probability of dropping an attention weight, in [0, 1).
         seed: int64 [2], for dropout only.
@@ -407,7 +408,7 @@ def distill_loss(
                     f"log_inclusion must have the shape of indices {_shape(indices)}, "
                     f"got {_shape(log_inclusion)}"
                 )
-            bias = -log_inclusion.repeat_interleave(q.shape[1] // indices.shape[1], dim=1).to(acc)
+            bias = -log_inclusion.to(acc)
         values = k_sketch.to(acc).unsqueeze(1).expand(-1, k.shape[1], -1, -1)
         per_head, lse = _call(
             _ops.gather_attention.default,
@@ -555,15 +556,20 @@ def _check_indices(indices: Tensor, q: Tensor) -> None:
 
 
 def _expand_bias(bias: Tensor, q: Tensor, indices: Tensor) -> Tensor:
+    """bias as [B, H, N, K] or, one for each index head, [B, H_i, N, K], in q's accumulation type"""
     if not isinstance(bias, Tensor) or bias.dtype not in _FLOATS:
         raise TypeError(f"bias must be a floating point Tensor, got {_kind(bias)}")
-    shape = (q.shape[0], q.shape[1], q.shape[2], indices.shape[3])
+    num_index_heads = indices.shape[1]
+    per_index_head = bias.dim() >= 3 and bias.shape[-3] == num_index_heads
+    heads = num_index_heads if per_index_head else q.shape[1]
+    shape = (q.shape[0], heads, q.shape[2], indices.shape[3])
     fits = bias.dim() <= 4 and all(
         size in (1, full) for size, full in zip(reversed(bias.shape), reversed(shape), strict=False)
     )
     if not fits:
         raise ValueError(
-            f"bias must be broadcastable to [B, H, N, K] = {list(shape)}, got {_shape(bias)}"
+            f"bias must be broadcastable to [B, H, N, K] = {[*q.shape[:3], indices.shape[3]]} "
+            f"or [B, H_i, N, K] with H_i = {num_index_heads}, got {_shape(bias)}"
         )
     if bias.device != q.device:
         raise ValueError(f"bias must be on {q.device}, got {bias.device}")
@@ -773,6 +779,8 @@ def _gather_attention_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | Non
         need_dv,
         need_dbias,
     )
+    if need_dbias and bias.shape[1] != q.shape[1]:
+        dbias = dbias.unflatten(1, (bias.shape[1], -1)).sum(2)
     return (
         dq if need_dq else None,
         dk if need_dk else None,

@@ -175,7 +175,8 @@ def gather_attention(
         k: [B, H_kv, M, D], H a multiple of H_kv.
         v: [B, H_kv, M, Dv].
         indices: integers [B, H_i, N, K] in [-1, M), H a multiple of H_i; -1 is an unused slot.
-        bias: added to the scaled scores, broadcastable to [B, H, N, K]; ignored in unused slots.
+        bias: added to the scaled scores, broadcastable to [B, H, N, K] or [B, H_i, N, K]; ignored
+            in unused slots.
         scale: factor of the scores, 1/sqrt(D) if None.
         dropout_p: probability in [0, 1) that an attention weight is dropped; the others are scaled
             by 1 / (1 - dropout_p).
@@ -192,6 +193,8 @@ def gather_attention(
     """
     logits = _gathered_scores(q, k, indices, scale)
     if bias is not None:
+        if bias.dim() >= 3 and bias.shape[-3] == indices.shape[1]:
+            bias = bias.repeat_interleave(q.shape[1] // indices.shape[1], dim=-3)
         unused = _per_head(indices, q.shape[1]) == -1
         logits = (logits + bias.to(logits.dtype)).masked_fill(unused, -math.inf)
     weights, lse = _softmax_lse(logits)
@@ -359,7 +362,7 @@ def smart_bird_attention(
         num_sinks=num_sinks,
         seed=seed,
     )
-    bias = -_per_head(log_inclusion, H) if correction else None
+    bias = -log_inclusion if correction else None
     out = gather_attention(q, k, v, indices, bias=bias, scale=scale, dropout_p=dropout_p, seed=seed)
     assert isinstance(out, Tensor)
     return (out, indices) if return_indices else out

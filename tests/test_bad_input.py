@@ -149,7 +149,7 @@ ATTENTION = [
     ("bias", index(2, 4, 3, 3), TypeError),
     ("bias", mask(2, 4, 3, 3), TypeError),
     ("bias", zeros(2, 4, 3, 2), ValueError),
-    ("bias", zeros(2, 2, 3, 3), ValueError),  # index heads, not heads
+    ("bias", zeros(2, 3, 3, 3), ValueError),  # neither heads nor index heads
     ("bias", zeros(1, 2, 4, 3, 3), ValueError),
     ("dropout_p", -0.1, ValueError),
     ("dropout_p", 1.0, ValueError),

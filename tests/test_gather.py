@@ -88,6 +88,18 @@ def test_bias(backend: Backend, shape: tuple[int, ...], dtype: torch.dtype) -> N
     check_against_reference(backend.ops, run, x.q, x.k, x.v, bias)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_bias_per_index_head(backend: Backend, batch: int) -> None:
+    x = make_inputs(CASE["gqa"], torch.float32, backend.device)
+    assert 1 < x.case.H_i < x.case.H
+    bias = torch.randn(batch, x.case.H_i, x.case.N, x.case.K, device=backend.device)
+
+    def run(ops: ModuleType, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return ops.gather_attention(q, k, v, x.indices, bias=bias, return_lse=True)
+
+    check_against_reference(backend.ops, run, x.q, x.k, x.v, bias)
+
+
 def test_bias_of_minus_infinity_removes_a_key(backend: Backend) -> None:
     x = make_inputs(CASE["gqa"], torch.float32, backend.device)
     bias = torch.zeros(x.case.B, x.case.H, x.case.N, x.case.K, device=backend.device)

@@ -239,7 +239,7 @@ inline A finish_logits(const GatherParams& P, GatherRow at, int64_t n, A* bias, 
   };
   if (P.bias) {
     const A* row = static_cast<const A*>(P.bias) + at.b * P.bias_stride[0] +
-                   at.h * P.bias_stride[1] + at.i * P.bias_stride[2];
+                   at.h / (P.H / P.H_bias) * P.bias_stride[1] + at.i * P.bias_stride[2];
     for (int64_t j = 0; j < n; ++j) bias[j] = holds_key(j) ? row[j * P.bias_stride[3]] : none;
   } else {
     for (int64_t j = 0; j < n; ++j) bias[j] = holds_key(j) ? A{0} : none;
@@ -287,26 +287,28 @@ inline void dropout_factors(const GatherParams& P, GatherRow at, PhiloxKey key, 
 
 // ---- tasks --------------------------------------------------------------------------------------
 
-// Queries of one task and head.
-inline int64_t gather_queries_per_task(const GatherParams& P) {
-  const int64_t slots = max_of<int64_t>(P.K, 1), group = P.H / P.H_kv;
+// Queries of one task that takes `heads` heads.
+inline int64_t gather_queries_per_task(const GatherParams& P, int64_t heads) {
+  const int64_t slots = max_of<int64_t>(P.K, 1);
   const int64_t wanted = min_of(max_of(kReuse * P.M / slots, kMinLists), kMaxLists);
   const int64_t lists = min_of(wanted, kMaxSlots / slots);
-  return min_of(max_of<int64_t>(lists / group, 1), max_of<int64_t>(P.N, 1));
+  return min_of(max_of<int64_t>(lists / heads, 1), max_of<int64_t>(P.N, 1));
 }
 
-// A block of queries of the heads that share one (batch, key/value head).
+inline int64_t heads_per_slice(const GatherParams& P) { return P.H / P.H_kv; }
+
+// A block of queries of heads that share one (batch, key/value head).
 struct GatherTask {
   int64_t b, h_kv, first_head, heads, begin, queries;
 
-  // Neighbouring tasks share keys.
-  GatherTask(const GatherParams& P, int64_t task) {
-    const int64_t step = gather_queries_per_task(P), blocks = ceil_div(P.N, step),
+  // The heads [head_begin, head_end) of those that share keys. Neighbouring tasks share keys.
+  GatherTask(const GatherParams& P, int64_t task, int64_t head_begin, int64_t head_end) {
+    heads = head_end - head_begin;
+    const int64_t step = gather_queries_per_task(P, heads), blocks = ceil_div(P.N, step),
                   slice = task / blocks;
     b = slice / P.H_kv;
     h_kv = slice % P.H_kv;
-    heads = P.H / P.H_kv;
-    first_head = h_kv * heads;
+    first_head = h_kv * heads_per_slice(P) + head_begin;
     begin = task % blocks * step;
     queries = min_of(step, P.N - begin);
   }
@@ -325,7 +327,7 @@ inline int64_t row_number(const GatherParams& P, GatherRow at) {
 }
 
 inline int64_t gather_num_tasks(const GatherParams& P) {
-  return P.B * P.H_kv * ceil_div(P.N, gather_queries_per_task(P));
+  return P.B * P.H_kv * ceil_div(P.N, gather_queries_per_task(P, heads_per_slice(P)));
 }
 
 // The keys that each query of a task gathers.
@@ -334,10 +336,10 @@ struct GatherLists {
   int32_t* keys;     // [lists, capacity]
   int64_t* size;     // [lists]
 
-  // Returns how many lists there may be.
+  // Returns how many lists a task of `heads` heads may have.
   template <typename A>
-  int64_t allocate(const GatherParams& P, ScratchAllocator& scratch) {
-    const int64_t lists = gather_queries_per_task(P) * (P.H / P.H_kv);
+  int64_t allocate(const GatherParams& P, int64_t heads, ScratchAllocator& scratch) {
+    const int64_t lists = gather_queries_per_task(P, heads) * heads;
     capacity = pad_to_vector<A>(P.K);
     keys = scratch.take<int32_t>(lists * capacity + kPrefetchAhead);
     size = scratch.take<int64_t>(lists);
@@ -365,7 +367,7 @@ struct GatherScratch {
   A* out;         // [Dv] of one list
 
   GatherScratch(const GatherParams& P, ScratchAllocator& scratch) {
-    const int64_t count = lists.allocate<A>(P, scratch);
+    const int64_t count = lists.allocate<A>(P, heads_per_slice(P), scratch);
     weights = scratch.take<A>(count * lists.capacity);
     normalizer = scratch.take<A>(count);
     bias = scratch.take<A>(lists.capacity);
@@ -462,7 +464,8 @@ inline void gather_attention(const GatherParams& P, int64_t task, void* scratch)
     using T = decltype(type);
     ScratchAllocator allocator(scratch);
     GatherScratch<acc_t<T>> task_scratch(P, allocator);
-    gather_attention_task<T>(P, GatherTask(P, task), dropout_key, task_scratch);
+    gather_attention_task<T>(P, GatherTask(P, task, 0, heads_per_slice(P)), dropout_key,
+                             task_scratch);
   });
 }
 
@@ -471,7 +474,7 @@ inline void gather_scores(const GatherParams& P, int64_t task, void* scratch) {
     using T = decltype(type);
     ScratchAllocator allocator(scratch);
     GatherScratch<acc_t<T>> task_scratch(P, allocator);
-    gather_scores_task<T>(P, GatherTask(P, task), task_scratch);
+    gather_scores_task<T>(P, GatherTask(P, task, 0, heads_per_slice(P)), task_scratch);
   });
 }
 

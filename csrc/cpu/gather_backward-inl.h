@@ -55,15 +55,25 @@ struct QueryGradScratch {
   A* factors;  // [capacity] of one list
   A* dq;       // [D] of one list
 
-  QueryGradScratch(const GatherParams& P, ScratchAllocator& scratch) {
-    const int64_t count = lists.allocate<A>(P, scratch);
+  QueryGradScratch(const GatherBackwardParams& P, ScratchAllocator& scratch) {
+    const int64_t count = lists.allocate<A>(P.fwd, P.head_end - P.head_begin, scratch);
     weights = scratch.take<A>(count * lists.capacity);
     dlogits = scratch.take<A>(count * lists.capacity);
     bias = scratch.take<A>(lists.capacity);
     factors = scratch.take<A>(lists.capacity);
-    dq = scratch.take<A>(pad_to_vector<A>(P.D));
+    dq = scratch.take<A>(pad_to_vector<A>(P.fwd.D));
   }
 };
+
+// Of one query or, with at.i = 0, of a head: where its slot gradients begin.
+template <typename A>
+inline A* slot_grads_at(const GatherBackwardParams& P, GatherRow at) {
+  const GatherParams& F = P.fwd;
+  const int64_t group = heads_per_slice(F), slice = at.b * F.H_kv + at.h / group;
+  const int64_t head =
+      (slice - P.slice_begin) * (P.head_end - P.head_begin) + at.h % group - P.head_begin;
+  return static_cast<A*>(P.slot_grads) + (head * F.N + at.i) * F.K * 2;
+}
 
 // weights (in: q . k) and dlogits (in: dout . v) of one query: weights[j] = p_j f_j and
 // dlogits[j] = p_j (f_j dout . v_j - delta + dlse), p the softmax, f_j the dropout factor of slot j
@@ -130,8 +140,7 @@ inline void store_slot_grads(const GatherBackwardParams& P, GatherRow at, int64_
   }
   if (P.dk || P.dv) {
     const A scale = static_cast<A>(F.scale);
-    const int64_t round_begin = P.slice_begin * (F.H / F.H_kv) * F.N;
-    A* slot_grads = static_cast<A*>(P.slot_grads) + (row_number(F, at) - round_begin) * F.K * 2;
+    A* slot_grads = slot_grads_at<A>(P, at);
     for (int64_t j = 0; j < n; ++j) {
       slot_grads[2 * j] = weights[j];
       slot_grads[2 * j + 1] = dlogits[j] * scale;
@@ -187,19 +196,23 @@ inline void gather_backward_queries_task(const GatherBackwardParams& P, const Ga
   });
 }
 
+inline int64_t gather_backward_query_blocks(const GatherBackwardParams& P) {
+  return ceil_div(P.fwd.N, gather_queries_per_task(P.fwd, P.head_end - P.head_begin));
+}
+
 inline int64_t gather_backward_queries_num_tasks(const GatherBackwardParams& P) {
-  return (P.slice_end - P.slice_begin) * ceil_div(P.fwd.N, gather_queries_per_task(P.fwd));
+  return (P.slice_end - P.slice_begin) * gather_backward_query_blocks(P);
 }
 
 inline void gather_backward_queries(const GatherBackwardParams& P, int64_t task, void* scratch) {
   const PhiloxKey dropout_key = philox_key(P.fwd.seed, P.fwd.offset, kDropoutStream);
-  const int64_t first_task = P.slice_begin * ceil_div(P.fwd.N, gather_queries_per_task(P.fwd));
+  const GatherTask at(P.fwd, P.slice_begin * gather_backward_query_blocks(P) + task, P.head_begin,
+                      P.head_end);
   dispatch_dtype(P.fwd.dtype, [&](auto type) {
     using T = decltype(type);
     ScratchAllocator allocator(scratch);
-    QueryGradScratch<acc_t<T>> task_scratch(P.fwd, allocator);
-    gather_backward_queries_task<T>(P, GatherTask(P.fwd, first_task + task), dropout_key,
-                                    task_scratch);
+    QueryGradScratch<acc_t<T>> task_scratch(P, allocator);
+    gather_backward_queries_task<T>(P, at, dropout_key, task_scratch);
   });
 }
 
@@ -287,8 +300,7 @@ inline void accumulate_entries(const GatherBackwardParams& P, KeyBlock keys, int
                 index_head = b * F.H_i + h / (F.H / F.H_i);
   const int64_t* key_start = P.key_start + index_head * (F.M + 1);
   const int32_t* entries = P.entries + index_head * F.N * F.K;
-  const A* slot_grads =
-      static_cast<const A*>(P.slot_grads) + (head - P.slice_begin * (F.H / F.H_kv)) * F.N * F.K * 2;
+  const A* slot_grads = slot_grads_at<A>(P, {b, h, 0});
   const auto q = head_rows<T>(F.q, F.q_stride, b, h, F.D);
   const Rows<T> dout{static_cast<const T*>(P.dout) + head * F.N * F.Dv, F.Dv, F.Dv};
   const int64_t D = pad_to_vector<A>(F.D), Dv = pad_to_vector<A>(F.Dv),
@@ -317,6 +329,27 @@ inline void accumulate_entries(const GatherBackwardParams& P, KeyBlock keys, int
   }
 }
 
+// Loads (where there is something to add to) or clears the sums of a block's keys; rows of
+// `sum` [M, size] are not padded, those of `x` are.
+template <typename A>
+inline void begin_sums(const void* sum, KeyBlock keys, int64_t size, A* x) {
+  const int64_t padded = pad_to_vector<A>(size);
+  fill(x, (keys.end - keys.begin) * padded, A{0});
+  if (sum == nullptr) return;
+  for (int64_t m = keys.begin; m < keys.end; ++m)
+    std::memcpy(x + (m - keys.begin) * padded, static_cast<const A*>(sum) + m * size,
+                static_cast<size_t>(size) * sizeof(A));
+}
+
+// The sums of a block's keys to the rows [first + begin, first + end) of out [., size].
+template <typename T>
+inline void store_sums(const acc_t<T>* x, KeyBlock keys, int64_t size, int64_t first, void* out) {
+  using A = acc_t<T>;
+  for (int64_t m = keys.begin; m < keys.end; ++m)
+    store_row(x + (m - keys.begin) * pad_to_vector<A>(size), size, A{1},
+              static_cast<T*>(out) + (first + m) * size);
+}
+
 // q [H, N, D], dout [H, N, Dv], slot_grads -> dk [D], dv [Dv] of each key, summed over the heads
 // that share it.
 template <typename T>
@@ -324,17 +357,18 @@ inline void gather_backward_keys_task(const GatherBackwardParams& P, KeyBlock ke
                                       KeyGradScratch<acc_t<T>>& scratch) {
   using A = acc_t<T>;
   const GatherParams& F = P.fwd;
-  const int64_t group = F.H / F.H_kv, first_head = keys.slice % F.H_kv * group,
-                count = keys.end - keys.begin;
-  const int64_t D = pad_to_vector<A>(F.D), Dv = pad_to_vector<A>(F.Dv);
-  fill(scratch.dk, count * D, A{0});
-  fill(scratch.dv, count * Dv, A{0});
-  for (int64_t h = first_head; h < first_head + group; ++h)
+  const int64_t group = heads_per_slice(F), first_head = keys.slice % F.H_kv * group;
+  const bool is_first = P.head_begin == 0, is_last = P.head_end == group;
+  begin_sums(is_first ? nullptr : P.dk_sum, keys, F.D, scratch.dk);
+  begin_sums(is_first ? nullptr : P.dv_sum, keys, F.Dv, scratch.dv);
+  for (int64_t h = first_head + P.head_begin; h < first_head + P.head_end; ++h)
     accumulate_entries<T>(P, keys, h, scratch);
-  for (int64_t r = 0; r < count; ++r) {
-    const int64_t row = keys.slice * F.M + keys.begin + r;
-    if (P.dk) store_row(scratch.dk + r * D, F.D, A{1}, static_cast<T*>(P.dk) + row * F.D);
-    if (P.dv) store_row(scratch.dv + r * Dv, F.Dv, A{1}, static_cast<T*>(P.dv) + row * F.Dv);
+  if (is_last) {
+    if (P.dk) store_sums<T>(scratch.dk, keys, F.D, keys.slice * F.M, P.dk);
+    if (P.dv) store_sums<T>(scratch.dv, keys, F.Dv, keys.slice * F.M, P.dv);
+  } else {
+    if (P.dk) store_sums<A>(scratch.dk, keys, F.D, 0, P.dk_sum);
+    if (P.dv) store_sums<A>(scratch.dv, keys, F.Dv, 0, P.dv_sum);
   }
 }
 
@@ -362,7 +396,7 @@ inline int64_t gather_backward_scratch_bytes(const GatherBackwardParams& P) {
   dispatch_dtype(P.fwd.dtype, [&](auto type) {
     using T = decltype(type);
     ScratchAllocator queries(nullptr), keys(nullptr);
-    QueryGradScratch<acc_t<T>>(P.fwd, queries);
+    QueryGradScratch<acc_t<T>>(P, queries);
     KeyGradScratch<acc_t<T>>(P.fwd, keys);
     bytes = max_of(queries.bytes(), keys.bytes());
   });

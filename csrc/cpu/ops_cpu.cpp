@@ -211,7 +211,9 @@ void add_values(const Tensor& v, const OptionalTensor& bias, double dropout_p,
   set_strides(v, p->v_stride);
   if (bias.has_value()) {
     check_type(*bias, "bias", acc_type(p->dtype));
-    check_shape(*bias, "bias", {p->B, p->H, p->N, p->K});
+    check_dim(*bias, "bias", 4);
+    p->H_bias = bias->size(1) == p->H_i ? p->H_i : p->H;
+    check_shape(*bias, "bias", {p->B, p->H_bias, p->N, p->K});
     p->bias = bias->const_data_ptr();
     set_strides(*bias, p->bias_stride);
   }
@@ -253,22 +255,30 @@ std::tuple<Tensor, Tensor> gather_attention_cpu(const Tensor& q_, const Tensor& 
   return {out, lse};
 }
 
-// Rounds keep the per-slot gradients within this; a round still holds enough rows and keys for all
-// cores.
+// Rounds keep the per-slot gradients within this, or within those of one head: enough rows and keys
+// for all cores.
 constexpr int64_t kSlotGradBytes = int64_t{64} << 20;
 
 void run_gather_backward(GatherBackwardParams* p, const Tensor& like) {
   const Kernels& kernels = active_kernels();
   const GatherParams& f = p->fwd;
-  const int64_t slices = f.B * f.H_kv, slots = f.N * f.K, slot_heads = f.H / f.H_kv;
+  const int64_t slices = f.B * f.H_kv, group = f.H / f.H_kv, slots = f.N * f.K;
   const bool need_keys = p->dk != nullptr || p->dv != nullptr;
-  const int64_t slice_bytes = std::max<int64_t>(1, slot_heads * slots * 2 * acc_bytes(f.dtype));
-  const int64_t per_round = std::max<int64_t>(1, std::min(slices, kSlotGradBytes / slice_bytes));
-  Tensor key_start, entries, slot_grads;
+  const int64_t head_bytes = std::max<int64_t>(1, slots * 2 * acc_bytes(f.dtype));
+  const int64_t round_heads = std::max<int64_t>(1, kSlotGradBytes / head_bytes);
+  const int64_t head_step = std::min(group, round_heads);
+  const int64_t slice_step = std::max<int64_t>(1, std::min(slices, round_heads / group));
+  Tensor key_start, entries, slot_grads, dk_sum, dv_sum;
   if (need_keys) {
     key_start = new_tensor(like, {f.B, f.H_i, f.M + 1}, ScalarType::Long);
     entries = new_tensor(like, {f.B, f.H_i, slots}, ScalarType::Int);
-    slot_grads = new_tensor(like, {per_round, slot_heads, slots, 2}, acc_type(f.dtype));
+    slot_grads = new_tensor(like, {slice_step, head_step, slots, 2}, acc_type(f.dtype));
+    if (head_step < group) {
+      dk_sum = new_tensor(like, {f.M, f.D}, acc_type(f.dtype));
+      dv_sum = new_tensor(like, {f.M, f.Dv}, acc_type(f.dtype));
+      p->dk_sum = dk_sum.mutable_data_ptr();
+      p->dv_sum = dv_sum.mutable_data_ptr();
+    }
     InvertParams invert{};
     invert.B = f.B;
     invert.H_i = f.H_i;
@@ -285,9 +295,12 @@ void run_gather_backward(GatherBackwardParams* p, const Tensor& like) {
     p->slot_grads = slot_grads.mutable_data_ptr();
   }
   for (p->slice_begin = 0; p->slice_begin < slices; p->slice_begin = p->slice_end) {
-    p->slice_end = std::min(slices, p->slice_begin + per_round);
-    run(kernels.gather_backward_queries, *p);
-    if (need_keys) run(kernels.gather_backward_keys, *p);
+    p->slice_end = std::min(slices, p->slice_begin + slice_step);
+    for (p->head_begin = 0; p->head_begin < group; p->head_begin = p->head_end) {
+      p->head_end = std::min(group, p->head_begin + head_step);
+      run(kernels.gather_backward_queries, *p);
+      if (need_keys) run(kernels.gather_backward_keys, *p);
+    }
   }
 }
 

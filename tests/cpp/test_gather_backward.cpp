@@ -72,21 +72,32 @@ struct Expected {
   std::vector<double> dq, dk, dv, dbias;
 };
 
-// Runs the two passes over slices [0, split) and [split, B * H_kv), as two rounds that share
-// scratch.
+// How the work is cut into rounds that share scratch: at most so many slices, and so many heads of
+// each (all of them, unless one slice).
+struct Rounds {
+  int64_t slices, heads;
+};
+constexpr int64_t kAll = INT64_MAX;
+constexpr Rounds kRounds[] = {{kAll, kAll}, {2, kAll}, {1, 2}, {1, 1}};
+
 void run_backward(const Kernels& kernels, GatherBackwardParams p, const Inverse& inverse,
-                  int64_t split) {
+                  Rounds step) {
   const GatherParams& f = p.fwd;
-  const int64_t slices = f.B * f.H_kv, round = std::max(split, slices - split);
-  Array slot_grads(acc_dtype(f.dtype), round * (f.H / f.H_kv) * f.N * f.K * 2);
+  const int64_t slices = f.B * f.H_kv, group = f.H / f.H_kv;
+  const int64_t slice_step = std::min(step.slices, slices), head_step = std::min(step.heads, group);
+  Array slot_grads(acc_dtype(f.dtype), slice_step * head_step * f.N * f.K * 2);
+  Array dk_sum(acc_dtype(f.dtype), f.M * f.D), dv_sum(acc_dtype(f.dtype), f.M * f.Dv);
   p.key_start = inverse.key_start.data();
   p.entries = inverse.entries.data();
   p.slot_grads = slot_grads.data();
-  for (const auto& [begin, end] : {std::pair{int64_t{0}, split}, std::pair{split, slices}}) {
-    p.slice_begin = begin, p.slice_end = end;
-    if (begin == end) continue;
-    run(kernels.gather_backward_queries, p);
-    run(kernels.gather_backward_keys, p);
+  p.dk_sum = dk_sum.data(), p.dv_sum = dv_sum.data();
+  for (p.slice_begin = 0; p.slice_begin < slices; p.slice_begin = p.slice_end) {
+    p.slice_end = std::min(p.slice_begin + slice_step, slices);
+    for (p.head_begin = 0; p.head_begin < group; p.head_begin = p.head_end) {
+      p.head_end = std::min(p.head_begin + head_step, group);
+      run(kernels.gather_backward_queries, p);
+      run(kernels.gather_backward_keys, p);
+    }
   }
 }
 
@@ -101,7 +112,7 @@ double sum_tolerance(const Shape& s, DType dtype) {
   return 16 * static_cast<double>(terms) * epsilon(acc_dtype(dtype));
 }
 
-void test_scores(const Kernels& kernels, const Shape& s, DType dtype, int64_t split) {
+void test_scores(const Kernels& kernels, const Shape& s, DType dtype, Rounds rounds) {
   Problem problem(s, dtype);
   GatherBackwardParams p{};
   p.fwd = problem.params(false);
@@ -119,7 +130,7 @@ void test_scores(const Kernels& kernels, const Shape& s, DType dtype, int64_t sp
   });
   p.dout = dout.data();
   p.dq = dq.data(), p.dk = dk.data();
-  run_backward(kernels, p, invert(kernels, problem, p.fwd), split);
+  run_backward(kernels, p, invert(kernels, problem, p.fwd), rounds);
   check_all(dq, want.dq, 2 * epsilon(dtype), sum_tolerance(s, dtype));
   check_all(dk, want.dk, 2 * epsilon(dtype), sum_tolerance(s, dtype));
 }
@@ -128,7 +139,7 @@ struct Gradients {
   bool dq, dk, dv, dbias;
 };
 
-void test_attention(const Kernels& kernels, const Shape& s, DType dtype, int64_t split,
+void test_attention(const Kernels& kernels, const Shape& s, DType dtype, Rounds rounds,
                     Gradients needed) {
   Problem problem(s, dtype);
   GatherBackwardParams p{};
@@ -148,7 +159,7 @@ void test_attention(const Kernels& kernels, const Shape& s, DType dtype, int64_t
   p.dk = needed.dk ? dk.data() : nullptr;
   p.dv = needed.dv ? dv.data() : nullptr;
   p.dbias = needed.dbias ? dbias.data() : nullptr;
-  run_backward(kernels, p, invert(kernels, problem, p.fwd), split);
+  run_backward(kernels, p, invert(kernels, problem, p.fwd), rounds);
 
   Expected want(s);
   for_each_query(problem, [&](int64_t b, int64_t h, int64_t i, int64_t row, const int32_t* keys) {
@@ -188,14 +199,14 @@ void test(const Kernels& kernels) {
   for (const Shape& s : kShapes) {
     test_invert(kernels, s);
     for (const DType dtype : kAllDTypes)
-      for (const int64_t split : {int64_t{0}, s.B * s.H_kv / 2}) {
-        test_scores(kernels, s, dtype, split);
-        test_attention(kernels, s, dtype, split, {true, true, true, true});
+      for (const Rounds rounds : kRounds) {
+        test_scores(kernels, s, dtype, rounds);
+        test_attention(kernels, s, dtype, rounds, {true, true, true, true});
       }
-    test_attention(kernels, s, DType::kFloat32, 0, {true, false, false, false});
-    test_attention(kernels, s, DType::kFloat32, 0, {false, true, false, false});
-    test_attention(kernels, s, DType::kFloat32, 0, {false, false, true, false});
-    test_attention(kernels, s, DType::kFloat32, 0, {false, false, false, true});
+    test_attention(kernels, s, DType::kFloat32, kRounds[0], {true, false, false, false});
+    test_attention(kernels, s, DType::kFloat32, kRounds[0], {false, true, false, false});
+    test_attention(kernels, s, DType::kFloat32, kRounds[0], {false, false, true, false});
+    test_attention(kernels, s, DType::kFloat32, kRounds[0], {false, false, false, true});
   }
 }
 
