@@ -1,5 +1,7 @@
 // What the kernels take: raw pointers, sizes and strides, filled in (and checked) by
-// cpu/ops_cpu.cpp.
+// cpu/ops_cpu.cpp and cuda/ops_cuda.cpp. CUDA kernels read keys where they lie and report errors by
+// device assertions: fields of packed tiles and of errors are the CPU's, `device_seed`, `k_sketch`
+// and `cols` are CUDA's.
 //
 // Sizes: B batch, N queries, M keys, H heads, H_kv key/value heads, H_i index heads, D head dim, Dv
 // value dim, S sketch dim, K samples per query and index head. Strides count elements; the last
@@ -52,6 +54,11 @@ struct SketchSampleParams {
   int64_t num_sinks;
   uint64_t seed, offset;
 
+  const int64_t*
+      device_seed;  // [2] (seed, offset) in place of the two above, not known to the host
+
+  const void* k_sketch;  // [B, M, S]
+  int64_t k_stride[2];
   const float* k_tiles;   // packed k_sketch, see PackParams
   const float* key_bias;  // packed key_mask
   const float* tile_norm;
@@ -78,6 +85,8 @@ struct GatherParams {
   double scale;
   double dropout_p;
   uint64_t seed, offset;
+  const int64_t*
+      device_seed;  // [2] (seed, offset) in place of the two above, not known to the host
 
   void* out;       // [B, H, N, Dv] out, contiguous; in gather_scores [B, H, N, K]
   void* lse;       // acc [B, H, N] out, contiguous; null in gather_scores
@@ -102,6 +111,8 @@ struct GatherBackwardParams {
   // has one slice, and dk_sum and dv_sum carry its sums from round to round.
   int64_t slice_begin, slice_end;
   int64_t head_begin, head_end;
+  // CUDA has one round of everything. There, dk_sum [B, H_kv, M, D] and dv_sum [B, H_kv, M, Dv],
+  // zero at first, collect by atomic additions what dk and dv are then rounded from.
   void* dk_sum;              // acc [M, D], or null
   void* dv_sum;              // acc [M, Dv], or null
   const int64_t* key_start;  // [B, H_i, M + 1] where each key's entries begin within its index head
@@ -134,8 +145,11 @@ struct DenseParams {
   const void* rows;  // [B, H or H_kv, R, D]
   int64_t row_stride[3];
   int64_t rows_per_head,
-      cols_per_head;        // heads that share one head of rows / of col_tiles (H / H_kv, or 1)
-  double scale;             // factor of the rows
+      cols_per_head;  // heads that share one head of rows / of col_tiles (H / H_kv, or 1)
+  double scale;       // factor of the rows
+  const void* cols;   // [B, H or H_kv, C, D]
+  int64_t col_stride[3];
+  const uint8_t* col_mask;  // [B, C] contiguous, 0 = this column takes no part; or null
   const void* col_tiles;    // acc, packed cols, see PackParams
   const void* col_bias;     // acc [B, ceil(C / 32) * 32] 0 or -inf; or null
   const uint8_t* row_mask;  // [B, R] contiguous, 0 = this row takes no part; or null
