@@ -10,15 +10,16 @@ STABLE_TORCH_LIBRARY(smartbird, m) {
       "Tensor seed, bool need_log_inclusion) -> (Tensor indices, Tensor log_inclusion)");
   m.def("gather_scores(Tensor q, Tensor k, Tensor indices, float scale) -> Tensor");
   m.def(
-      "gather_scores_backward(Tensor dscores, Tensor q, Tensor k, Tensor indices, float scale) "
-      "-> (Tensor dq, Tensor dk)");
+      "gather_scores_backward(Tensor dscores, Tensor q, Tensor k, Tensor indices, float scale, "
+      "bool deterministic=False) -> (Tensor dq, Tensor dk)");
   m.def(
       "gather_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? bias, float scale, "
       "float dropout_p, Tensor? seed) -> (Tensor out, Tensor lse)");
   m.def(
       "gather_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
       "Tensor indices, Tensor? bias, float scale, float dropout_p, Tensor? seed, bool need_dqk, "
-      "bool need_dv, bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
+      "bool need_dv, bool need_dbias, bool deterministic=False) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
   m.def(
       "sketch_lse(Tensor q_sketch, Tensor k_sketch, float scale, bool is_causal, "
       "Tensor? key_mask) -> Tensor");

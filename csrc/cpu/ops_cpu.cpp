@@ -69,7 +69,8 @@ struct Packed {
 };
 
 // x [B, H, M, D] (or [B, M, D] with H = 1) with contiguous rows.
-Packed pack(const Tensor& x, const uint8_t* key_mask, bool to_double, double scale = 1) {
+Packed pack(const Tensor& x, const uint8_t* key_mask, bool to_double, double scale = 1,
+            bool interleave = false) {
   PackParams p{};
   const int64_t last = x.dim() - 1;
   p.B = x.size(0);
@@ -83,6 +84,7 @@ Packed pack(const Tensor& x, const uint8_t* key_mask, bool to_double, double sca
   p.stride[1] = last == 3 ? x.stride(1) : 0;
   p.stride[2] = x.stride(last - 1);
   p.scale = scale;
+  p.interleave = interleave;
   p.key_mask = key_mask;
   const int64_t tiles = (p.M + kTile - 1) / kTile;
   const ScalarType type = to_double ? ScalarType::Double : ScalarType::Float;
@@ -145,7 +147,7 @@ std::tuple<Tensor, Tensor> sketch_sample_cpu(const Tensor& q_sketch, const Tenso
   p.num_sinks = num_sinks;
   read_seed(seed, &p.seed, &p.offset);
 
-  const Packed packed = pack(k, p.key_mask, false);
+  const Packed packed = pack(k, p.key_mask, /*to_double=*/false, /*scale=*/1, /*interleave=*/true);
   p.k_tiles = packed.tiles.const_data_ptr<float>();
   p.key_bias = packed.key_bias.const_data_ptr<float>();
   p.tile_norm = packed.tile_norm.const_data_ptr<float>();
@@ -304,9 +306,11 @@ void run_gather_backward(GatherBackwardParams* p, const Tensor& like) {
   }
 }
 
+// `deterministic` chooses between kernels on CUDA; here results never depend on the order of
+// threads.
 std::tuple<Tensor, Tensor> gather_scores_backward_cpu(const Tensor& dscores, const Tensor& q_,
                                                       const Tensor& k_, const Tensor& indices_,
-                                                      double scale) {
+                                                      double scale, bool /*deterministic*/) {
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                indices = with_contiguous_rows(indices_), dout = torch::stable::contiguous(dscores);
   GatherBackwardParams p{};
@@ -328,7 +332,7 @@ std::tuple<Tensor, Tensor> gather_scores_backward_cpu(const Tensor& dscores, con
 std::tuple<Tensor, Tensor, Tensor, Tensor> gather_attention_backward_cpu(
     const Tensor& dout_, OptionalTensor dlse_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
     const Tensor& indices_, OptionalTensor bias, double scale, double dropout_p,
-    OptionalTensor seed, bool need_dqk, bool need_dv, bool need_dbias) {
+    OptionalTensor seed, bool need_dqk, bool need_dv, bool need_dbias, bool /*deterministic*/) {
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                v = with_contiguous_rows(v_), indices = with_contiguous_rows(indices_);
   const Tensor dout = torch::stable::contiguous(dout_);
