@@ -5,6 +5,7 @@
 PYTHON      ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO_FLAGS  ?=
+BENCH_ISA   ?= native
 
 SHELL       := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -24,7 +25,8 @@ SOURCES   := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CPP_FILES := $(SOURCES) $(shell find tests/cpp -name '*.cpp' -o -name '*.h' 2>/dev/null)
 OP_TESTS  := tests/test_sketch_sample.py tests/test_gather.py tests/test_distill.py
 
-.PHONY: help setup build test test-quick test-isa test-slow cpp-test lint format demo bench wheel clean
+.PHONY: help setup build test test-quick test-isa test-slow cpp-test lint format demo bench bench-quick \
+        wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,8 +71,15 @@ format: $(READY)  ## rewrite the sources as lint wants them
 demo: $(BUILT)  ## train Smart Bird beside dense attention on real text; report in build/demo
 	$(BIN)/python -m smartbird.demo $(DEMO_FLAGS)
 
-bench: $(BUILT)  ## time attention against PyTorch's; JSON in build/bench
-	$(BIN)/python -m benchmarks.attention --out build/bench/attention.json
+bench-quick: $(BUILT)  ## time attention against its rivals in under a minute: one line per ratio
+	$(BIN)/python -m benchmarks.attention --preset quick
+
+# BENCH_ISA=avx2 holds a machine that has more to AVX2.
+bench: $(BUILT)  ## the whole benchmark: JSON and plots in docs/performance, tables in the documents
+	$(BIN)/python -m benchmarks.attention --preset standard --isa $(BENCH_ISA) \
+	    --out docs/performance/attention-$(BENCH_ISA).json
+	$(BIN)/python -m benchmarks.report docs/performance/attention-$(BENCH_ISA).json \
+	    --update README.md docs/performance.md
 
 # The wheel, unpacked elsewhere, must import without the source tree.
 wheel: $(READY)  ## build a wheel in dist and try it

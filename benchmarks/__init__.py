@@ -1,1 +1,6 @@
-"""Timings, run from the root of the source tree: ``python -m benchmarks.attention``."""
+"""Benchmarks, run from the root of the source tree: ``python -m benchmarks.attention --help``.
+
+``attention`` is the command; ``presets`` says what it measures; ``contenders`` holds Smart Bird and
+its rivals; ``timing``, ``memory``, ``stages`` and ``machine`` measure; ``results`` is the JSON; and
+``report`` makes tables and plots of it.
+"""

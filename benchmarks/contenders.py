@@ -1,0 +1,430 @@
+"""The attentions that are timed: Smart Bird's, and what people use today, each on its best path.
+
+A contender is built for one problem and gives a call without arguments: the forward pass. Only the
+attention itself is in it, from q, k and v (and sketches) to the output, for the rivals from Hugging
+Face too: projections, padding masks and dropout, which every attention has or has not alike, are
+left out. All rivals that are sparse keep the K keys per query that Smart Bird draws.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from smartbird.functional import smart_bird_attention
+from smartbird.ops import distill_loss
+
+SDPA = "SDPA"
+FLEX_BLOCKS = "FlexAttention random blocks"
+BIGBIRD = "HF BigBird"
+LONGFORMER = "HF Longformer"
+COMPOSITION = "PyTorch composition"
+EXACT_TOPK = "exact top-k"
+GUMBEL = "gumbel"
+SYSTEMATIC = "systematic"
+DISTILL = " + distill"
+
+# 128 is create_block_mask's default; smaller blocks waste less of a narrow window.
+_FLEX_BLOCK_SIZES = (16, 32, 128)
+FLEX_WINDOWS = tuple(f"FlexAttention window, blocks of {size}" for size in _FLEX_BLOCK_SIZES)
+
+# Forward: the output. Where a training step has a loss of the attention's own, that too.
+Forward = Callable[[], tuple[Tensor, ...]]
+
+
+class Unavailable(Exception):
+    """Says why a contender is not run on a problem."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Widths:
+    """What all problems of a run share: H, D, S and K."""
+
+    heads: int = 12
+    head_dim: int = 64
+    sketch_dim: int = 16
+    num_samples: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Self-attention on random numbers: q, k, v, dout [B, H, N, D], q_sketch, k_sketch [B, N, S].
+
+    All contiguous; q, k, v and the sketches are leaves, with ``requires_grad`` for a backward pass.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_sketch: Tensor
+    k_sketch: Tensor
+    dout: Tensor
+    num_samples: int
+
+    @classmethod
+    def random(
+        cls,
+        widths: Widths,
+        *,
+        batch: int,
+        length: int,
+        dtype: torch.dtype,
+        requires_grad: bool,
+        score_std: float = 1.0,
+    ) -> Problem:
+        """The same numbers at each call; sketch scores have standard deviation ``score_std``."""
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int, std: float = 1.0) -> Tensor:
+            x = torch.randn(shape, generator=generator).mul_(std).to(dtype)
+            return x.requires_grad_(requires_grad)
+
+        heads = (batch, widths.heads, length, widths.head_dim)
+        sketch = (batch, length, widths.sketch_dim)
+        return cls(
+            q=normal(*heads),
+            k=normal(*heads),
+            v=normal(*heads),
+            q_sketch=normal(*sketch, std=score_std**0.5),
+            k_sketch=normal(*sketch, std=score_std**0.5),
+            dout=normal(*heads).detach(),
+            num_samples=widths.num_samples,
+        )
+
+    @property
+    def length(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        return (self.q, self.k, self.v, self.q_sketch, self.k_sketch)
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.q.requires_grad
+
+    def backward(self, outputs: tuple[Tensor, ...]) -> None:
+        """``dout`` for the attention's output, 1 for its loss."""
+        gradients: tuple[Tensor | None, ...] = (self.dout, None)
+        torch.autograd.backward(outputs, gradients[: len(outputs)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """How to build an attention, and the longest problem it is run on, with the reason.
+
+    ``compiled`` contenders compile themselves for the problem when they are built.
+    """
+
+    build: Callable[[Problem], Forward]
+    longest: int | None = None
+    reason: str = ""
+    compiled: bool = False
+
+
+def build(name: str, problem: Problem) -> Forward:
+    """The forward pass of the contender ``name``.
+
+    Raises:
+        Unavailable: it cannot run the problem, or would take too long or too much memory.
+    """
+    contender = CONTENDERS[name]
+    if contender.longest is not None and problem.length > contender.longest:
+        raise Unavailable(f"not run above N = {contender.longest}: {contender.reason}")
+    return contender.build(problem)
+
+
+def _sdpa(p: Problem) -> Forward:
+    return lambda: (scaled_dot_product_attention(p.q, p.k, p.v),)
+
+
+def _smart_bird(method: str) -> Callable[[Problem], Forward]:
+    def build(p: Problem) -> Forward:
+        def forward() -> tuple[Tensor]:
+            out = smart_bird_attention(
+                p.q, p.k, p.v, p.q_sketch, p.k_sketch, p.num_samples, method=method
+            )
+            assert isinstance(out, Tensor)
+            return (out,)
+
+        return forward
+
+    return build
+
+
+def _distilled(method: str) -> Callable[[Problem], Forward]:
+    """A training step of one layer: attention, and the loss that teaches the sketch."""
+
+    def build(p: Problem) -> Forward:
+        def forward() -> tuple[Tensor, Tensor]:
+            out, indices = smart_bird_attention(
+                p.q,
+                p.k,
+                p.v,
+                p.q_sketch,
+                p.k_sketch,
+                p.num_samples,
+                method=method,
+                return_indices=True,
+            )
+            return out, distill_loss(p.q, p.k, p.q_sketch, p.k_sketch, indices=indices)
+
+        return forward
+
+    return build
+
+
+# ---- FlexAttention ----------------------------------------------------------------------------
+
+
+def _flex_window(block: int) -> Callable[[Problem], Forward]:
+    return lambda p: _compile_flex(p, window_mask(p.length, p.num_samples, block))
+
+
+def _flex_blocks(p: Problem) -> Forward:
+    return _compile_flex(p, random_block_mask(p.length, p.num_samples, p.q.shape[1]))
+
+
+def _compile_flex(p: Problem, mask: BlockMask) -> Forward:
+    if p.requires_grad:
+        try:
+            flex_attention(p.q[:, :, :1], p.k[:, :, :1], p.v[:, :, :1])
+        except NotImplementedError as error:
+            raise Unavailable(str(error)) from error
+    # A graph for this problem alone: its shape, and the number of threads that is set now.
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    def forward() -> tuple[Tensor]:
+        out = compiled(p.q, p.k, p.v, block_mask=mask)
+        assert isinstance(out, Tensor)
+        return (out,)
+
+    try:
+        with torch.set_grad_enabled(p.requires_grad):
+            forward()
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise Unavailable(f"does not compile here: {str(error).splitlines()[0]}") from error
+    return forward
+
+
+def window_mask(length: int, num_samples: int, block: int) -> BlockMask:
+    """Keys ``i - K // 2 <= j < i + K // 2`` of query i, found block by block.
+
+    ``create_block_mask`` gives the same, but looks at all N x N pairs.
+    """
+    before, after = num_samples // 2, num_samples - num_samples // 2
+
+    def in_window(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j - i >= -before) & (j - i < after)
+
+    num_blocks = _count_blocks(length, block)
+    first = torch.arange(num_blocks) * block
+    ahead = first - first[:, None]  # of the key block's first key to the query block's first query
+    reached = (ahead + block - 1 >= -before) & (ahead - (block - 1) < after)
+    whole = (ahead - (block - 1) >= -before) & (ahead + block - 1 < after)
+    return _block_mask(reached & ~whole, whole, (block, block), length, in_window)
+
+
+def random_block_mask(length: int, num_samples: int, heads: int) -> BlockMask:
+    """For each head and block of queries one random block of K keys, all of them kept.
+
+    Blocks of whole keys are FlexAttention's fastest case; of the sizes tried 128 queries are best.
+    """
+    num_query_blocks = _count_blocks(length, 128)
+    num_key_blocks = _count_blocks(length, num_samples)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(num_key_blocks, (1, heads, num_query_blocks, 1), generator=generator)
+    whole = drawn == torch.arange(num_key_blocks)
+    return _block_mask(torch.zeros_like(whole), whole, (128, num_samples), length, None)
+
+
+def _count_blocks(length: int, block: int) -> int:
+    if length % block:
+        raise Unavailable(f"N = {length} is not a multiple of its blocks of {block}")
+    return length // block
+
+
+def _block_mask(
+    partial: Tensor,
+    whole: Tensor,
+    blocks: tuple[int, int],
+    length: int,
+    mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None,
+) -> BlockMask:
+    """From bool [..., query blocks, key blocks]: those kept in part, by ``mask_mod``, and whole."""
+
+    def listed(kept: Tensor) -> tuple[Tensor, Tensor]:
+        kept = kept.expand(1, whole.shape[1] if whole.dim() == 4 else 1, *whole.shape[-2:])
+        order = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        return kept.sum(-1, dtype=torch.int32), order.int()
+
+    mask: BlockMask = BlockMask.from_kv_blocks(
+        *listed(partial),
+        *listed(whole),
+        BLOCK_SIZE=blocks,
+        mask_mod=mask_mod,
+        seq_lengths=(length, length),
+    )
+    return mask
+
+
+# ---- Hugging Face: the layers' own methods, without their projections ---------------------------
+
+
+def _longformer(p: Problem) -> Forward:
+    """LongformerSelfAttention's sliding window: the key itself and K // 2 on each side.
+
+    The layer also scores its padding mask, at the cost of its scores; that is left out.
+    """
+    with _transformers():
+        from transformers import LongformerConfig
+        from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+    heads, head_dim = p.q.shape[1], p.q.shape[3]
+    side = p.num_samples // 2
+    _count_blocks(p.length, 2 * side)
+    layer = LongformerSelfAttention(
+        LongformerConfig(
+            hidden_size=heads * head_dim, num_attention_heads=heads, attention_window=[2 * side]
+        ),
+        layer_id=0,
+    ).eval()
+
+    def forward() -> tuple[Tensor]:
+        q, k, v = (x.transpose(1, 2) for x in (p.q * head_dim**-0.5, p.k, p.v))
+        scores = layer._sliding_chunks_query_key_matmul(q, k, side)
+        out = layer._sliding_chunks_matmul_attn_probs_value(scores.softmax(-1), v, side)
+        return (out.transpose(1, 2),)
+
+    return forward
+
+
+def _bigbird(p: Problem) -> Forward:
+    """BigBirdBlockSparseAttention with 8 blocks of K / 8 keys: 3 local, 2 global, 3 "random".
+
+    In eval mode, the faster one, the random blocks are all the first block. The method returns the
+    N x N matrix of probabilities as well, whether it is wanted or not.
+    """
+    with _transformers():
+        from transformers import BigBirdConfig
+        from transformers.models.big_bird.modeling_big_bird import (
+            BigBirdBlockSparseAttention,
+            BigBirdModel,
+        )
+    batch, heads, length, head_dim = p.q.shape
+    if p.num_samples % 8:
+        raise Unavailable(f"K = {p.num_samples} is not a multiple of its 8 blocks")
+    block = p.num_samples // 8
+    if _count_blocks(length, block) < 12:
+        raise Unavailable(f"N = {length} is less than 12 blocks of {block}")
+    layer = BigBirdBlockSparseAttention(
+        BigBirdConfig(
+            hidden_size=heads * head_dim,
+            num_attention_heads=heads,
+            block_size=block,
+            num_random_blocks=3,
+        )
+    ).eval()
+    blocked_mask, band_mask, from_mask, to_mask = BigBirdModel.create_masks_for_block_sparse_attn(
+        torch.ones(batch, length, dtype=p.q.dtype), block
+    )
+
+    def forward() -> tuple[Tensor]:
+        out, _ = layer.bigbird_block_sparse_attention(
+            p.q,
+            p.k,
+            p.v,
+            band_mask,
+            from_mask,
+            to_mask,
+            blocked_mask,
+            blocked_mask,
+            heads,
+            3,
+            head_dim,
+            block,
+            block,
+            batch,
+            length,
+            length,
+            seed=0,
+            plan_from_length=None,
+            plan_num_rand_blocks=None,
+        )
+        return (out.transpose(1, 2),)
+
+    return forward
+
+
+@contextlib.contextmanager
+def _transformers() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise Unavailable(f"needs Hugging Face transformers: {error}") from error
+
+
+# ---- plain PyTorch ------------------------------------------------------------------------------
+
+
+def _composition(p: Problem) -> Forward:
+    """Smart Bird as one writes it in PyTorch: softmax, multinomial without replacement, gather."""
+
+    def forward() -> tuple[Tensor]:
+        with torch.no_grad():
+            scores = p.q_sketch @ p.k_sketch.mT * p.q_sketch.shape[-1] ** -0.5
+            probabilities = scores.softmax(-1)
+
+        def attend(b: int, h: int) -> Tensor:
+            keys = torch.multinomial(probabilities[b], p.num_samples)
+            scores = torch.einsum("nd,nkd->nk", p.q[b, h], p.k[b, h][keys]) * p.q.shape[-1] ** -0.5
+            return torch.einsum("nk,nkd->nd", scores.softmax(-1), p.v[b, h][keys])
+
+        return (_for_each_head(p, attend),)
+
+    return forward
+
+
+def _exact_topk(p: Problem) -> Forward:
+    """Attention over the K keys with the largest exact scores of each head, from all N x N scores.
+
+    The values are gathered, as that was faster than a product with a matrix of mostly zeros.
+    """
+
+    def attend(b: int, h: int) -> Tensor:
+        scores = p.q[b, h] @ p.k[b, h].mT * p.q.shape[-1] ** -0.5
+        top = scores.topk(p.num_samples, sorted=False)
+        return torch.einsum("nk,nkd->nd", top.values.softmax(-1), p.v[b, h][top.indices])
+
+    return lambda: (_for_each_head(p, attend),)
+
+
+def _for_each_head(p: Problem, attend: Callable[[int, int], Tensor]) -> Tensor:
+    """[B, H, N, D]. Head by head the temporaries are smaller and, as measured, the time is too."""
+    batch, heads = p.q.shape[:2]
+    return torch.stack([torch.stack([attend(b, h) for h in range(heads)]) for b in range(batch)])
+
+
+# The longest problems are those at which a repetition takes about a minute, or where the memory
+# for N x N matrices of all heads runs out.
+CONTENDERS: dict[str, Contender] = {
+    SDPA: Contender(_sdpa, 65536, "N^2 D operations take minutes"),
+    **{
+        name: Contender(_flex_window(size), compiled=True)
+        for name, size in zip(FLEX_WINDOWS, _FLEX_BLOCK_SIZES, strict=True)
+    },
+    FLEX_BLOCKS: Contender(_flex_blocks, compiled=True),
+    BIGBIRD: Contender(_bigbird, 8192, "its N x N probabilities take H N^2 numbers"),
+    LONGFORMER: Contender(_longformer),
+    COMPOSITION: Contender(_composition, 4096, "H N^2 random numbers take minutes"),
+    EXACT_TOPK: Contender(_exact_topk, 8192, "selecting from H N^2 scores takes minutes"),
+    GUMBEL: Contender(_smart_bird(GUMBEL)),
+    SYSTEMATIC: Contender(_smart_bird(SYSTEMATIC)),
+    GUMBEL + DISTILL: Contender(_distilled(GUMBEL)),
+    SYSTEMATIC + DISTILL: Contender(_distilled(SYSTEMATIC)),
+}

@@ -1,0 +1,197 @@
+"""What one run of the benchmark measured, and its form as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One self-attention problem and how it is run.
+
+    Attributes:
+        length: N, queries and keys.
+        batch: B.
+        backward: the backward pass is run too.
+        threads: of PyTorch and of the kernels.
+        score_std: standard deviation of the sketch scores: how peaked the rows are.
+    """
+
+    length: int
+    backward: bool
+    threads: int
+    batch: int = 1
+    score_std: float = 1.0
+
+    def __str__(self) -> str:
+        batch = f"B = {self.batch}, " if self.batch > 1 else ""
+        peaked = f", scores of deviation {self.score_std:g}" if self.score_std != 1 else ""
+        return f"{batch}N = {self.length}, {pass_name(self.backward)}{peaked}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of each repetition of one attention on one case; or none, and the reason."""
+
+    case: Case
+    attention: str
+    dtype: str
+    seconds: list[float]
+    missing: str | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Of at least two repetitions."""
+        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return first, third
+
+    @property
+    def spread(self) -> str:
+        """Median and quartiles in ms."""
+        first, third = self.quartiles
+        return f"{ms(self.median)} [{ms(first)}, {ms(third)}]"
+
+    def __str__(self) -> str:
+        time = self.missing or f"{self.spread} ms, {len(self.seconds)} runs"
+        return (
+            f"{self.case}, {threads_name(self.case.threads)}, {self.attention} {self.dtype}: {time}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Peak resident bytes of one call beyond its inputs; -1 where not run, with the reason.
+
+    ``output_bytes`` are those of the output and, with a backward pass, of the gradients.
+    """
+
+    attention: str
+    dtype: str
+    length: int
+    backward: bool
+    peak_bytes: int
+    output_bytes: int
+    missing: str | None = None
+
+    def __str__(self) -> str:
+        peak = self.missing or f"{self.peak_bytes / 2**20:.0f} MiB beyond the inputs"
+        return (
+            f"N = {self.length}, {pass_name(self.backward)}, {self.attention} {self.dtype}: {peak}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the machine reached with ``threads`` threads.
+
+    Attributes:
+        flops: by dtype, floating point operations per second of a matrix product.
+        bandwidth: by level of the memory hierarchy, bytes per second read.
+    """
+
+    threads: int
+    flops: dict[str, float]
+    bandwidth: dict[str, float]
+
+    def __str__(self) -> str:
+        flops = [f"{name} {x / 1e9:.0f} GFLOP/s" for name, x in self.flops.items()]
+        bandwidth = [f"{name} {x / 1e9:.0f} GB/s" for name, x in self.bandwidth.items()]
+        return f"limits, {threads_name(self.threads)}: {', '.join(flops + bandwidth)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Median time of one stage, its work by the formulas of ``stages``, and the least time for it.
+
+    Attributes:
+        flops: floating point operations.
+        gathered_bytes: rows read one by one from a table of ``table_bytes``.
+        streamed_bytes: read or written in order.
+        limit_seconds: the least time the measured limits allow; None where none applies.
+        bound: which of them decides.
+    """
+
+    name: str
+    length: int
+    dtype: str
+    threads: int
+    seconds: float
+    flops: int
+    gathered_bytes: int
+    table_bytes: int
+    streamed_bytes: int
+    limit_seconds: float | None
+    bound: str
+
+    @property
+    def fraction(self) -> float | None:
+        """Of the limit that is reached."""
+        return None if self.limit_seconds is None else self.limit_seconds / self.seconds
+
+    def __str__(self) -> str:
+        limit = (
+            "" if self.fraction is None else f", {self.fraction:.0%} of the limit ({self.bound})"
+        )
+        return (
+            f"N = {self.length}, {threads_name(self.threads)}, {self.name}, {self.dtype}: "
+            f"{ms(self.seconds)} ms{limit}"
+        )
+
+
+@dataclasses.dataclass
+class Results:
+    """A whole run. ``environment`` says on what and with which arguments."""
+
+    environment: dict[str, Any]
+    limits: list[Limits] = dataclasses.field(default_factory=list)
+    timings: list[Timing] = dataclasses.field(default_factory=list)
+    stages: list[Stage] = dataclasses.field(default_factory=list)
+    memory: list[Memory] = dataclasses.field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_rounded(dataclasses.asdict(self)), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        fields = json.loads(path.read_text())
+        return cls(
+            environment=fields["environment"],
+            limits=[Limits(**x) for x in fields["limits"]],
+            timings=[Timing(**x | {"case": Case(**x["case"])}) for x in fields["timings"]],
+            stages=[Stage(**x) for x in fields["stages"]],
+            memory=[Memory(**x) for x in fields["memory"]],
+        )
+
+
+def ms(seconds: float) -> str:
+    """Milliseconds with three digits."""
+    x = seconds * 1e3
+    return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
+
+
+def pass_name(backward: bool) -> str:
+    return "forward + backward" if backward else "forward"
+
+
+def threads_name(n: int) -> str:
+    return f"{n} thread{'s' if n > 1 else ''}"
+
+
+def _rounded(x: Any) -> Any:
+    """Floats to six digits, more than any of the measurements has."""
+    if isinstance(x, float):
+        return float(f"{x:.6g}")
+    if isinstance(x, dict):
+        return {key: _rounded(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [_rounded(value) for value in x]
+    return x

@@ -1,0 +1,422 @@
+"""The benchmark: rivals compute what they claim, work is counted right, a run is reported."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import attention, machine, memory, presets, report
+from benchmarks.contenders import (
+    BIGBIRD,
+    COMPOSITION,
+    CONTENDERS,
+    DISTILL,
+    EXACT_TOPK,
+    FLEX_WINDOWS,
+    GUMBEL,
+    LONGFORMER,
+    SDPA,
+    SYSTEMATIC,
+    Problem,
+    Unavailable,
+    Widths,
+    build,
+    random_block_mask,
+    window_mask,
+)
+from benchmarks.presets import MemoryCase, Preset, StageCase
+from benchmarks.ratios import Ratio, ratios
+from benchmarks.results import Case, Limits, Memory, Results, Timing
+from benchmarks.stages import DISTILL as DISTILL_STAGE
+from benchmarks.stages import (
+    GATHER,
+    GRADIENT_SUMS,
+    SCORES,
+    SLOT_GRADIENTS,
+    Work,
+    least_seconds,
+    work,
+)
+from benchmarks.timing import MAX_REPETITIONS, MIN_REPETITIONS, interleave, time_case
+from smartbird import patterns, reference
+
+WIDTHS = Widths(heads=2, head_dim=16, sketch_dim=8, num_samples=16)
+# Contenders compute in float32 in another order than the oracle; outputs are of order 1.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def problem(length: int, *, requires_grad: bool = False, widths: Widths = WIDTHS) -> Problem:
+    return Problem.random(
+        widths, batch=2, length=length, dtype=torch.float32, requires_grad=requires_grad
+    )
+
+
+def masked(p: Problem, mask: Tensor) -> Tensor:
+    return scaled_dot_product_attention(p.q, p.k, p.v, attn_mask=mask)
+
+
+def near(length: int, before: int, after: int) -> Tensor:
+    """bool [N, N]: keys from ``before`` places ahead of the query to ``after`` places behind it."""
+    distance = torch.arange(length) - torch.arange(length)[:, None]
+    return (distance >= -before) & (distance <= after)
+
+
+# ---- contenders ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [4, 8, 32])
+def test_flex_window_mask_is_the_window(block: int) -> None:
+    mask = window_mask(64, 16, block)
+    kept = mask.to_dense()[0, 0].bool().repeat_interleave(block, 0).repeat_interleave(block, 1)
+    expected = near(64, 8, 7)
+    assert torch.equal(kept & expected, expected)
+    # A block that holds no key of the window would be work for nothing.
+    blocks = expected.view(64 // block, block, 64 // block, block).any(3).any(1)
+    assert torch.equal(mask.to_dense()[0, 0].bool(), blocks)
+    rows, columns = torch.arange(64)[:, None], torch.arange(64)
+    assert torch.equal(mask.mask_mod(rows, rows, rows, columns), expected)
+
+
+def test_flex_window_mask_has_whole_blocks_only_where_every_pair_is_kept() -> None:
+    mask = window_mask(64, 16, 4)
+    whole = torch.zeros(16, 16, dtype=torch.bool)
+    for i, (count, keys) in enumerate(
+        zip(mask.full_kv_num_blocks[0, 0], mask.full_kv_indices[0, 0], strict=True)
+    ):
+        whole[i, keys[:count].long()] = True
+    assert torch.equal(whole, near(64, 8, 7).view(16, 4, 16, 4).all(3).all(1))
+
+
+def test_flex_random_blocks_keep_k_keys_of_each_query() -> None:
+    mask = random_block_mask(256, 16, heads=3)
+    assert mask.to_dense().shape == (1, 3, 2, 16)
+    assert torch.equal(mask.to_dense().sum(-1) * 16, torch.full((1, 3, 2), 16))
+
+
+def test_compiled_flex_is_attention_in_the_window() -> None:
+    p = problem(128)
+    try:
+        forward = build(FLEX_WINDOWS[1], p)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    torch.testing.assert_close(forward()[0], masked(p, near(128, 8, 7)), **CLOSE)
+
+
+def test_longformer_is_attention_in_the_window() -> None:
+    pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
+    p = problem(64)
+    torch.testing.assert_close(build(LONGFORMER, p)()[0], masked(p, near(64, 8, 8)), **CLOSE)
+
+
+def test_bigbird_attends_to_k_slots() -> None:
+    pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
+    # Equal scores and one-hot values: the output counts how often each key is attended to.
+    length, block = 64, WIDTHS.num_samples // 8
+    p = problem(length, widths=dataclasses.replace(WIDTHS, head_dim=length))
+    p = dataclasses.replace(
+        p, q=torch.zeros_like(p.q), v=torch.eye(length).expand(p.v.shape).contiguous()
+    )
+    counts = build(BIGBIRD, p)()[0] * WIDTHS.num_samples
+    middle = counts[:, :, 2 * block : -2 * block]
+    torch.testing.assert_close(middle, middle.round(), **CLOSE)
+    row = length // 2
+    expected = torch.zeros(length)
+    expected[:block] += 4  # global, and the three blocks that are random in training
+    expected[-block:] += 1  # global
+    first = (row // block - 1) * block
+    expected[first : first + 3 * block] += 1  # local
+    torch.testing.assert_close(counts[0, 0, row], expected, **CLOSE)
+
+
+def test_exact_topk_is_attention_over_the_largest_scores() -> None:
+    p = problem(64)
+    keys = patterns.oracle_indices(p.q, p.k, p.num_samples).long()
+    mask = torch.zeros(2, 2, 64, 64, dtype=torch.bool).scatter_(-1, keys, True)
+    torch.testing.assert_close(build(EXACT_TOPK, p)()[0], masked(p, mask), **CLOSE)
+
+
+@pytest.mark.parametrize("name", [COMPOSITION, GUMBEL, SYSTEMATIC, GUMBEL + DISTILL])
+def test_sampling_every_key_is_dense_attention(name: str) -> None:
+    p = problem(16)
+    expected = scaled_dot_product_attention(p.q, p.k, p.v)
+    torch.testing.assert_close(build(name, p)()[0], expected, **CLOSE)
+
+
+def test_composition_draws_distinct_keys_by_the_sketch() -> None:
+    # One key holds nearly all of the mass, values are one-hot, scores equal.
+    widths = dataclasses.replace(WIDTHS, head_dim=64)
+    p = problem(64, widths=widths)
+    k_sketch = torch.zeros_like(p.k_sketch)
+    k_sketch[:, 5] = 100.0
+    p = dataclasses.replace(
+        p,
+        q=torch.zeros_like(p.q),
+        v=torch.eye(64).expand(p.v.shape).contiguous(),
+        q_sketch=torch.ones_like(p.q_sketch),
+        k_sketch=k_sketch.add_(torch.arange(64)[:, None] * 0.01),
+    )
+    counts = build(COMPOSITION, p)()[0] * WIDTHS.num_samples
+    torch.testing.assert_close(counts, counts.round(), **CLOSE)
+    assert counts.amax() < 1.5
+    assert (counts[:, :, :, 5] > 0.5).all()
+
+
+@pytest.mark.parametrize(
+    "name", [SDPA, LONGFORMER, BIGBIRD, COMPOSITION, EXACT_TOPK, GUMBEL, SYSTEMATIC + DISTILL]
+)
+def test_contender_has_every_gradient(name: str) -> None:
+    p = problem(64, requires_grad=True)
+    try:
+        p.backward(build(name, p)())
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    for leaf in (p.q, p.k, p.v, *((p.q_sketch, p.k_sketch) if name.endswith(DISTILL) else ())):
+        assert leaf.grad is not None
+        assert leaf.grad.abs().sum() > 0
+
+
+def test_what_is_not_run_says_why() -> None:
+    with pytest.raises(Unavailable, match=r"not run above N = 4096: H N\^2 random numbers"):
+        build(COMPOSITION, problem(4097))
+    timing = time_case(Case(60, True, 1), [(FLEX_WINDOWS[0], "float32")], WIDTHS, 0.1)[0]
+    assert timing.missing == "N = 60 is not a multiple of its blocks of 16"
+    assert not timing.seconds
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+def test_interleave_spreads_repetitions_and_drops_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    leaf = torch.ones(1, requires_grad=True)
+    order: list[str] = []
+
+    def call(name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            nonlocal now
+            assert leaf.grad is None
+            leaf.grad = torch.ones(1)
+            order.append(name)
+            now += seconds
+
+        return run
+
+    calls = {"fast": call("fast", 0.1), "slow": call("slow", 10.0), "tiny": call("tiny", 1e-4)}
+    times = interleave(calls, seconds=1.0, leaves=[leaf])
+    assert {name: len(of_call) for name, of_call in times.items()} == {
+        "fast": 10,
+        "slow": MIN_REPETITIONS,
+        "tiny": MAX_REPETITIONS,
+    }
+    assert times["slow"] == pytest.approx([10.0] * MIN_REPETITIONS)
+    timed = order[len(calls) :]
+    slow = [place for place, name in enumerate(timed) if name == "slow"]
+    assert all(later - earlier > 5 for earlier, later in itertools.pairwise(slow))
+
+
+def test_memory_of_a_call_is_that_of_what_it_allocates() -> None:
+    length, widths = 4096, Widths(heads=4, head_dim=64, sketch_dim=8, num_samples=16)
+    measured = memory.measure_memory(
+        SDPA, "float32", length, backward=False, widths=widths, threads=1
+    )
+    assert measured.output_bytes == length * 4 * 64 * 4
+    # The output itself, and a few MiB of SDPA's own: far from the 256 MiB of N x N scores.
+    assert 0.9 * measured.output_bytes < measured.peak_bytes < measured.output_bytes + (32 << 20)
+
+
+# ---- counting the work --------------------------------------------------------------------------
+
+
+def matmul_flops(call: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def test_flops_are_those_of_the_definition() -> None:
+    p = problem(32, requires_grad=True)
+    q, k, v, q_sketch, k_sketch = (x[:1].detach().requires_grad_() for x in p.leaves)
+    indices = patterns.random_indices(32, 32, 16, num_index_heads=2)
+    stages = work(WIDTHS, 32, 4)
+
+    assert stages[SCORES].flops == matmul_flops(lambda: reference.sketch_lse(q_sketch, k_sketch))
+    forward = matmul_flops(lambda: reference.gather_attention(q, k, v, indices))
+    assert stages[GATHER].flops == forward
+    out = reference.gather_attention(q, k, v, indices)
+    backward = matmul_flops(lambda: torch.autograd.grad(out.sum(), (q, k, v)))
+    # PyTorch keeps the scores; ours makes them again.
+    again = stages[GATHER].flops // 2
+    assert stages[SLOT_GRADIENTS].flops + stages[GRADIENT_SUMS].flops == backward + again
+
+
+def test_bytes_are_those_of_the_tensors() -> None:
+    p = problem(32)
+    q, k, v, q_sketch, k_sketch = (x[:1] for x in p.leaves)
+    indices = patterns.random_indices(32, 32, 16, num_index_heads=2)
+    rows = [torch.take_along_dim(x[:, :, None], indices.long()[..., None], 3) for x in (k, v)]
+    stages = work(WIDTHS, 32, 4)
+    assert stages[GATHER].gathered_bytes == sum(x.nbytes for x in rows)
+    assert stages[GATHER].table_bytes == k[0, 0].nbytes
+    assert stages[GATHER].streamed_bytes == q.nbytes + v.nbytes + indices.nbytes
+    assert stages[SCORES].streamed_bytes == q_sketch.nbytes + k_sketch.nbytes
+    assert stages[DISTILL_STAGE].gathered_bytes == rows[0].nbytes + indices.numel() * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("stage", "seconds", "bound"),
+    [
+        (Work(flops=400, gathered_bytes=0, table_bytes=0, streamed_bytes=0), 4.0, "FMA"),
+        (Work(flops=1, gathered_bytes=100, table_bytes=10, streamed_bytes=0), 2.0, "L2"),
+        (Work(flops=1, gathered_bytes=100, table_bytes=11, streamed_bytes=10), 5.2, "L3"),
+        (Work(flops=1, gathered_bytes=100, table_bytes=101, streamed_bytes=0), 10.0, "DRAM"),
+        (Work(flops=0, gathered_bytes=0, table_bytes=0, streamed_bytes=10), None, "random numbers"),
+    ],
+)
+def test_least_seconds(stage: Work, seconds: float | None, bound: str) -> None:
+    limits = Limits(1, {"float32": 100.0}, {"L1": 100.0, "L2": 50.0, "L3": 20.0, "DRAM": 10.0})
+    assert least_seconds(stage, limits, {"L2": 10, "L3": 100}) == (seconds, bound)
+
+
+# ---- a run and its report -----------------------------------------------------------------------
+
+
+def tiny(threads: int) -> Preset:
+    """Every kind of case, as small as it goes."""
+    both = ((SDPA, "float32"), (GUMBEL, "float32"), (SYSTEMATIC, "float32"), (GUMBEL, "bfloat16"))
+    cases = [
+        (Case(64, False, threads), (*both, (EXACT_TOPK, "float32"))),
+        (Case(64, True, threads), (*both, (GUMBEL + DISTILL, "float32"))),
+        (Case(64, False, 1), both),
+        (Case(64, False, threads, score_std=4.0), both),
+        (Case(60, True, threads), ((FLEX_WINDOWS[0], "float32"),)),
+    ]
+    return Preset(0.01, cases, [StageCase(64, "float32", threads)], [MemoryCase(SDPA, 64, True)])
+
+
+@pytest.fixture(scope="module")
+def run_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The JSON of a tiny run of the command."""
+    path: Path = tmp_path_factory.mktemp("bench") / "tiny.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(presets.PRESETS, "quick", tiny)
+        patch.setattr(machine, "_PROBE_SECONDS", 0.02)
+        patch.setattr(machine, "_MOST_DRAM_BYTES", 1 << 24)
+        threads = torch.get_num_threads()
+        try:
+            widths = "--heads 2 --head-dim 16 --sketch-dim 8 --num-samples 16"
+            attention.main(f"--threads 2 {widths} --out {path}".split())
+        finally:
+            torch.set_num_threads(threads)
+    return path
+
+
+def test_run_holds_what_was_asked_for(run_json: Path) -> None:
+    results = Results.load(run_json)
+    environment = results.environment
+    assert environment["threads"] == 2
+    assert environment["arguments"]["preset"] == "quick"
+    assert environment["smartbird"]["cpu_isa"] in environment["smartbird"]["cpu_isas"]
+    assert environment["torch"] == torch.__version__
+    assert len(environment["load_before"]) == len(environment["load_after"]) == 3
+    assert [limits.threads for limits in results.limits] == [1, 2]
+    for limits in results.limits:
+        assert all(math.isfinite(x) and x > 0 for x in limits.flops.values())
+        assert limits.bandwidth.keys() == {"L1", "L2", "L3", "DRAM"}
+    assert len(results.timings) == 5 + 5 + 4 + 4 + 1
+    for timing in results.timings:
+        assert (len(timing.seconds) >= MIN_REPETITIONS) == (timing.missing is None)
+    assert {stage.name for stage in results.stages} >= {SCORES, GATHER, GRADIENT_SUMS}
+    assert [m.output_bytes for m in results.memory] == [4 * 64 * 2 * 16 * 4]
+
+
+def test_tables_and_plots_of_a_run(run_json: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    results = Results.load(run_json)
+    markers = "".join(f"<!-- table tiny:{name} -->\nold\n<!-- end -->\n" for name in report.TABLES)
+    other = "<!-- table other:summary -->\nkept\n<!-- end -->\n"
+    text = report.update_tables(f"before\n{markers}{other}after\n", {"tiny": results})
+    assert text.startswith("before\n<!-- table tiny:")
+    assert text.endswith(f"{other}after\n")
+    assert "old" not in text
+    assert "FlexAttention window, blocks of 16: N = 60 is not a multiple of its blocks" in text
+    assert report.update_tables(text, {"tiny": results}) == text
+    for table in report.TABLES.values():
+        rows = [line for line in table(results).splitlines() if line.startswith("|")]
+        assert len(rows) > 2
+        assert len({line.count("|") for line in rows}) <= 2  # the machine has two tables
+    with pytest.raises(ValueError, match=r"table must be one of summary, .*got 'wrong'"):
+        report.update_tables("<!-- table tiny:wrong -->\n<!-- end -->", {"tiny": results})
+
+    report.write_plots(results, tmp_path / "tiny")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "tiny-time.png",
+        "tiny-memory.png",
+        "tiny-stages.png",
+    }
+
+
+def test_ratios_compare_medians_of_one_case() -> None:
+    def timing(name: str, ms: float, backward: bool = False, dtype: str = "float32") -> Timing:
+        times = [ms / 1000, ms / 500, ms / 2000]  # the median is ms
+        return Timing(Case(4096, backward, 2), name, dtype, times)
+
+    results = Results(
+        {"threads": 2},
+        timings=[
+            timing(SDPA, 90.0),
+            timing(SYSTEMATIC, 10.0),
+            timing(GUMBEL, 15.0),
+            timing(GUMBEL, 10.0, dtype="bfloat16"),
+            timing(FLEX_WINDOWS[0], 12.0),
+            timing(FLEX_WINDOWS[2], 30.0),
+            timing(SDPA, 300.0, backward=True),
+            Timing(Case(4096, True, 2), GUMBEL, "float32", [], "not run"),
+            Timing(Case(4096, False, 1), GUMBEL, "float32", [1.0]),
+        ],
+        memory=[Memory(GUMBEL, "float32", 65536, True, 5 << 30, 2 << 30)],
+    )
+    found = {ratio.name: ratio for ratio in ratios(results)}
+    case = "N = 4096, forward"
+    assert {name: round(ratio.value, 6) for name, ratio in found.items()} == {
+        f"systematic, speed-up over SDPA, float32, {case}": 9.0,
+        f"gumbel, speed-up over SDPA, float32, {case}": 6.0,
+        f"systematic, speed-up over {FLEX_WINDOWS[0]} (the best size), float32, {case}": 1.2,
+        f"systematic, speed-up over {FLEX_WINDOWS[2]} (the default size), float32, {case}": 3.0,
+        f"gumbel, speed-up of bfloat16 over float32, {case}": 1.5,
+        "gumbel, peak memory beyond inputs and outputs, N = 65536, forward + backward": 3.0,
+    }
+    aims = [ratio.aim_text for ratio in found.values()]
+    assert aims == [
+        "at least 9x: met",
+        "at least 6.5x: missed",
+        "at least 1.5x: missed",
+        "",
+        "at least 1x: met",
+        "below 4 GiB: met",
+    ]
+    assert Ratio("a", 16.0, 16.0, at_most=True).aim_text == "below 16x: missed"
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS.values())
+@pytest.mark.parametrize("threads", [1, 2])
+def test_presets_ask_for_contenders_that_exist_once(
+    preset: Callable[[int], Preset], threads: int
+) -> None:
+    measured = [
+        (case, *contender) for case, contenders in preset(threads).cases for contender in contenders
+    ]
+    assert len(set(measured)) == len(measured)
+    assert {name for _, name, _ in measured} <= CONTENDERS.keys()
+    assert {case.attention for case in preset(threads).memory} <= CONTENDERS.keys()
