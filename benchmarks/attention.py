@@ -83,7 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(threads)
     widths = Widths(args.heads, args.head_dim, args.sketch_dim, args.num_samples)
     arguments = {name: value for name, value in vars(args).items() if name != "out"}
-    results = run(PRESETS[args.preset](threads), widths, arguments)
+    preset = PRESETS[args.preset](threads)
+    for part in args.without:
+        getattr(preset, part).clear()
+    results = run(preset, widths, arguments)
     print()
     for ratio in ratios(results):
         print(ratio)
@@ -101,6 +104,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         choices=("native", "avx2"),
         default="native",
         help="avx2: hold PyTorch, its libraries and smartbird to AVX2, on a machine that has more",
+    )
+    parser.add_argument(
+        "--without", nargs="+", choices=("stages", "memory"), default=(), help="what to leave out"
     )
     parser.add_argument("--threads", type=int, help="default: PyTorch's, one per core")
     widths = Widths()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,10 @@ class Results:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_rounded(dataclasses.asdict(self)), indent=1) + "\n")
+        text = json.dumps(_rounded(dataclasses.asdict(self)), indent=1)
+        # The repetitions of a timing on one line.
+        text = re.sub(r"\[[\s\d.,e+-]+\]", lambda numbers: " ".join(numbers[0].split()), text)
+        path.write_text(f"{text}\n")
 
     @classmethod
     def load(cls, path: Path) -> Results:

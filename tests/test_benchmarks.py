@@ -26,6 +26,7 @@ from benchmarks.contenders import (
     LONGFORMER,
     SDPA,
     SYSTEMATIC,
+    Forward,
     Problem,
     Unavailable,
     Widths,
@@ -58,6 +59,13 @@ def problem(length: int, *, requires_grad: bool = False, widths: Widths = WIDTHS
     return Problem.random(
         widths, batch=2, length=length, dtype=torch.float32, requires_grad=requires_grad
     )
+
+
+def build_or_skip(name: str, p: Problem) -> Forward:
+    try:
+        return build(name, p)
+    except Unavailable as reason:  # no transformers, or no compiler
+        pytest.skip(str(reason))
 
 
 def masked(p: Problem, mask: Tensor) -> Tensor:
@@ -104,28 +112,24 @@ def test_flex_random_blocks_keep_k_keys_of_each_query() -> None:
 
 def test_compiled_flex_is_attention_in_the_window() -> None:
     p = problem(128)
-    try:
-        forward = build(FLEX_WINDOWS[1], p)
-    except Unavailable as reason:
-        pytest.skip(str(reason))
-    torch.testing.assert_close(forward()[0], masked(p, near(128, 8, 7)), **CLOSE)
+    out = build_or_skip(FLEX_WINDOWS[1], p)()[0]
+    torch.testing.assert_close(out, masked(p, near(128, 8, 7)), **CLOSE)
 
 
 def test_longformer_is_attention_in_the_window() -> None:
-    pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
     p = problem(64)
-    torch.testing.assert_close(build(LONGFORMER, p)()[0], masked(p, near(64, 8, 8)), **CLOSE)
+    out = build_or_skip(LONGFORMER, p)()[0]
+    torch.testing.assert_close(out, masked(p, near(64, 8, 8)), **CLOSE)
 
 
 def test_bigbird_attends_to_k_slots() -> None:
-    pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
     # Equal scores and one-hot values: the output counts how often each key is attended to.
     length, block = 64, WIDTHS.num_samples // 8
     p = problem(length, widths=dataclasses.replace(WIDTHS, head_dim=length))
     p = dataclasses.replace(
         p, q=torch.zeros_like(p.q), v=torch.eye(length).expand(p.v.shape).contiguous()
     )
-    counts = build(BIGBIRD, p)()[0] * WIDTHS.num_samples
+    counts = build_or_skip(BIGBIRD, p)()[0] * WIDTHS.num_samples
     middle = counts[:, :, 2 * block : -2 * block]
     torch.testing.assert_close(middle, middle.round(), **CLOSE)
     row = length // 2
@@ -175,10 +179,7 @@ def test_composition_draws_distinct_keys_by_the_sketch() -> None:
 )
 def test_contender_has_every_gradient(name: str) -> None:
     p = problem(64, requires_grad=True)
-    try:
-        p.backward(build(name, p)())
-    except Unavailable as reason:
-        pytest.skip(str(reason))
+    p.backward(build_or_skip(name, p)())
     for leaf in (p.q, p.k, p.v, *((p.q_sketch, p.k_sketch) if name.endswith(DISTILL) else ())):
         assert leaf.grad is not None
         assert leaf.grad.abs().sum() > 0
@@ -342,7 +343,6 @@ def test_run_holds_what_was_asked_for(run_json: Path) -> None:
 
 
 def test_tables_and_plots_of_a_run(run_json: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     results = Results.load(run_json)
     markers = "".join(f"<!-- table tiny:{name} -->\nold\n<!-- end -->\n" for name in report.TABLES)
     other = "<!-- table other:summary -->\nkept\n<!-- end -->\n"
