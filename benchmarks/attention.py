@@ -23,11 +23,15 @@ from benchmarks.results import Results
 from benchmarks.stages import measure_stages
 from benchmarks.timing import time_case
 
+BUSY_LOAD = 0.5  # above it something else takes part of the machine
+
 
 def run(preset: Preset, widths: Widths, arguments: dict[str, Any]) -> Results:
     """Measures all that ``preset`` holds: the machine first, then timings, stages and memory."""
     start, threads = time.perf_counter(), torch.get_num_threads()
     environment = machine.describe()
+    if environment["load_before"][0] > BUSY_LOAD:
+        _say(f"warning: load average {environment['load_before'][0]:.2f}: this machine is busy")
     results = Results(environment | {"arguments": arguments, "threads": threads})
     needed = {case.threads for case, _ in preset.cases} | {case.threads for case in preset.stages}
     for n in sorted(needed):

@@ -80,7 +80,7 @@ def _draw_time(results: Results) -> Figure:
         name = _WINDOW if timing.attention in FLEX_WINDOWS else timing.attention
         points = panels[case.backward].setdefault(name, {})
         points[case.length] = min(timing.median, points.get(case.length, math.inf))
-    return _lines(panels, "time", _seconds, _subject(results))
+    return _lines(results, panels, "time", _seconds, base=10)
 
 
 def _draw_memory(results: Results) -> Figure:
@@ -89,14 +89,16 @@ def _draw_memory(results: Results) -> Figure:
         if not memory.missing:
             name = _WINDOW if memory.attention in FLEX_WINDOWS else memory.attention
             panels[memory.backward].setdefault(name, {})[memory.length] = memory.peak_bytes
-    return _lines(panels, "peak memory beyond the inputs", _bytes, _subject(results))
+    return _lines(results, panels, "peak memory beyond the inputs", _bytes, base=2)
 
 
 def _lines(
+    results: Results,
     panels: dict[bool, dict[str, Points]],
     quantity: str,
     format_value: Callable[[float], str],
-    subject: str,
+    *,
+    base: int,
 ) -> Figure:
     """Two panels, forward and forward + backward, one line per attention, both axes logarithmic."""
     figure, both = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
@@ -117,17 +119,18 @@ def _lines(
                 label=_LABEL.get(name, name),
             )
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        axes.set_yscale("log", base=base)
         axes.set_xlabel("N")
         axes.set_title("forward + backward" if backward else "forward", fontsize=11)
+        axes.set_xticks(sorted({length for points in series.values() for length in points}))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: format_value(y)))
         axes.yaxis.set_minor_locator(NullLocator())
         _tidy(axes)
     both[0].set_ylabel(quantity)
     handles, labels = _legend(both)
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
-    figure.suptitle(f"{quantity[0].upper()}{quantity[1:]} against N: {subject}", fontsize=11)
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    _title(figure, f"{quantity[0].upper()}{quantity[1:]} against N", results)
     return figure
 
 
@@ -182,9 +185,7 @@ def _draw_stages(results: Results) -> Figure:
         axes.set_title(f"N = {length}", fontsize=10)
         _tidy(axes, grid="x")
     panels[0][0].invert_yaxis()
-    figure.suptitle(
-        f"Part of the machine's limit that each stage reaches: {_subject(results)}", fontsize=11
-    )
+    _title(figure, "Part of the machine's limit that each stage reaches", results)
     return figure
 
 
@@ -194,13 +195,15 @@ def _tidy(axes: Axes, grid: str = "both") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _subject(results: Results) -> str:
+def _title(figure: Figure, title: str, results: Results) -> None:
     environment = results.environment
     a = environment["arguments"]
-    return (
-        f"float32, B=1 H={a['heads']} D={a['head_dim']} S={a['sketch_dim']} K={a['num_samples']}, "
-        f"{environment['threads']} threads, {environment['smartbird']['cpu_isa']}"
+    subject = (
+        f"float32, B = 1, H = {a['heads']}, D = {a['head_dim']}, S = {a['sketch_dim']}, "
+        f"K = {a['num_samples']}; {environment['threads']} threads, "
+        f"{environment['smartbird']['cpu_isa']}"
     )
+    figure.suptitle(f"{title}\n{subject}", x=0.01, ha="left", fontsize=11)
 
 
 def _seconds(x: float) -> str:

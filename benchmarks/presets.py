@@ -68,7 +68,7 @@ def quick(threads: int) -> Preset:
         ),
         (
             Case(4096, True, threads),
-            _in(FLOAT32, SDPA, GUMBEL, GUMBEL + DISTILL) + _in(BFLOAT16, SDPA, GUMBEL),
+            _in(FLOAT32, SDPA, GUMBEL, GUMBEL + DISTILL) + _in(BFLOAT16, GUMBEL),
         ),
     ]
     return Preset(seconds=0.5, cases=cases, stages=[StageCase(4096, FLOAT32, threads)], memory=[])

@@ -1,20 +1,21 @@
 """Tables and plots of the documentation, from the JSON that ``benchmarks.attention`` wrote.
 
 A table goes between the lines ``<!-- table STEM:NAME -->`` and ``<!-- end -->`` of a Markdown file:
-STEM is the name of a JSON file without its ending, NAME one of summary, machine, ratios, forward,
-backward, stages, memory, scaling and peaked. Plots are written beside the JSON, as STEM-time.png,
-STEM-memory.png and STEM-stages.png.
+STEM is the name of a JSON file without its ending, NAME one of summary, rivals, machine, ratios,
+forward, backward, stages, memory, scaling and peaked. Plots are written beside the JSON, as
+STEM-time.png, STEM-memory.png and STEM-stages.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.contenders import DISTILL, GUMBEL, SDPA, SYSTEMATIC
+from benchmarks.contenders import DISTILL, FLEX_WINDOWS, GUMBEL, SDPA, SYSTEMATIC
 from benchmarks.plots import write_plots
 from benchmarks.ratios import AIMS_OVER_SDPA, ratios
 from benchmarks.results import Case, Results, Timing, ms, pass_name
@@ -50,9 +51,28 @@ def _summary(results: Results) -> str:
     return _table(["N", *columns], rows)
 
 
+def _rivals(results: Results) -> str:
+    """Times of every attention at N = 4096, float32, of FlexAttention's windows the fastest."""
+    threads = results.environment["threads"]
+    rows: dict[str, dict[bool, float]] = {}
+    for t in results.timings:
+        if t.case == Case(4096, t.case.backward, threads) and t.dtype == "float32":
+            name = "FlexAttention window" if t.attention in FLEX_WINDOWS else t.attention
+            row = rows.setdefault(name, {})
+            if not t.missing:
+                row[t.case.backward] = min(t.median, row.get(t.case.backward, math.inf))
+    return _table(
+        ["N = 4096", "forward, ms", "forward + backward, ms"],
+        [
+            [name, *(ms(row[backward]) if backward in row else "-" for backward in (False, True))]
+            for name, row in rows.items()
+        ],
+    )
+
+
 def _machine(results: Results) -> str:
     e = results.environment
-    caches = ", ".join(f"{level} {size / MIB:g} MiB" for level, size in e["cache_bytes"].items())
+    caches = ", ".join(f"{level} {size >> 10} KiB" for level, size in e["cache_bytes"].items())
     load = f"{e['load_before'][0]:.2f} before, {e['load_after'][0]:.2f} after"
     facts = [
         ["processor", f"{e['cpu']}, {e['cores']} cores, {caches}"],
@@ -199,6 +219,7 @@ def _peaked(results: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "summary": _summary,
+    "rivals": _rivals,
     "machine": _machine,
     "ratios": _ratios,
     "forward": _forward,

@@ -352,9 +352,9 @@ def test_tables_and_plots_of_a_run(run_json: Path, tmp_path: Path) -> None:
     assert "old" not in text
     assert "FlexAttention window, blocks of 16: N = 60 is not a multiple of its blocks" in text
     assert report.update_tables(text, {"tiny": results}) == text
-    for table in report.TABLES.values():
+    for name, table in report.TABLES.items():
         rows = [line for line in table(results).splitlines() if line.startswith("|")]
-        assert len(rows) > 2
+        assert len(rows) > 2 or name == "rivals"  # the only one of one fixed length
         assert len({line.count("|") for line in rows}) <= 2  # the machine has two tables
     with pytest.raises(ValueError, match=r"table must be one of summary, .*got 'wrong'"):
         report.update_tables("<!-- table tiny:wrong -->\n<!-- end -->", {"tiny": results})
