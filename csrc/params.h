@@ -33,6 +33,7 @@ struct PackParams {
   const void* x;   // [B, H, M, D]
   int64_t stride[3];
   double scale;             // factor of every feature
+  bool interleave;          // the keys of a tile in the order that the sampler sums them in
   const uint8_t* key_mask;  // [B, M] contiguous, 0 = may not be attended; or null
 
   void* tiles;  // [B, H, ceil(M / 32), D, 32] out; zeros for masked keys and beyond M
@@ -59,8 +60,8 @@ struct SketchSampleParams {
 
   const void* k_sketch;  // [B, M, S]
   int64_t k_stride[2];
-  const float* k_tiles;   // packed k_sketch, see PackParams
-  const float* key_bias;  // packed key_mask
+  const float* k_tiles;   // packed k_sketch, interleaved, see PackParams
+  const float* key_bias;  // packed key_mask, interleaved
   const float* tile_norm;
   int32_t* indices;      // [B, H_i, N, K] out
   float* log_inclusion;  // [B, H_i, N, K] out, or null

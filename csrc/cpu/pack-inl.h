@@ -18,17 +18,28 @@ inline int64_t pack_num_tasks(const PackParams& p) { return p.B * p.H * pack_tas
 
 inline int64_t pack_scratch_bytes(const PackParams&) { return 0; }
 
+// Where an interleaved tile has key j: V float vectors make a tile, and vector v holds its keys v,
+// v
+// + V, v + 2 V, ... Sums in the order of the keys then go down the vectors, which is cheap, before
+// they go across lanes, which is not.
+template <typename I>
+SMARTBIRD_INLINE I interleaved(I j) {
+  constexpr int L = kLanes<float>, V = kTile / L;
+  const I c = j & static_cast<int32_t>(kTile - 1);
+  return j - c + (c & (V - 1)) * L + c / V;
+}
+
 // x [n <= 32, D] -> tile [D, 32]; a masked key's features are not even read.
 template <typename T, typename A>
 inline void pack_tile(const T* __restrict x, int64_t stride, int64_t D, int64_t n, double scale,
-                      const uint8_t* __restrict mask, A* __restrict tile) {
+                      bool interleave, const uint8_t* __restrict mask, A* __restrict tile) {
   for (int64_t c = 0; c < kTile; ++c) {
+    A* column = tile + (interleave ? interleaved(c) : c);
     if (c < n && (mask == nullptr || mask[c])) {
       for (int64_t d = 0; d < D; ++d)
-        tile[d * kTile + c] =
-            static_cast<A>(static_cast<double>(to_acc(x[c * stride + d])) * scale);
+        column[d * kTile] = static_cast<A>(static_cast<double>(to_acc(x[c * stride + d])) * scale);
     } else {
-      for (int64_t d = 0; d < D; ++d) tile[d * kTile + c] = A{0};
+      for (int64_t d = 0; d < D; ++d) column[d * kTile] = A{0};
     }
   }
 }
@@ -64,13 +75,13 @@ inline void pack_task(const PackParams& p, int64_t task) {
     const int64_t key = t * kTile, n = min_of(kTile, p.M - key);
     const uint8_t* tile_mask = mask == nullptr ? nullptr : mask + key;
     A* tile = static_cast<A*>(p.tiles) + (bh * num_tiles + t) * p.D * kTile;
-    pack_tile(x + key * p.stride[2], p.stride[2], p.D, n, p.scale, tile_mask, tile);
+    pack_tile(x + key * p.stride[2], p.stride[2], p.D, n, p.scale, p.interleave, tile_mask, tile);
     if (p.tile_norm != nullptr) p.tile_norm[bh * num_tiles + t] = largest_norm(tile, p.D);
     if (p.key_bias != nullptr && h == 0) {
       A* bias = static_cast<A*>(p.key_bias) + (b * num_tiles + t) * kTile;
       for (int64_t c = 0; c < kTile; ++c) {
         const bool valid = c < n && (tile_mask == nullptr || tile_mask[c]);
-        bias[c] = valid ? A{0} : -static_cast<A>(__builtin_inf());
+        bias[p.interleave ? interleaved(c) : c] = valid ? A{0} : -static_cast<A>(__builtin_inf());
       }
     }
   }

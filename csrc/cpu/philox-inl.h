@@ -56,26 +56,52 @@ inline void philox_chunk(PhiloxKey key, int64_t batch, int64_t head, int64_t row
   }
 }
 
-// The uniforms of one (batch, head, row) in order, a chunk at a time.
-class UniformStream {
+// Independent Exp(1) variables of one (batch, head, row) in order, a chunk at a time: -log of 64
+// uniforms of 24 bits, and of 16 more that are made of the 8 bits those leave over.
+class ExponentialStream {
  public:
-  UniformStream(PhiloxKey key, int64_t batch, int64_t head, int64_t row)
+  ExponentialStream(PhiloxKey key, int64_t batch, int64_t head, int64_t row)
       : key_(key), batch_(batch), head_(head), row_(row) {}
 
-  uint32_t next() {
-    if (position_ == kDrawsPerChunk) {
-      philox_chunk(key_, batch_, head_, row_, chunk_++, words_);
-      position_ = 0;
+  // The next n, and zeros up to whole vectors.
+  void take(int64_t n, float* out) {
+    const int64_t padded = ceil_div(n, kLanes<float>) * kLanes<float>;
+    for (int64_t i = n; i < padded; ++i) out[i] = 0;
+    while (n > 0) {
+      if (position_ == kSize) refill();
+      const int64_t count = min_of<int64_t>(n, kSize - position_);
+      std::memcpy(out, values_ + position_, static_cast<size_t>(count) * sizeof(float));
+      position_ += static_cast<int>(count);
+      out += count;
+      n -= count;
     }
-    return words_[position_++];
   }
 
  private:
+  static constexpr int kSpare = kDrawsPerChunk / 4, kSize = kDrawsPerChunk + kSpare;
+
+  void refill() {
+    alignas(64) uint32_t words[kSize];
+    philox_chunk(key_, batch_, head_, row_, chunk_++, words);
+    for (int i = 0; i < kSpare; ++i) {
+      uint32_t word = 0;
+      for (int part = 0; part < 4; ++part) word |= (words[part * kSpare + i] & 0xFFu) << (8 * part);
+      words[kDrawsPerChunk + i] = word;
+    }
+    for (int i = 0; i < kSize; i += kLanes<float>) {
+      VecI bits;
+      std::memcpy(&bits, words + i, sizeof(bits));
+      const Vec<float> grid = __builtin_convertvector(bits >> 8 & 0xFFFFFF, Vec<float>);
+      store(values_ + i, -log((grid + 0.5f) * 0x1p-24f));
+    }
+    position_ = 0;
+  }
+
   PhiloxKey key_;
   int64_t batch_, head_, row_;
   uint32_t chunk_ = 0;
-  int position_ = kDrawsPerChunk;
-  alignas(64) uint32_t words_[kDrawsPerChunk];
+  int position_ = kSize;
+  alignas(64) float values_[kSize];
 };
 
 }  // namespace smartbird::SMARTBIRD_ISA

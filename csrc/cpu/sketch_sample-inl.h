@@ -2,14 +2,16 @@
 // draws its own keys of a row from softmax(q_sketch k_sketch^T scale).
 //
 // A row's scores are made once, for all heads, as weights 2^(score - reference) in a buffer of one
-// thread, with running sums of them: `cum` within blocks of 32 keys, `block_start` over blocks. To
-// draw a key is to find a uniform number among the running sums: a guide table names the block, one
-// compare over 32 sums names the key. The distinct keys of a head are a bitmap, which also gives
-// them in ascending order without a sort.
+// thread, with running sums of them made tile by tile while the weights are in registers' reach:
+// `cum` within blocks of 32 keys, `block_start` over blocks. To draw a key is to find a uniform
+// number among the running sums: a guide table names the block, one compare over 32 sums names the
+// key. Numbers are drawn in ascending order, so the keys come out in ascending order too, and
+// repeats side by side: no sort and no set.
 //
 // `gumbel` needs no noise per key: the k largest of log p + Gumbel noise are the first k distinct
 // results of independent draws from p. Drawing exactly the number still missing, again and again,
 // never overshoots.
+#include "pack-inl.h"
 #include "philox-inl.h"
 #include "score-inl.h"
 #include "scratch.h"
@@ -23,8 +25,6 @@ namespace sampling {
 // Rows scored together, see score_tile: as many as the registers hold.
 constexpr int kRows = kLanes<float> == 16 ? 8 : 4;
 constexpr int kRowsPerTask = 16;  // enough work that fetching a task costs nothing
-constexpr int kWordBits = 64;
-constexpr int kEager = 4;  // see list_bits
 
 // While |score| cannot exceed this, 2^score needs no reference: 2^86 * 2^20 keys stays far inside
 // float.
@@ -40,35 +40,46 @@ constexpr double kCancellation = 0.999;
 constexpr int32_t kWhole = INT32_MAX;
 constexpr int kWholeBits = 31;
 
-// A row of weights with its running sums.
+// Ascending key numbers.
+struct KeyList {
+  int32_t* key;
+  int64_t size;
+};
+
+// A row of weights with its running sums, all in the order of an interleaved tile, see
+// interleaved(); weights are 0 where the key cannot be drawn.
 struct Row {
-  float* weight;        // [padded M]; 0 where the key cannot be drawn
+  float* weight;        // [padded M]
   float* cum;           // [padded M] inclusive running sum within each block of kTile
   double* block_start;  // [blocks + 1] running sum before each block
-  int32_t* start;       // [blocks + 1] the same, total = 2^31
-  int32_t* guide;       // [guide_size] the block that holds g * 2^31 / guide_size, or one before it
   int64_t blocks;
+  double reference;  // weight = 2^(score - reference)
+  Vec<float> top;    // its largest lane is the largest weight
+
+  // What find_keys needs, made by index_blocks.
+  int32_t* start;     // [blocks + 1] block_start on a grid where the total is 2^31
+  int32_t* guide;     // [guide size] the block that holds g * 2^31 / guide size, or one before it
   int guide_shift;    // guide index of a draw: draw >> guide_shift
   float draw_weight;  // total / 2^31
-  double total;
-  double reference;  // weight = 2^(score - reference)
-  float max;
+
+  double total() const { return block_start[blocks]; }
 };
 
 struct Scratch {
   float* q;             // [kRows, S] queries times scale * log2(e)
-  float* weight;        // [kRows, padded M]
-  uint64_t* forced;     // [words] keys that are taken without drawing
-  uint64_t* taken;      // [words] keys of the head at hand
+  KeyList forced;       // [kRows, K] of each row: keys that are taken without drawing
+  KeyList blank;        // [kRows, blanks] of each row: those, and what lies beyond its limit
+  KeyList taken;        // [K] keys of the head at hand
+  int32_t* batch;       // [padded K] keys just drawn
+  int32_t* place;       // [K]
   int32_t* draws;       // [padded K]
-  int32_t* list;        // [K + kEager]
+  float* spacing;       // [padded K + 1] also what find_keys works in
   float* drawn_weight;  // [padded K]
-  Row row;              // running sums of the row at hand; its weights lie in `weight`
-  Row rest;             // the same row without the keys taken so far
+  Row rows[kRows];      // those scored together; they share start and guide
+  Row rest;             // the row at hand without the keys taken so far
 };
 
 inline int64_t padded_keys(const SketchSampleParams& p) { return ceil_div(p.M, kTile) * kTile; }
-inline int64_t bitmap_words(const SketchSampleParams& p) { return ceil_div(p.M, kWordBits); }
 
 // Four entries per block: three of four draws then need no step beyond the guide's block.
 inline int guide_bits(int64_t blocks) {
@@ -77,47 +88,87 @@ inline int guide_bits(int64_t blocks) {
   return bits;
 }
 
+inline int64_t blanks_per_row(const SketchSampleParams& p) { return p.K + kTile + kRows; }
+
 inline Scratch lay_out(const SketchSampleParams& p, ScratchAllocator* arena) {
-  const int64_t padded = padded_keys(p), blocks = padded / kTile, words = bitmap_words(p);
+  constexpr int L = kLanes<float>;
+  const int64_t padded = padded_keys(p), blocks = padded / kTile, vectors = ceil_div(p.K, L) * L;
   Scratch s{};
   s.q = arena->take<float>(kRows * p.S);
-  s.weight = arena->take<float>(kRows * padded);
-  s.forced = arena->take<uint64_t>(words);
-  s.taken = arena->take<uint64_t>(words);
-  s.list = arena->take<int32_t>(p.K + kEager);
-  s.draws = arena->take<int32_t>(p.K + kLanes<float>);
-  s.drawn_weight = arena->take<float>(p.K + kLanes<float>);
-  for (Row* row : {&s.row, &s.rest}) {
+  s.forced.key = arena->take<int32_t>(kRows * p.K);
+  s.blank.key = arena->take<int32_t>(kRows * blanks_per_row(p));
+  s.taken.key = arena->take<int32_t>(vectors);
+  s.batch = arena->take<int32_t>(vectors + L);
+  s.place = arena->take<int32_t>(p.K);
+  s.draws = arena->take<int32_t>(vectors);
+  s.spacing = arena->take<float>(vectors + L);
+  s.drawn_weight = arena->take<float>(vectors);
+  const auto take_row = [&](Row* row) {
+    row->weight = arena->take<float>(padded);
     row->cum = arena->take<float>(padded);
     row->block_start = arena->take<double>(blocks + 1);
+  };
+  const auto take_index = [&](Row* row) {
     row->start = arena->take<int32_t>(blocks + 1);
-    row->guide = arena->take<int32_t>((int64_t{1} << guide_bits(blocks)) + kEager);
+    row->guide = arena->take<int32_t>((int64_t{1} << guide_bits(blocks)) + L);
+  };
+  take_index(&s.rows[0]);
+  for (Row& row : s.rows) {
+    take_row(&row);
+    row.start = s.rows[0].start;
+    row.guide = s.rows[0].guide;
   }
-  s.rest.weight = arena->take<float>(padded);
+  take_row(&s.rest);
+  take_index(&s.rest);
   return s;
 }
 
-// ---- bitmaps ------------------------------------------------------------------------------------
+// ---- lists of keys ------------------------------------------------------------------------------
 
-inline bool test_bit(const uint64_t* bits, int64_t j) {
-  return bits[j / kWordBits] >> (j % kWordBits) & 1;
-}
-inline void set_bit(uint64_t* bits, int64_t j) {
-  bits[j / kWordBits] |= uint64_t{1} << (j % kWordBits);
+// Removes repeats, which lie side by side.
+inline void remove_repeats(KeyList* list) {
+  constexpr int L = kLanes<float>;
+  int64_t n = 0;
+  while (n + L < list->size && !any(load_int(list->key + n) == load_int(list->key + n + 1))) n += L;
+  for (int64_t i = n; i < list->size; ++i) {
+    const int32_t key = list->key[i];
+    list->key[n] = key;
+    n += i + 1 == list->size || list->key[i + 1] != key;
+  }
+  list->size = n;
 }
 
-// Sets bit j; true where it was clear.
-inline bool insert_bit(uint64_t* bits, int64_t j) {
-  const uint64_t word = bits[j / kWordBits], bit = uint64_t{1} << (j % kWordBits);
-  bits[j / kWordBits] = word | bit;
-  return (word & bit) == 0;
+// Number of keys below `key`.
+inline int64_t lower_bound(const KeyList& list, int32_t key) {
+  int64_t low = 0;
+  for (int64_t n = list.size; n > 0;) {
+    const int64_t half = n / 2, next = low + half + 1;
+    const bool above = list.key[low + half] < key;
+    low = above ? next : low;
+    n = above ? n - half - 1 : half;
+  }
+  return low;
 }
 
-template <typename F>
-inline void for_each_bit(const uint64_t* bits, int64_t words, F&& f) {
-  for (int64_t i = 0; i < words; ++i)
-    for (uint64_t word = bits[i]; word != 0; word &= word - 1)
-      f(i * kWordBits + __builtin_ctzll(word));
+// Merges what `more` has and `list` lacks into `list`, which has room. `more` and `place` are
+// scratch.
+inline void merge(KeyList more, int32_t* place, KeyList* list) {
+  int64_t n = 0;
+  for (int64_t i = 0; i < more.size; ++i) {
+    const int64_t at = lower_bound(*list, more.key[i]);
+    const bool repeats = (at < list->size && list->key[at] == more.key[i]) ||
+                         (n > 0 && more.key[n - 1] == more.key[i]);
+    place[n] = static_cast<int32_t>(at);
+    more.key[n] = more.key[i];
+    n += !repeats;
+  }
+  int64_t end = list->size;
+  list->size += n;
+  for (int64_t i = n; i-- > 0; end = place[i]) {
+    std::memmove(list->key + place[i] + i + 1, list->key + place[i],
+                 static_cast<size_t>(end - place[i]) * sizeof(int32_t));
+    list->key[place[i] + i] = more.key[i];
+  }
 }
 
 // ---- a row --------------------------------------------------------------------------------------
@@ -127,37 +178,14 @@ inline int64_t key_limit(const SketchSampleParams& p, int64_t i) {
   return p.is_causal ? max_of<int64_t>(0, min_of(p.M, i + p.M - p.N + 1)) : p.M;
 }
 
-// weight[r] = scores of kRows rows, or 2 to their power, over the tiles below `limit`.
-template <bool kExp>
-inline void score_rows(const SketchSampleParams& p, int64_t b, const float* q, int64_t rows,
-                       int64_t limit, float* weight, int64_t weight_ld) {
-  const int64_t tiles = ceil_div(p.M, kTile);
-  const auto run = [&](auto rows_at_once) {
-    for (int64_t t = 0; t < ceil_div(limit, kTile); ++t) {
-      const float* tile = p.k_tiles + (b * tiles + t) * p.S * kTile;
-      const float* bias = p.key_bias + (b * tiles + t) * kTile;
-      score_tile<decltype(rows_at_once)::value>(
-          q, p.S, tile, p.S, bias, [&](int r, int c, Vec<float> s) {
-            store(weight + r * weight_ld + t * kTile + c, kExp ? exp2(s) : s);
-          });
-    }
-  };
-  if (rows == 1)
-    run(std::integral_constant<int, 1>{});
-  else
-    run(std::integral_constant<int, kRows>{});
-}
-
-// Puts `value` where a key cannot be drawn: beyond the limit and at the excluded keys.
-inline void blank(const uint64_t* excluded, int64_t words, int64_t limit, float value,
-                  float* weight) {
-  for (int64_t j = limit; j < ceil_div(limit, kTile) * kTile; ++j) weight[j] = value;
-  for_each_bit(excluded, words, [&](int64_t j) { weight[j] = value; });
+// Puts `value` where a key cannot be drawn.
+inline void put(const KeyList& keys, float value, float* weight) {
+  for (int64_t n = 0; n < keys.size; ++n) weight[interleaved(keys.key[n])] = value;
 }
 
 // Scores to weights relative to their maximum, which becomes the reference.
-inline void normalise(int64_t limit, Row* row) {
-  const int64_t n = ceil_div(limit, kTile) * kTile;
+inline void normalise(int64_t blocks, Row* row) {
+  const int64_t n = blocks * kTile;
   Vec<float> top = broadcast(-__builtin_inff());
   for (int64_t j = 0; j < n; j += kLanes<float>) top = max(top, load(row->weight + j));
   const float reference = reduce_max(top);
@@ -166,88 +194,115 @@ inline void normalise(int64_t limit, Row* row) {
   row->reference = static_cast<double>(reference);
 }
 
-// start and guide from block_start and total.
+inline void begin_sums(Row* row) {
+  row->blocks = 0;
+  row->block_start[0] = 0;
+  row->top = Vec<float>{};
+}
+
+// The running sums of block t = row->blocks. Vector v holds the keys v, v + V, v + 2 V, ... of the
+// block, V the vectors of a block: sums go down the vectors first, and across lanes but once.
+SMARTBIRD_INLINE void add_block(Row* row) {
+  constexpr int L = kLanes<float>, V = kTile / L;
+  const int64_t t = row->blocks++;
+  const float* weight = row->weight + t * kTile;
+  Vec<float> sums[V], top = row->top;
+  for (int v = 0; v < V; ++v) {
+    const Vec<float> w = load(weight + v * L);
+    sums[v] = v == 0 ? w : sums[v - 1] + w;
+    top = max(top, w);
+  }
+  const Vec<float> across = prefix_sum(sums[V - 1]), before = shift_up(across);
+  for (int v = 0; v < V; ++v) store(row->cum + t * kTile + v * L, before + sums[v]);
+  row->top = top;
+  row->block_start[t + 1] = row->block_start[t] + static_cast<double>(across[L - 1]);
+}
+
+inline void sum_row(int64_t blocks, Row* row) {
+  begin_sums(row);
+  while (row->blocks < blocks) add_block(row);
+}
+
+// start, guide and what goes with them.
 inline void index_blocks(Row* row) {
-  const int bits = guide_bits(row->blocks);
-  row->guide_shift = kWholeBits - bits;
-  const double scale = 0x1p31 / row->total;
+  constexpr int L = kLanes<float>;
+  const int bits = guide_bits(row->blocks), shift = kWholeBits - bits;
+  const double scale = 0x1p31 / row->total();
   for (int64_t t = 0; t < row->blocks; ++t)
     row->start[t] = static_cast<int32_t>(min_of(row->block_start[t] * scale, kWhole - 1.0));
   row->start[row->blocks] = kWhole;
-  // Block t is the guide of g from the first g << guide_shift at or beyond its start to that of the
-  // next block: about four, written eagerly, as in list_bits.
-  const int32_t cell = (1 << row->guide_shift) - 1;
-  const auto first_entry = [&](int64_t t) {
-    return (int64_t{row->start[t]} + cell) >> row->guide_shift;
-  };
-  for (int64_t t = 0, g = 0; t < row->blocks; ++t) {
-    const int64_t end = t + 1 < row->blocks ? first_entry(t + 1) : int64_t{1} << bits;
-    for (int e = 0; e < kEager; ++e) row->guide[g + e] = static_cast<int32_t>(t);
-    for (int64_t e = g + kEager; e < end; ++e) row->guide[e] = static_cast<int32_t>(t);
-    g = end;
-  }
-}
-
-// Fills in everything but weight and reference.
-inline void sum_row(int64_t limit, Row* row) {
-  constexpr int L = kLanes<float>;
-  row->blocks = ceil_div(limit, kTile);
-  Vec<float> top{};
-  double total = 0;
+  // Block t is the guide of g from the first g << shift at or beyond its start to that of the next
+  // block: about four, written as a whole vector whose surplus the next block overwrites.
+  const int32_t cell = (1 << shift) - 1;
+  const auto first_entry = [&](int64_t t) { return (int64_t{row->start[t]} + cell) >> shift; };
   for (int64_t t = 0; t < row->blocks; ++t) {
-    float sum = 0;
-    row->block_start[t] = total;
-    for (int c = 0; c < kTile; c += L) {
-      const Vec<float> w = load(row->weight + t * kTile + c);
-      const Vec<float> sums = prefix_sum(w) + sum;
-      store(row->cum + t * kTile + c, sums);
-      top = max(top, w);
-      sum = sums[L - 1];
-    }
-    total += static_cast<double>(sum);
+    const int64_t end = t + 1 < row->blocks ? first_entry(t + 1) : int64_t{1} << bits;
+    int64_t g = first_entry(t);
+    do {
+      const VecI block = VecI{} + static_cast<int32_t>(t);
+      std::memcpy(row->guide + g, &block, sizeof(block));
+      g += L;
+    } while (g < end);
   }
-  row->block_start[row->blocks] = total;
-  row->total = total;
-  row->draw_weight = static_cast<float>(total * 0x1p-31);
-  row->max = reduce_max(top);
-  index_blocks(row);
+  row->guide_shift = shift;
+  row->draw_weight = static_cast<float>(row->total() * 0x1p-31);
 }
 
 // A key of positive weight at or nearest after j, else nearest before it.
 inline int64_t nearest_drawable(const Row& row, int64_t j) {
   const int64_t n = row.blocks * kTile;
   for (int64_t after = j; after < n; ++after)
-    if (row.weight[after] > 0) return after;
+    if (row.weight[interleaved(after)] > 0) return after;
   for (int64_t before = min_of(j, n) - 1; before > 0; --before)
-    if (row.weight[before] > 0) return before;
+    if (row.weight[interleaved(before)] > 0) return before;
   return 0;
 }
 
-// Calls f(n, j) for each draw n: j is the key that holds it, the first whose running sum exceeds
-// it. `draws` is read up to a multiple of the vector length.
-template <typename F>
-inline void find_keys(const Row& row, const int32_t* draws, int64_t count, F&& f) {
+// keys[n] holds draw n: the first key whose running sum exceeds it. Arrays are padded to whole
+// vectors; `within` is scratch. Loop by loop, so that no vector is loaded from scalars just stored.
+inline void find_keys(const Row& row, const int32_t* __restrict draws, int64_t count,
+                      float* __restrict within, int32_t* __restrict keys) {
   constexpr int L = kLanes<float>;
+  const int32_t* __restrict guide = row.guide;
+  const int32_t* __restrict start = row.start;
+  const int shift = row.guide_shift;
+  int32_t* rest = reinterpret_cast<int32_t*>(within);
+  for (int64_t n = 0; n < count; ++n) {
+    const int32_t draw = draws[n];
+    // The first two steps have no branch to mispredict.
+    int64_t block = guide[draw >> shift];
+    block += draw >= start[block + 1];
+    block += draw >= start[block + 1];
+    while (__builtin_expect(draw >= start[block + 1], 0)) ++block;
+    rest[n] = draw - start[block];
+    keys[n] = static_cast<int32_t>(block * kTile);
+  }
+  for (int64_t n = 0; n < count; n += L)
+    store(within + n, __builtin_convertvector(load_int(rest + n), Vec<float>) * row.draw_weight);
+  for (int64_t n = 0; n < count; ++n) keys[n] += count_le(row.cum + keys[n], within[n]);
+
+  // Sums within a block are rounded in an order of their own: rarely, a draw falls between two that
+  // should be equal.
+  const int32_t last = static_cast<int32_t>(row.blocks * kTile) - 1;
+  for (int64_t n = count; n < ceil_div(count, L) * L; ++n) keys[n] = keys[0];
   for (int64_t n = 0; n < count; n += L) {
-    const VecI draw = load_int(draws + n);
-    VecI block = gather(row.guide, draw >> row.guide_shift);
-    for (;;) {
-      const VecI beyond = draw >= gather(row.start + 1, block);
-      if (!any(beyond)) break;
-      block -= beyond;
-    }
-    const VecI rest = draw - gather(row.start, block);
-    const Vec<float> within = __builtin_convertvector(rest, Vec<float>) * row.draw_weight;
-    const int lanes = static_cast<int>(min_of<int64_t>(L, count - n));
-    for (int l = 0; l < lanes; ++l) {
-      const int64_t begin = int64_t{block[l]} * kTile;
-      int64_t j = begin + count_le(row.cum + begin, within[l]);
-      // Sums within a block are rounded in an order of their own: rarely, a draw falls between two
-      // that should be equal.
-      if (__builtin_expect(j >= row.blocks * kTile || !(row.weight[j] > 0), 0))
-        j = nearest_drawable(row, j);
-      f(n + l, j);
-    }
+    const VecI key = load_int(keys + n), beyond = key > last;
+    const VecI off = (gather(row.weight, interleaved(key + beyond)) <= 0.0f) | beyond;
+    if (__builtin_expect(any(off), 0))
+      for (int l = 0; l < L; ++l)
+        if (off[l]) keys[n + l] = static_cast<int32_t>(nearest_drawable(row, keys[n + l]));
+  }
+}
+
+// The weights of all keys of a list, padded to whole vectors, those beyond it 0.
+inline void gather_weights(const Row& row, const KeyList& list, float* weights) {
+  constexpr int L = kLanes<float>;
+  for (int64_t n = 0; n < list.size; n += L) {
+    const VecI lane = iota_int() + static_cast<int32_t>(n);
+    const VecI here = lane < static_cast<int32_t>(list.size);
+    const VecI key = load_int(list.key + n) & here;
+    const Vec<float> weight = gather(row.weight, interleaved(key));
+    store(weights + n, bit_cast<Vec<float>>(bit_cast<VecI>(weight) & here));
   }
 }
 
@@ -255,54 +310,77 @@ inline void find_keys(const Row& row, const int32_t* draws, int64_t count, F&& f
 struct RowContext {
   const SketchSampleParams* p;
   int64_t b, i;
-  const float* q;   // [S] scaled query
-  int64_t limit;    // keys [0, limit) may be attended as far as key_mask allows
-  int64_t words;    // bitmap words below the limit
+  const float* q;  // [S] scaled query
+  int64_t limit;   // keys [0, limit) may be attended as far as key_mask allows
+  int64_t valid;   // how many those are
+  KeyList forced, blank;
   int64_t to_draw;  // places left by the forced keys; fewer than the keys that can be drawn
+
+  int64_t blocks() const { return ceil_div(limit, kTile); }
 };
 
-// weight = 2^(score - reference) of the keys not excluded, the reference being their largest
-// score.
-inline void rescore(const RowContext& c, const uint64_t* excluded, Row* row) {
-  score_rows<false>(*c.p, c.b, c.q, 1, c.limit, row->weight, 0);
-  blank(excluded, c.words, c.limit, -__builtin_inff(), row->weight);
-  normalise(c.limit, row);
+// weight = score of one row.
+inline void score_row(const RowContext& c, float* weight) {
+  const SketchSampleParams& p = *c.p;
+  const int64_t tiles = ceil_div(p.M, kTile);
+  for (int64_t t = 0; t < c.blocks(); ++t)
+    score_tile<1>(c.q, p.S, p.k_tiles + (c.b * tiles + t) * p.S * kTile, p.S,
+                  p.key_bias + (c.b * tiles + t) * kTile,
+                  [&](int, int column, Vec<float> s) { store(weight + t * kTile + column, s); });
 }
 
 // rest = row without the taken keys, scored again where what remains has underflowed. `rest` may be
 // `row`.
-inline void exclude_taken(const RowContext& c, const uint64_t* taken, const Row& row, Row* rest) {
-  const size_t bytes = static_cast<size_t>(row.blocks * kTile) * sizeof(float);
-  if (rest->weight != row.weight) std::memcpy(rest->weight, row.weight, bytes);
+inline void exclude_taken(const RowContext& c, const KeyList& taken, const Row& row, Row* rest) {
+  const int64_t blocks = c.blocks();
+  if (rest->weight != row.weight)
+    std::memcpy(rest->weight, row.weight, static_cast<size_t>(blocks * kTile) * sizeof(float));
   rest->reference = row.reference;
-  blank(taken, c.words, c.limit, 0.0f, rest->weight);
-  sum_row(c.limit, rest);
-  if (rest->total < kUnderflow) {
-    rescore(c, taken, rest);
-    blank(taken, c.words, c.limit, 0.0f, rest->weight);
-    sum_row(c.limit, rest);
+  put(taken, 0.0f, rest->weight);
+  sum_row(blocks, rest);
+  if (rest->total() < kUnderflow) {
+    score_row(c, rest->weight);
+    put(c.blank, -__builtin_inff(), rest->weight);
+    put(taken, -__builtin_inff(), rest->weight);
+    normalise(blocks, rest);
+    put(c.blank, 0.0f, rest->weight);
+    put(taken, 0.0f, rest->weight);
+    sum_row(blocks, rest);
   }
+  index_blocks(rest);
 }
 
-// ---- methods: each fills the bitmap `taken` for one head ----------------------------------------
+// ---- uniform numbers ----------------------------------------------------------------------------
 
-// n draws in [0, kWhole).
-inline void take_draws(UniformStream* uniforms, int64_t n, int32_t* draws) {
-  for (int64_t j = 0; j < n; ++j)
-    draws[j] = min_of(static_cast<int32_t>(uniforms->next() >> 1), kWhole - 1);
-  for (int64_t j = n; j < ceil_div(n, kLanes<float>) * kLanes<float>; ++j) draws[j] = 0;
+// n uniform draws in [0, kWhole), ascending, and zeros up to whole vectors: n + 1 exponential
+// spacings over their sum are the order statistics. Sums are float within a vector and double
+// beyond it; as what they are divided by is no round number, draws fall on no grid but that of
+// integers.
+inline void take_draws(ExponentialStream* spacings, int64_t n, float* spacing, int32_t* draws) {
+  constexpr int L = kLanes<float>;
+  spacings->take(n + 1, spacing);
+  double total = 0;
+  for (int64_t i = 0; i <= n; i += L) {
+    const Vec<float> sums = prefix_sum(load(spacing + i));
+    store(spacing + i, sums);
+    total += static_cast<double>(sums[L - 1]);
+  }
+  const double scale = (kWhole - 1.0) / total;
+  double before = 0;
+  for (int64_t i = 0; i < n; i += L) {
+    const Vec<float> sums = load(spacing + i);
+    const VecI draw = scaled_to_int(sums, scale, before * scale);
+    std::memcpy(draws + i, &draw, sizeof(draw));
+    before += static_cast<double>(sums[L - 1]);
+  }
 }
 
 // Sum of n independent Exp(1) variables.
-inline double gamma_variate(int64_t n, UniformStream* arrivals) {
-  constexpr int L = kLanes<float>;
+inline double gamma_variate(int64_t n, ExponentialStream* arrivals, float* spacing) {
+  arrivals->take(n, spacing);
   double sum = 0;
-  for (int64_t done = 0; done < n; done += L) {
-    Vec<float> u = broadcast(1.0f);
-    for (int l = 0; l < min_of<int64_t>(L, n - done); ++l)
-      u[l] = (static_cast<float>(arrivals->next() >> 8) + 0.5f) * 0x1p-24f;
-    sum -= static_cast<double>(reduce_add(log(u)));
-  }
+  for (int64_t i = 0; i < n; i += kLanes<float>)
+    sum += static_cast<double>(reduce_add(load(spacing + i)));
   return sum;
 }
 
@@ -315,91 +393,125 @@ inline Vec<float> log_one_minus_exp(Vec<float> x) {
   return e < 0.03f ? tail : log(x < 0.05f ? series : 1.0f - e);
 }
 
-// Successive sampling of c.to_draw keys into `taken`, which holds the forced keys before. Returns
-// the arrival time of the next key that would have come, in units of 1 / weight of the row whose
-// reference is *reference: think of keys arriving by Poisson processes of rate weight. The arrivals
-// of a rate-W process after m draws is Gamma(m) / W.
-inline double draw_distinct(const RowContext& c, UniformStream* uniforms, UniformStream* arrivals,
-                            const Row& row, Row* rest, int32_t* list, uint64_t* taken,
+// ---- methods: each fills `taken` for one head ---------------------------------------------------
+
+// Successive sampling of c.to_draw keys. Returns the arrival time of the next key that would have
+// come, in units of 1 / weight of the row whose reference is *reference: think of keys arriving by
+// Poisson processes of rate weight. The arrivals of a rate-W process after m draws is Gamma(m) / W.
+inline double draw_distinct(const RowContext& c, ExponentialStream* spacings,
+                            ExponentialStream* arrivals, const Row& row, Scratch* s,
                             double* reference) {
   const Row* current = &row;
-  double time = 0, mass = 0;  // mass: drawn from `current`
-  int64_t draws = 0;          // made from `current`
+  KeyList* taken = &s->taken;
+  double time = 0;
+  int64_t draws = 0;       // made from `current`
+  const auto wait = [&] {  // for all of them, in pieces that `spacing` holds
+    double gamma = 0;
+    for (; draws > 0; draws -= min_of(draws, c.p->K))
+      gamma += gamma_variate(min_of(draws, c.p->K), arrivals, s->spacing);
+    return gamma / current->total();
+  };
+  // What was drawn from `current`; keys taken before weigh nothing in it.
+  const auto mass = [&] {
+    gather_weights(*current, *taken, s->drawn_weight);
+    Vec<float> sum{};
+    for (int64_t n = 0; n < taken->size; n += kLanes<float>) sum += load(s->drawn_weight + n);
+    return static_cast<double>(reduce_add(sum));
+  };
   const auto leave_out_taken = [&] {
-    if (arrivals != nullptr) time += gamma_variate(draws, arrivals) / current->total;
+    if (arrivals != nullptr) time += wait();
     const double old_reference = current->reference;
-    exclude_taken(c, taken, *current, rest);
-    current = rest;
+    exclude_taken(c, *taken, *current, &s->rest);
+    current = &s->rest;
     time *= __builtin_exp2(current->reference - old_reference);
-    mass = 0;
     draws = 0;
   };
-  int64_t missing = c.to_draw;
-  for (;;) {
-    take_draws(uniforms, missing, list);
+
+  taken->size = 0;
+  for (bool first = true;; first = false) {
+    const int64_t missing = c.to_draw - taken->size;
+    take_draws(spacings, missing, s->spacing, s->draws);
     draws += missing;
-    const int64_t count = missing;
-    find_keys(*current, list, count, [&](int64_t, int64_t j) {
-      const bool is_new = insert_bit(taken, j);
-      mass += is_new ? static_cast<double>(current->weight[j]) : 0.0;
-      missing -= is_new;
-    });
-    if (missing == 0) break;
+    find_keys(*current, s->draws, missing, s->spacing, first ? taken->key : s->batch);
+    if (first) {
+      taken->size = missing;
+      remove_repeats(taken);
+    } else {
+      merge({s->batch, missing}, s->place, taken);
+    }
+    const int64_t left = c.to_draw - taken->size;
+    if (left == 0) break;
+    if (first && left * 2 < missing) continue;
     // Repeats come at the rate mass / total: leave the taken keys out where that is cheaper than
     // drawing on.
-    const double share = mass / current->total;
+    const double share = mass() / current->total();
     const double keys_per_draw = 24;  // what scanning keys costs, measured in draws
-    if (share > kCancellation || static_cast<double>(missing) * share >
+    if (share > kCancellation || static_cast<double>(left) * share >
                                      (1 - share) * static_cast<double>(c.limit) / keys_per_draw)
       leave_out_taken();
   }
   if (arrivals == nullptr) return 0;
-  if (mass > kCancellation * current->total) leave_out_taken();
+  double drawn = mass();
+  if (drawn > kCancellation * current->total()) {
+    leave_out_taken();
+    drawn = 0;
+  }
   *reference = current->reference;
-  return time + gamma_variate(draws, arrivals) / current->total +
-         gamma_variate(1, arrivals) / (current->total - mass);
+  time += wait();
+  return time + gamma_variate(1, arrivals, s->spacing) / (current->total() - drawn);
 }
 
-// Takes every key whose inclusion probability would reach 1 and leaves the others in *rest; returns
-// how many places are left for them. Shared by the heads of a row.
-inline int64_t cap_inclusion(const RowContext& c, const Row& row, Row* rest, uint64_t* taken,
-                             const Row** remaining) {
-  int64_t places = c.to_draw;
+// Takes every key whose inclusion probability would reach 1 into c->forced and leaves the others in
+// *remaining; returns how many places are left for them. Shared by the heads of a row.
+inline int64_t cap_inclusion(RowContext* c, const Row& row, Scratch* s, const Row** remaining) {
+  int64_t places = c->to_draw;
   *remaining = &row;
-  while (places > 0 && static_cast<double>((*remaining)->max) * static_cast<double>(places) >=
-                           (*remaining)->total) {
+  for (;;) {
     const Row& current = **remaining;
-    const float cap = static_cast<float>(current.total / static_cast<double>(places));
-    int64_t capped = 0;
-    for (int64_t j = 0; j < c.limit && capped < places; ++j)
-      if (current.weight[j] >= cap || current.weight[j] == current.max) {
-        set_bit(taken, j);
-        ++capped;
-      }
-    places -= capped;
-    if (places == 0) break;
-    exclude_taken(c, taken, current, rest);
-    *remaining = rest;
+    const float largest = reduce_max(current.top);
+    if (places == 0 || static_cast<double>(largest) * static_cast<double>(places) < current.total())
+      return places;
+    const float cap = static_cast<float>(current.total() / static_cast<double>(places));
+    KeyList capped{s->batch, 0};
+    const float least = min_of(cap, largest);
+    for (int64_t begin = 0; begin < c->limit && capped.size < places; begin += kTile) {
+      VecI reach{};
+      for (int64_t j = begin; j < begin + kTile; j += kLanes<float>)
+        reach |= load(current.weight + j) >= least;
+      if (!any(reach)) continue;
+      for (int64_t j = begin; j < begin + kTile && capped.size < places; ++j)
+        if (current.weight[interleaved(j)] >= least)
+          capped.key[capped.size++] = static_cast<int32_t>(j);
+    }
+    places -= capped.size;
+    merge(capped, s->place, &c->forced);
+    if (places == 0) return 0;
+    exclude_taken(*c, c->forced, current, &s->rest);
+    *remaining = &s->rest;
   }
-  return places;
 }
 
 // Takes the keys at which the running sum of inclusion probabilities passes u, u + 1, ..., u +
 // places - 1; u = uniform / 2^32.
-inline void draw_systematic(const Row& row, int64_t places, uint32_t uniform, int32_t* draws,
-                            uint64_t* taken) {
+inline void draw_systematic(const Row& row, int64_t places, uint32_t uniform, Scratch* s) {
+  KeyList* taken = &s->taken;
   const double u = uniform_double(uniform), step = 0x1p31 / static_cast<double>(places);
   for (int64_t n = 0; n < ceil_div(places, kLanes<float>) * kLanes<float>; ++n)
-    draws[n] = static_cast<int32_t>(min_of((u + static_cast<double>(n)) * step, kWhole - 1.0));
-  const int64_t end = row.blocks * kTile;
-  find_keys(row, draws, places, [&](int64_t, int64_t j) {
-    // A probability just below 1 can be passed twice by rounding: the next free key stands in.
-    while (!(row.weight[j] > 0 && insert_bit(taken, j))) j = (j + 1) % end;
-  });
+    s->draws[n] = static_cast<int32_t>(min_of((u + static_cast<double>(n)) * step, kWhole - 1.0));
+  find_keys(row, s->draws, places, s->spacing, taken->key);
+  taken->size = places;
+  remove_repeats(taken);
+  // A probability just below 1 can be passed twice by rounding: free keys stand in.
+  for (int64_t j = 0; taken->size < places; ++j) {
+    const int64_t at = lower_bound(*taken, static_cast<int32_t>(j));
+    if (!(row.weight[interleaved(j)] > 0) || (at < taken->size && taken->key[at] == j)) continue;
+    int32_t key = static_cast<int32_t>(j), place;
+    merge({&key, 1}, &place, taken);
+  }
 }
 
 // The k largest scores, ties to the lower index. Scores are compared as integers of the same order.
-inline void take_largest(float* score, int64_t limit, int64_t k, uint64_t* taken) {
+inline void take_largest(float* score, int64_t limit, int64_t k, KeyList* taken) {
   constexpr int L = kLanes<float>;
   const int64_t n = ceil_div(limit, kTile) * kTile;
   const auto ordered = [](VecI bits) { return bits ^ (bits >> 31 & 0x7FFFFFFF); };
@@ -423,31 +535,12 @@ inline void take_largest(float* score, int64_t limit, int64_t k, uint64_t* taken
   }
   int64_t surplus = reached - k;  // of those equal to the threshold, the last are left
   for (int64_t j = limit - 1; j >= 0; --j) {
-    const int32_t x = bit_cast<int32_t>(score[j]);
+    const int32_t x = bit_cast<int32_t>(score[interleaved(j)]);
     if (x < low) continue;
     if (x == low && surplus > 0)
       --surplus;
     else
-      set_bit(taken, j);
-  }
-}
-
-inline void sort_ascending(int32_t* x, int64_t n) {  // heap sort: no library template, no bad case
-  const auto sift = [&](int64_t root, int64_t end) {
-    for (int64_t child; (child = 2 * root + 1) < end; root = child) {
-      if (child + 1 < end && x[child] < x[child + 1]) ++child;
-      if (x[root] >= x[child]) return;
-      const int32_t t = x[root];
-      x[root] = x[child];
-      x[child] = t;
-    }
-  };
-  for (int64_t root = n / 2; root-- > 0;) sift(root, n);
-  for (int64_t end = n; end-- > 1;) {
-    const int32_t t = x[0];
-    x[0] = x[end];
-    x[end] = t;
-    sift(0, end);
+      taken->key[k - 1 - taken->size++] = static_cast<int32_t>(j);
   }
 }
 
@@ -465,47 +558,30 @@ inline Output output_row(const RowContext& c, int64_t head) {
   return {p.indices + at, p.log_inclusion == nullptr ? nullptr : p.log_inclusion + at};
 }
 
-// Lists the set bits in ascending order; returns how many. With about one bit a word, a loop over
-// bits would mispredict its exit every time: so kEager bits are listed whether there or not, up to
-// kEager entries beyond the last.
-inline int64_t list_bits(const uint64_t* bits, int64_t words, int32_t* list) {
-  int64_t n = 0;
-  for (int64_t i = 0; i < words; ++i) {
-    uint64_t word = bits[i];
-    const int32_t first = static_cast<int32_t>(i * kWordBits);
-    const int count = __builtin_popcountll(word);
-    for (int e = 0; e < kEager; ++e) {
-      list[n + e] = first + (word == 0 ? 0 : __builtin_ctzll(word));
-      word &= word - 1;
-    }
-    if (__builtin_expect(count > kEager, 0))
-      for (int e = kEager; e < count; ++e, word &= word - 1)
-        list[n + e] = first + __builtin_ctzll(word);
-    n += count;
+// Adds the certain keys to those taken and writes all, then -1.
+inline void write_indices(const RowContext& c, const KeyList& certain, Scratch* s, Output out) {
+  if (certain.size > 0) {
+    const size_t bytes = static_cast<size_t>(certain.size) * sizeof(int32_t);
+    std::memcpy(s->batch, certain.key, bytes);
+    merge({s->batch, certain.size}, s->place, &s->taken);
   }
-  return n;
+  std::memcpy(out.indices, s->taken.key, static_cast<size_t>(s->taken.size) * sizeof(int32_t));
+  for (int64_t j = s->taken.size; j < c.p->K; ++j) out.indices[j] = -1;
 }
 
-// The taken keys in ascending order, then -1; returns how many.
-inline int64_t write_indices(const RowContext& c, const uint64_t* taken, int32_t* list,
-                             Output out) {
-  const int64_t n = list_bits(taken, c.words, list);
-  std::memcpy(out.indices, list, static_cast<size_t>(n) * sizeof(int32_t));
-  for (int64_t j = n; j < c.p->K; ++j) out.indices[j] = -1;
-  return n;
-}
-
-// log_inclusion = f(weight) of the n drawn keys, 0 of those that were taken for certain, -inf in
-// unused slots.
+// log_inclusion = f(weight) of the taken keys; 0 of those that weigh nothing in `row`, as they were
+// taken for certain; -inf in unused slots.
 template <typename F>
-inline void write_log_inclusion(const RowContext& c, const float* weight, const uint64_t* certain,
-                                int64_t n, float* gathered, Output out, F&& f) {
+inline void write_log_inclusion(const RowContext& c, const Row& row, Scratch* s, Output out,
+                                F&& f) {
   constexpr int L = kLanes<float>;
-  for (int64_t j = 0; j < n; ++j) gathered[j] = weight[out.indices[j]];
-  for (int64_t j = n; j < ceil_div(n, L) * L; ++j) gathered[j] = 1.0f;
-  for (int64_t j = 0; j < n; j += L) store(gathered + j, f(load(gathered + j)));
-  for (int64_t j = 0; j < n; ++j)
-    out.log_inclusion[j] = test_bit(certain, out.indices[j]) ? 0.0f : gathered[j];
+  const int64_t n = s->taken.size;
+  gather_weights(row, s->taken, s->drawn_weight);
+  for (int64_t j = 0; j < n; j += L) {
+    const Vec<float> weight = load(s->drawn_weight + j);
+    store(s->drawn_weight + j, weight == 0.0f ? Vec<float>{} : f(weight));
+  }
+  std::memcpy(out.log_inclusion, s->drawn_weight, static_cast<size_t>(n) * sizeof(float));
   for (int64_t j = n; j < c.p->K; ++j) out.log_inclusion[j] = -__builtin_inff();
 }
 
@@ -516,72 +592,70 @@ inline void copy_head(const RowContext& c, int64_t from, int64_t to) {
     std::memcpy(b.log_inclusion, a.log_inclusion, static_cast<size_t>(c.p->K) * sizeof(float));
 }
 
-// Rows whose keys are the same for every head and certain: `taken` whole.
-inline void write_certain(const RowContext& c, const uint64_t* taken, int32_t* list) {
+// Rows whose keys are the same for every head and certain: those taken and `forced`.
+inline void write_certain(const RowContext& c, const KeyList& forced, Scratch* s) {
   const Output out = output_row(c, 0);
-  const int64_t n = write_indices(c, taken, list, out);
+  write_indices(c, forced, s, out);
   if (out.log_inclusion != nullptr)
-    for (int64_t j = 0; j < c.p->K; ++j) out.log_inclusion[j] = j < n ? 0.0f : -__builtin_inff();
+    for (int64_t j = 0; j < c.p->K; ++j)
+      out.log_inclusion[j] = j < s->taken.size ? 0.0f : -__builtin_inff();
   for (int64_t head = 1; head < c.p->H_i; ++head) copy_head(c, 0, head);
 }
 
-inline void sample_gumbel(const RowContext& c, PhiloxKey key, PhiloxKey arrival_key, Scratch* s) {
+inline void sample_gumbel(const RowContext& c, PhiloxKey key, PhiloxKey arrival_key, const Row& row,
+                          Scratch* s) {
   for (int64_t head = 0; head < c.p->H_i; ++head) {
     const Output out = output_row(c, head);
-    std::memcpy(s->taken, s->forced, static_cast<size_t>(c.words) * sizeof(uint64_t));
-    UniformStream uniforms(key, c.b, head, c.i), arrivals(arrival_key, c.b, head, c.i);
-    double reference = s->row.reference;
-    const double time =
-        draw_distinct(c, &uniforms, out.log_inclusion == nullptr ? nullptr : &arrivals, s->row,
-                      &s->rest, s->draws, s->taken, &reference);
-    const int64_t n = write_indices(c, s->taken, s->list, out);
+    ExponentialStream spacings(key, c.b, head, c.i), arrivals(arrival_key, c.b, head, c.i);
+    double reference = row.reference;
+    const double time = draw_distinct(
+        c, &spacings, out.log_inclusion == nullptr ? nullptr : &arrivals, row, s, &reference);
+    write_indices(c, c.forced, s, out);
     if (out.log_inclusion == nullptr) continue;
-    const float* weight = s->row.weight;
-    if (reference != s->row.reference) {  // weights of keys drawn since lie in another range
-      score_rows<false>(*c.p, c.b, c.q, 1, c.limit, s->rest.weight, 0);
+    const Row* weights = &row;
+    if (reference != row.reference) {  // weights of keys drawn since lie in another range
+      score_row(c, s->rest.weight);
       const float shift = static_cast<float>(reference);
-      for (int64_t j = 0; j < s->row.blocks * kTile; j += kLanes<float>)
+      for (int64_t j = 0; j < c.blocks() * kTile; j += kLanes<float>)
         store(s->rest.weight + j, exp2(load(s->rest.weight + j) - shift));
-      weight = s->rest.weight;
+      put(c.forced, 0.0f, s->rest.weight);
+      weights = &s->rest;
     }
     const float rate = static_cast<float>(time);
-    write_log_inclusion(c, weight, s->forced, n, s->drawn_weight, out,
+    write_log_inclusion(c, *weights, s, out,
                         [&](Vec<float> w) { return log_one_minus_exp(w * rate); });
   }
 }
 
-inline void sample_systematic(const RowContext& c, PhiloxKey key, Scratch* s) {
+inline void sample_systematic(RowContext c, PhiloxKey key, const Row& row, Scratch* s) {
   const Row* remaining;
-  uint64_t* certain = s->forced;
-  const int64_t places = cap_inclusion(c, s->row, &s->rest, certain, &remaining);
-  const float inclusion_scale = static_cast<float>(static_cast<double>(places) / remaining->total);
+  const int64_t places = cap_inclusion(&c, row, s, &remaining);
+  if (places == 0) return write_certain(c, c.forced, s);
+  const float inclusion_scale =
+      static_cast<float>(static_cast<double>(places) / remaining->total());
   for (int64_t head = 0; head < c.p->H_i; ++head) {
     const Output out = output_row(c, head);
-    std::memcpy(s->taken, certain, static_cast<size_t>(c.words) * sizeof(uint64_t));
     const uint32_t bits = philox4x32(philox_counter(c.b, head, c.i, 0), key).word[0];
-    if (places > 0) draw_systematic(*remaining, places, bits, s->draws, s->taken);
-    const int64_t n = write_indices(c, s->taken, s->list, out);
+    draw_systematic(*remaining, places, bits, s);
+    write_indices(c, c.forced, s, out);
     if (out.log_inclusion == nullptr) continue;
-    write_log_inclusion(c, remaining->weight, certain, n, s->drawn_weight, out, [&](Vec<float> w) {
+    write_log_inclusion(c, *remaining, s, out, [&](Vec<float> w) {
       return min(log(max(w * inclusion_scale, broadcast(1e-37f))), broadcast(0.0f));
     });
   }
 }
 
-inline void sample_multinomial(const RowContext& c, PhiloxKey key, Scratch* s) {
-  const float inclusion_scale = static_cast<float>(static_cast<double>(c.to_draw) / s->row.total);
+inline void sample_multinomial(const RowContext& c, PhiloxKey key, const Row& row, Scratch* s) {
+  const float inclusion_scale = static_cast<float>(static_cast<double>(c.to_draw) / row.total());
   for (int64_t head = 0; head < c.p->H_i; ++head) {
     const Output out = output_row(c, head);
-    UniformStream uniforms(key, c.b, head, c.i);
-    take_draws(&uniforms, c.to_draw, s->draws);
-    find_keys(s->row, s->draws, c.to_draw,
-              [&](int64_t i, int64_t j) { out.indices[i] = static_cast<int32_t>(j); });
-    int64_t n = c.to_draw;
-    for_each_bit(s->forced, c.words,
-                 [&](int64_t j) { out.indices[n++] = static_cast<int32_t>(j); });
-    sort_ascending(out.indices, n);
+    ExponentialStream spacings(key, c.b, head, c.i);
+    take_draws(&spacings, c.to_draw, s->spacing, s->draws);
+    find_keys(row, s->draws, c.to_draw, s->spacing, s->taken.key);
+    s->taken.size = c.to_draw;
+    write_indices(c, c.forced, s, out);
     if (out.log_inclusion == nullptr) continue;
-    write_log_inclusion(c, s->row.weight, s->forced, n, s->drawn_weight, out, [&](Vec<float> w) {
+    write_log_inclusion(c, row, s, out, [&](Vec<float> w) {
       return log(max(w * inclusion_scale, broadcast(1e-37f)));
     });
   }
@@ -589,26 +663,25 @@ inline void sample_multinomial(const RowContext& c, PhiloxKey key, Scratch* s) {
 
 // ---- rows together ------------------------------------------------------------------------------
 
-// Marks the forced keys of row i; returns how many.
-inline int64_t mark_forced(const SketchSampleParams& p, const float* key_bias, int64_t i,
-                           int64_t limit, uint64_t* forced) {
-  int64_t n = 0;
-  for (int64_t j = 0; j < limit && n < p.num_sinks; ++j)
-    if (key_bias[j] == 0) n += insert_bit(forced, j);
-  if (p.window > 0) {
-    const int64_t position = i + p.M - p.N;
-    const int64_t first = p.is_causal ? position - p.window + 1 : position - p.window / 2;
-    const int64_t last = p.is_causal ? position : position + p.window / 2;
-    for (int64_t j = max_of<int64_t>(first, 0); j <= min_of(last, limit - 1); ++j)
-      if (key_bias[j] == 0) n += insert_bit(forced, j);
-  }
-  return n;
+// Lists the forced keys of row i.
+inline void list_forced(const SketchSampleParams& p, const uint8_t* key_mask, int64_t i,
+                        int64_t limit, KeyList* forced) {
+  const auto take = [&](int64_t j) {
+    if (key_mask == nullptr || key_mask[j]) forced->key[forced->size++] = static_cast<int32_t>(j);
+  };
+  int64_t next = 0;
+  while (next < limit && forced->size < p.num_sinks) take(next++);
+  if (p.window == 0) return;
+  const int64_t position = i + p.M - p.N;
+  const int64_t first = p.is_causal ? position - p.window + 1 : position - p.window / 2;
+  const int64_t last = p.is_causal ? position : position + p.window / 2;
+  for (int64_t j = max_of(first, next); j <= min_of(last, limit - 1); ++j) take(j);
 }
 
-inline int64_t count_valid(const SketchSampleParams& p, const float* key_bias, int64_t limit) {
-  if (p.key_mask == nullptr) return limit;
+inline int64_t count_valid(const uint8_t* key_mask, int64_t limit) {
+  if (key_mask == nullptr) return limit;
   int64_t n = 0;
-  for (int64_t j = 0; j < limit; ++j) n += key_bias[j] == 0;
+  for (int64_t j = 0; j < limit; ++j) n += key_mask[j];
   return n;
 }
 
@@ -633,6 +706,52 @@ inline float load_query(const SketchSampleParams& p, int64_t b, int64_t i, float
 
 inline bool is_finite(float x) { return x - x == 0; }
 
+// Of query i: everything but to_draw and the scaled query itself.
+inline RowContext row_context(const SketchSampleParams& p, int64_t b, int64_t i, int r,
+                              int64_t group_limit, const Scratch& s) {
+  const uint8_t* key_mask = p.key_mask == nullptr ? nullptr : p.key_mask + b * p.M;
+  RowContext c{};
+  c.p = &p;
+  c.b = b;
+  c.i = i;
+  c.q = s.q + r * p.S;
+  c.limit = key_limit(p, i);
+  c.valid = count_valid(key_mask, c.limit);
+  c.forced.key = s.forced.key + r * p.K;
+  c.blank.key = s.blank.key + r * blanks_per_row(p);
+  list_forced(p, key_mask, i, c.limit, &c.forced);
+  c.to_draw = c.valid > p.K ? p.K - c.forced.size : 0;
+  c.blank.size = c.forced.size;
+  std::memcpy(c.blank.key, c.forced.key, static_cast<size_t>(c.forced.size) * sizeof(int32_t));
+  for (int64_t j = c.limit; j < ceil_div(group_limit, kTile) * kTile; ++j)
+    c.blank.key[c.blank.size++] = static_cast<int32_t>(j);
+  return c;
+}
+
+// Scores of kRows rows over the keys below `limit` to the rows' weights; with kExp to 2 to their
+// power, blanked, with their running sums, all while a tile's weights are at hand.
+template <bool kExp>
+inline void score_rows(const RowContext* rows, int64_t count, int64_t limit, Scratch* s) {
+  const SketchSampleParams& p = *rows[0].p;
+  const int64_t tiles = ceil_div(p.M, kTile);
+  int64_t next[kRows] = {};  // of each row's blank keys
+  for (int64_t r = 0; r < count; ++r) begin_sums(&s->rows[r]);
+  for (int64_t t = 0; t < ceil_div(limit, kTile); ++t) {
+    const int64_t tile = rows[0].b * tiles + t;
+    score_tile<kRows>(s->q, p.S, p.k_tiles + tile * p.S * kTile, p.S, p.key_bias + tile * kTile,
+                      [&](int r, int column, Vec<float> score) {
+                        store(s->rows[r].weight + t * kTile + column, kExp ? exp2(score) : score);
+                      });
+    if (!kExp) continue;
+    for (int64_t r = 0; r < count; ++r) {
+      const KeyList& blank = rows[r].blank;
+      while (next[r] < blank.size && blank.key[next[r]] < (t + 1) * kTile)
+        s->rows[r].weight[interleaved(blank.key[next[r]++])] = 0;
+      add_block(&s->rows[r]);
+    }
+  }
+}
+
 }  // namespace sampling
 
 inline int64_t sketch_sample_num_tasks(const SketchSampleParams& p) {
@@ -653,7 +772,6 @@ inline void sketch_sample(const SketchSampleParams& p, int64_t task, void* scrat
   const PhiloxKey arrival_key = philox_key(p.seed, p.offset, kArrivalStream);
   const int64_t blocks_per_batch = ceil_div(p.N, kRowsPerTask), tiles = ceil_div(p.M, kTile);
   const int64_t b = task / blocks_per_batch, first = task % blocks_per_batch * kRowsPerTask;
-  const float* key_bias = p.key_bias + b * tiles * kTile;
 
   float key_norm = 0;
   for (int64_t t = 0; t < tiles; ++t) {
@@ -663,13 +781,16 @@ inline void sketch_sample(const SketchSampleParams& p, int64_t task, void* scrat
 
   for (int64_t i0 = first; i0 < min_of(first + kRowsPerTask, p.N); i0 += kRows) {
     const int64_t rows = min_of<int64_t>(kRows, p.N - i0);
+    const int64_t group_limit = key_limit(p, i0 + rows - 1);
+    RowContext context[kRows];
     float query_norm = 0;
-    int64_t valid[kRows] = {};
+    bool draws = false;
     std::memset(s.q, 0, static_cast<size_t>(kRows * p.S) * sizeof(float));
     dispatch_dtype(p.dtype, [&](auto dtype) {
-      for (int64_t r = 0; r < rows; ++r) {
-        valid[r] = count_valid(p, key_bias, key_limit(p, i0 + r));
-        if (valid[r] == 0) continue;  // such a query is not looked at, whatever it holds
+      for (int r = 0; r < rows; ++r) {
+        context[r] = row_context(p, b, i0 + r, r, group_limit, s);
+        draws |= context[r].to_draw > 0;
+        if (context[r].valid == 0) continue;  // such a query is not looked at, whatever it holds
         const float norm = load_query<decltype(dtype)>(p, b, i0 + r, s.q + r * p.S);
         query_norm = is_finite(norm) ? max_of(query_norm, norm) : __builtin_inff();
       }
@@ -681,46 +802,44 @@ inline void sketch_sample(const SketchSampleParams& p, int64_t task, void* scrat
       return;
     }
     const bool plain_exp = bound <= kPlainExpBound && p.method != SampleMethod::kTopK;
-    const int64_t group_limit = key_limit(p, i0 + rows - 1);
-    if (plain_exp)
-      score_rows<true>(p, b, s.q, kRows, group_limit, s.weight, tiles * kTile);
-    else
-      score_rows<false>(p, b, s.q, kRows, group_limit, s.weight, tiles * kTile);
+    if (draws && plain_exp)
+      score_rows<true>(context, rows, group_limit, &s);
+    else if (draws)
+      score_rows<false>(context, rows, group_limit, &s);
 
     for (int64_t r = 0; r < rows; ++r) {
-      RowContext c{&p, b, i0 + r, s.q + r * p.S, key_limit(p, i0 + r), 0, 0};
-      c.words = ceil_div(c.limit, kWordBits);
-      std::memset(s.forced, 0, static_cast<size_t>(c.words) * sizeof(uint64_t));
-      c.to_draw = p.K - mark_forced(p, key_bias, c.i, c.limit, s.forced);
-      if (valid[r] <= p.K) {
+      RowContext& c = context[r];
+      Row& row = s.rows[r];
+      s.taken.size = 0;
+      if (c.valid <= p.K) {
         for (int64_t j = 0; j < c.limit; ++j)
-          if (key_bias[j] == 0) set_bit(s.forced, j);
-        c.to_draw = 0;
-      }
-      if (c.to_draw == 0) {
-        write_certain(c, s.forced, s.list);
+          if (p.key_mask == nullptr || p.key_mask[b * p.M + j])
+            s.taken.key[s.taken.size++] = static_cast<int32_t>(j);
+        write_certain(c, {nullptr, 0}, &s);
         continue;
       }
-      s.row.weight = s.weight + r * tiles * kTile;
-      s.row.reference = 0;
-      if (plain_exp) {
-        blank(s.forced, c.words, c.limit, 0.0f, s.row.weight);
-      } else {
-        blank(s.forced, c.words, c.limit, -__builtin_inff(), s.row.weight);
+      if (c.to_draw == 0) {
+        write_certain(c, c.forced, &s);
+        continue;
+      }
+      row.reference = 0;
+      if (!plain_exp) {
+        put(c.blank, -__builtin_inff(), row.weight);
         if (p.method == SampleMethod::kTopK) {
-          take_largest(s.row.weight, c.limit, c.to_draw, s.forced);
-          write_certain(c, s.forced, s.list);
+          take_largest(row.weight, c.limit, c.to_draw, &s.taken);
+          write_certain(c, c.forced, &s);
           continue;
         }
-        normalise(c.limit, &s.row);
+        normalise(c.blocks(), &row);
+        sum_row(c.blocks(), &row);
       }
-      sum_row(c.limit, &s.row);
+      index_blocks(&row);
       if (p.method == SampleMethod::kGumbel)
-        sample_gumbel(c, key, arrival_key, &s);
+        sample_gumbel(c, key, arrival_key, row, &s);
       else if (p.method == SampleMethod::kSystematic)
-        sample_systematic(c, key, &s);
+        sample_systematic(c, key, row, &s);
       else
-        sample_multinomial(c, key, &s);
+        sample_multinomial(c, key, row, &s);
     }
   }
 }

@@ -337,6 +337,13 @@ inline bool any_greater(V a, V b) {
   return any;
 }
 
+// 0, 1, 2, ... as integers.
+inline VecI iota_int() {
+  return [&]<int... I>(std::integer_sequence<int, I...>) {
+    return VecI{I...};
+  }(std::make_integer_sequence<int, kLanes<float>>{});
+}
+
 inline VecI load_int(const int32_t* p) {
   VecI v;
   std::memcpy(&v, p, sizeof(v));
@@ -356,6 +363,18 @@ SMARTBIRD_INLINE VecI gather(const int32_t* base, VecI index) {
 #endif
 }
 
+SMARTBIRD_INLINE Vec<float> gather(const float* base, VecI index) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<float>>(_mm512_i32gather_ps(bit_cast<__m512i>(index), base, 4));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<float>>(_mm256_i32gather_ps(base, bit_cast<__m256i>(index), 4));
+#else
+  Vec<float> v;
+  for (int l = 0; l < kLanes<float>; ++l) v[l] = base[index[l]];
+  return v;
+#endif
+}
+
 // Whether any lane of a comparison's result is true.
 SMARTBIRD_INLINE bool any(VecI mask) {
 #if defined(__AVX512F__)
@@ -369,20 +388,25 @@ SMARTBIRD_INLINE bool any(VecI mask) {
 #endif
 }
 
-// How many of 32 ascending floats are <= x.
+// How many of 32 floats are <= x.
 SMARTBIRD_INLINE int count_le(const float* p, float x) {
 #if defined(__AVX512F__)
   const __m512 t = _mm512_set1_ps(x);
-  const uint32_t lo = _mm512_cmp_ps_mask(_mm512_loadu_ps(p), t, _CMP_LE_OQ);
-  const uint32_t hi = _mm512_cmp_ps_mask(_mm512_loadu_ps(p + 16), t, _CMP_LE_OQ);
-  return __builtin_popcount(lo | hi << 16);
+  const __mmask16 low = _mm512_cmp_ps_mask(_mm512_loadu_ps(p), t, _CMP_LE_OQ);
+  const __mmask16 high = _mm512_cmp_ps_mask(_mm512_loadu_ps(p + 16), t, _CMP_LE_OQ);
+  return __builtin_popcount(_mm512_kunpackw(high, low));
+#elif defined(__AVX2__)
+  const __m256 t = _mm256_set1_ps(x);
+  const auto le = [&](int i) {
+    return _mm256_castps_si256(_mm256_cmp_ps(_mm256_loadu_ps(p + i), t, _CMP_LE_OQ));
+  };
+  const __m256i low = _mm256_packs_epi32(le(0), le(8)), high = _mm256_packs_epi32(le(16), le(24));
+  return __builtin_popcount(
+      static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_packs_epi16(low, high))));
 #else
-  VecI n{};
-  const Vec<float> t = broadcast(x);
-  for (int l = 0; l < 32; l += kLanes<float>) n -= load(p + l) <= t;
-  int total = 0;
-  for (int l = 0; l < kLanes<float>; ++l) total += n[l];
-  return total;
+  int n = 0;
+  for (int l = 0; l < 32; ++l) n += p[l] <= x;
+  return n;
 #endif
 }
 
@@ -411,6 +435,41 @@ SMARTBIRD_INLINE Vec<float> prefix_sum(Vec<float> v) {
   for (int l = 1; l < kLanes<float>; ++l) v[l] += v[l - 1];
   return v;
 #endif
+}
+
+// x * scale + offset in double, rounded towards zero.
+SMARTBIRD_INLINE VecI scaled_to_int(Vec<float> x, double scale, double offset) {
+#if defined(__AVX512F__)
+  const __m512d s = _mm512_set1_pd(scale), o = _mm512_set1_pd(offset);
+  const auto half = [&](__m256 y) {
+    return _mm512_cvttpd_epi32(_mm512_fmadd_pd(_mm512_cvtps_pd(y), s, o));
+  };
+  const __m512 v = bit_cast<__m512>(x);
+  return bit_cast<VecI>(_mm512_inserti64x4(
+      _mm512_castsi256_si512(half(_mm512_castps512_ps256(v))),
+      half(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1))), 1));
+#elif defined(__AVX2__)
+  const __m256d s = _mm256_set1_pd(scale), o = _mm256_set1_pd(offset);
+  const auto half = [&](__m128 y) {
+    return _mm256_cvttpd_epi32(_mm256_fmadd_pd(_mm256_cvtps_pd(y), s, o));
+  };
+  const __m256 v = bit_cast<__m256>(x);
+  return bit_cast<VecI>(
+      _mm256_set_m128i(half(_mm256_extractf128_ps(v, 1)), half(_mm256_castps256_ps128(v))));
+#else
+  VecI y;
+  for (int l = 0; l < kLanes<float>; ++l)
+    y[l] = static_cast<int32_t>(static_cast<double>(x[l]) * scale + offset);
+  return y;
+#endif
+}
+
+// Lane l becomes lane l - 1, lane 0 zero.
+SMARTBIRD_INLINE Vec<float> shift_up(Vec<float> v) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) {
+    constexpr int L = sizeof...(I);
+    return __builtin_shufflevector(v, Vec<float>{}, (I == 0 ? L : I - 1)...);
+  }(std::make_integer_sequence<int, kLanes<float>>{});
 }
 
 // ---- elementary functions -----------------------------------------------------------------------

@@ -1,5 +1,6 @@
 // pack: key rows rearranged into tiles of 32, masked and missing keys as zeros.
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include "testing.h"
@@ -9,7 +10,18 @@ namespace {
 
 constexpr int64_t kTile = 32;
 
-void test_pack(const Kernels& kernels, DType dtype, int64_t H, int64_t M, int64_t D, bool masked) {
+// Where a tile of kernels with `lanes` floats in a vector has its key c: the keys of a vector are
+// as far apart as the tile has vectors.
+int64_t place(int64_t c, int64_t lanes, bool interleave) {
+  const int64_t vectors = kTile / lanes;
+  return interleave ? c % vectors * lanes + c / vectors : c;
+}
+
+int64_t lanes_of(const std::string& isa) { return isa == "avx512" ? 16 : (isa == "avx2" ? 8 : 1); }
+
+void test_pack(const Kernels& kernels, DType dtype, int64_t H, int64_t M, int64_t D, bool masked,
+               bool interleave) {
+  const int64_t lanes = lanes_of(kernels.isa);
   const int64_t B = 2, tiles = (M + kTile - 1) / kTile;
   Random random(1);
   Rows x(dtype, B * H * M, D, random);
@@ -29,6 +41,7 @@ void test_pack(const Kernels& kernels, DType dtype, int64_t H, int64_t M, int64_
       .x = x.array.data(),
       .stride = {H * M * x.stride, M * x.stride, x.stride},
       .scale = 1,
+      .interleave = interleave,
       .key_mask = masked ? key_mask.data() : nullptr,
       .tiles = packed.data(),
       .key_bias = key_bias.data(),
@@ -41,7 +54,8 @@ void test_pack(const Kernels& kernels, DType dtype, int64_t H, int64_t M, int64_
       return j < M && (!masked || key_mask[static_cast<size_t>(b * M + j)]);
     };
     for (int64_t j = 0; j < tiles * kTile; ++j)
-      CHECK(key_bias[b * tiles * kTile + j] == (valid(j) ? 0 : -kInf));
+      CHECK(key_bias[b * tiles * kTile + j / kTile * kTile + place(j % kTile, lanes, interleave)] ==
+            (valid(j) ? 0 : -kInf));
     for (int64_t h = 0; h < H; ++h)
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t tile = (b * H + h) * tiles + t;
@@ -49,7 +63,8 @@ void test_pack(const Kernels& kernels, DType dtype, int64_t H, int64_t M, int64_
         for (int64_t l = 0; l < kTile; ++l) {
           const int64_t j = t * kTile + l, row = (b * H + h) * M + j;
           for (int64_t d = 0; d < D; ++d)
-            CHECK(packed[(tile * D + d) * kTile + l] == (valid(j) ? x(row, d) : 0));
+            CHECK(packed[(tile * D + d) * kTile + place(l, lanes, interleave)] ==
+                  (valid(j) ? x(row, d) : 0));
           if (valid(j)) largest = std::max(largest, std::sqrt(dot(x, row, x, row, D)));
         }
         // A bound on scores is made of it, so it may exceed the norm by rounding.
@@ -63,7 +78,9 @@ void test(const Kernels& kernels) {
     for (const int64_t H : {1, 3})
       for (const int64_t M : {1, 31, 32, 33, 70})
         for (const int64_t D : {1, 7, 16})
-          for (const bool masked : {false, true}) test_pack(kernels, dtype, H, M, D, masked);
+          for (const bool masked : {false, true})
+            for (const bool interleave : {false, true})
+              test_pack(kernels, dtype, H, M, D, masked, interleave);
 }
 
 }  // namespace

@@ -59,6 +59,7 @@ struct Problem {
         .x = k.array.data(),
         .stride = {M * k.stride, 0, k.stride},
         .scale = 1,
+        .interleave = true,
         .key_mask = mask,
         .tiles = k_tiles.data(),
         .key_bias = key_bias.data(),
