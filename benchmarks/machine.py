@@ -31,6 +31,7 @@ _MOST_DRAM_BYTES = 1 << 30
 # Held to AVX2 by these: PyTorch's own kernels and its compiler, MKL, oneDNN, FBGEMM, smartbird.
 AVX2_ENVIRONMENT = {
     "ATEN_CPU_CAPABILITY": "avx2",
+    "TORCHINDUCTOR_CPP_MARCH": "haswell",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
