@@ -323,6 +323,22 @@ def run_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_avx2_starts_anew_with_every_library_held_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+
+    def execve(path: str, command: list[str], environment: dict[str, str]) -> None:
+        started.append((command[1:], environment))
+        raise SystemExit
+
+    monkeypatch.setattr("os.execve", execve)
+    monkeypatch.delenv("SMARTBIRD_CPU_ISA", raising=False)
+    with pytest.raises(SystemExit):
+        attention.main(["--isa", "avx2", "--preset", "quick"])
+    [(command, environment)] = started
+    assert command == ["-m", "benchmarks.attention", "--isa", "avx2", "--preset", "quick"]
+    assert environment.items() >= machine.AVX2_ENVIRONMENT.items()
+
+
 def test_run_holds_what_was_asked_for(run_json: Path) -> None:
     results = Results.load(run_json)
     environment = results.environment
