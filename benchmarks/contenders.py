@@ -1,9 +1,9 @@
 """The attentions that are timed: Smart Bird's, and what people use today, each on its best path.
 
 A contender is built for one problem and gives a call without arguments: the forward pass. Only the
-attention itself is in it, from q, k and v (and sketches) to the output, for the rivals from Hugging
-Face too: projections, padding masks and dropout, which every attention has or has not alike, are
-left out. All rivals that are sparse keep the K keys per query that Smart Bird draws.
+attention itself is in it, from q, k and v (and sketches) to the output; no projections, no padding
+masks, no dropout, for the layers of Hugging Face either. Sparse rivals keep as many keys per query as
+Smart Bird draws, K.
 """
 
 from __future__ import annotations
