@@ -1,9 +1,9 @@
 """The attentions that are timed: Smart Bird's, and what people use today, each on its best path.
 
 A contender is built for one problem and gives a call without arguments: the forward pass. Only the
-attention itself is in it, from q, k and v (and sketches) to the output; no projections, no padding
-masks, no dropout, for the layers of Hugging Face either. Sparse rivals keep as many keys per query as
-Smart Bird draws, K.
+attention itself is in it, from q, k and v (and sketches) to the output; projections, padding masks
+and dropout are not, for the layers of Hugging Face either. Sparse rivals keep K keys per query, as
+many as Smart Bird draws.
 """
 
 from __future__ import annotations
