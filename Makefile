@@ -18,15 +18,24 @@ TORCH    := $(shell sed -n 's/^torch==//p' requirements-dev.txt)+cpu
 READY    := .venv/.ready
 BUILT    := .venv/.built
 CPP_DIR  := build/cpp
+TSAN_DIR := build/tsan
+EMU_DIR  := build/emulated
 # LeakSanitizer needs ptrace, which containers often deny; the kernels allocate through std::vector only.
 CPP_ENV  := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 
 SOURCES   := $(shell find csrc -name '*.cpp' -o -name '*.h')
-CPP_FILES := $(SOURCES) $(shell find tests/cpp -name '*.cpp' -o -name '*.h' 2>/dev/null)
+CUDA      := $(shell find csrc/cuda -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(SOURCES) $(CUDA) $(shell find tests -name '*.cpp' -o -name '*.h' 2>/dev/null)
+CMAKE      = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 OP_TESTS  := tests/test_sketch_sample.py tests/test_gather.py tests/test_distill.py
+# The emulation is slow: of the tests that need many draws, test_law_of_the_set is enough.
+EMU_TESTS := $(OP_TESTS) tests/test_opcheck.py tests/test_cuda_paths.py \
+    -k "not reference and not horvitz and not independent and not unbiased"
+EMU_ORDER_TESTS := $(OP_TESTS) tests/test_cuda_paths.py \
+    -k "past_the_tiles or masked_causal_gqa or one_query or forced_causal or cuda_paths"
 
-.PHONY: help setup build test test-quick test-isa test-slow cpp-test lint format demo bench bench-quick \
-        wheel clean
+.PHONY: help setup build test test-quick test-isa test-slow test-emulated cpp-test race-test cuda lint \
+        format demo bench bench-quick wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,12 +65,33 @@ cpp-test: $(CPP_DIR)/compile_commands.json  ## the torch-free kernels and their 
 	$(BIN)/cmake --build $(CPP_DIR)
 	$(CPP_ENV) $(BIN)/ctest --test-dir $(CPP_DIR) --output-on-failure
 
+# Every order in which a GPU might run the threads of a block is right or wrong alike; three are tried.
+test-emulated: $(BUILT)  ## the op tests through the CUDA kernels, run on the CPU by the emulation
+	$(CMAKE) -B $(EMU_DIR) -DCMAKE_BUILD_TYPE=Release \
+	    -DSMARTBIRD_TORCH=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')
+	$(BIN)/cmake --build $(EMU_DIR) --target smartbird_emulated
+	export PYTHONPATH=tests/emulation OMP_NUM_THREADS=1
+	export SMARTBIRD_EMULATED_LIBRARY=$(EMU_DIR)/libsmartbird_emulated.so
+	$(BIN)/pytest -p emulated_cuda -q $(EMU_TESTS)
+	for order in reverse random; do
+	    SMARTBIRD_EMULATION_ORDER=$$order $(BIN)/pytest -p emulated_cuda -q $(EMU_ORDER_TESTS)
+	done
+
+race-test: $(READY)  ## the CUDA kernels in the emulation under ThreadSanitizer
+	$(CMAKE) -B $(TSAN_DIR) -DSMARTBIRD_SANITIZE=thread
+	$(BIN)/cmake --build $(TSAN_DIR) --target test_cuda_emulation test_cuda_kernels
+	$(BIN)/ctest --test-dir $(TSAN_DIR) --output-on-failure -R '^cuda_'
+
+cuda: $(READY)  ## compile and link the CUDA kernels for every architecture: needs nvcc, no GPU
+	SMARTBIRD_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda --build-temp build/cuda
+
 lint: $(CPP_DIR)/compile_commands.json  ## ruff, mypy --strict, clang-format, clang-tidy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
-	$(BIN)/clang-tidy -quiet -p $(CPP_DIR) $$(sed -n 's/^ *"file": "\(.*\)",\?$$/\1/p' $<)
+	$(BIN)/clang-tidy -quiet -p $(CPP_DIR) \
+	    $$(sed -n 's/^ *"file": "\(.*\.cpp\)",\?$$/\1/p' $<)
 
 format: $(READY)  ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix
@@ -113,6 +143,5 @@ $(BUILT): $(READY) setup.py pyproject.toml $(SOURCES)
 	touch $@
 
 $(CPP_DIR)/compile_commands.json: $(READY) CMakeLists.txt
-	$(BIN)/cmake -S . -B $(CPP_DIR) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	    -DSMARTBIRD_SANITIZE=address,undefined
+	$(CMAKE) -B $(CPP_DIR) -DSMARTBIRD_SANITIZE=address,undefined
 	touch $@

@@ -1,17 +1,28 @@
-"""Builds smartbird/_C: one stable-ABI library with the CPU kernels of every instruction set.
+"""Builds smartbird/_C, the CPU kernels of every instruction set, and smartbird/_C_cuda, the CUDA
+kernels of every architecture: two libraries of torch's stable ABI.
 
-Environment: DEBUG=1 for an unoptimised build with symbols, MAX_JOBS for the number of compilers run
-at once.
+Environment: SMARTBIRD_CUDA=auto (where torch has CUDA and nvcc is found), 0 (never) or 1 (always,
+or fail; torch need not have CUDA), TORCH_CUDA_ARCH_LIST as for torch's own extensions, DEBUG=1 for
+an unoptimised build with symbols, MAX_JOBS for the number of compilers run at once.
 """
 
 import os
 import platform
+import re
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
+import torch
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import (
+    BuildExtension,
+    CppExtension,
+    get_cxx_compiler,
+    include_paths,
+    library_paths,
+)
 
 DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
@@ -26,38 +37,117 @@ if X86:
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
         *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
     ]
+CUDA_SOURCES = (
+    # The longest first.
+    *("csrc/cuda/sketch_sample.cu", "csrc/cuda/gather_backward.cu", "csrc/cuda/gather.cu"),
+    *("csrc/cuda/dense.cu", "csrc/cuda/ops_cuda.cpp"),
+)
+CUDA_ARCHS = "8.0;9.0a;10.0a;12.0+PTX"
+# What the library needs of libtorch_cuda, to link where torch has none.
+TORCH_CUDA_STUB = "void aoti_torch_get_current_cuda_stream(void) {}"
+
+
+def run(*command: str) -> None:
+    print(" ".join(command), flush=True)
+    subprocess.run(command, check=True)
+
+
+def in_parallel(function, items) -> list[str]:
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(function, items))
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
+
+
+def build_cuda() -> bool:
+    choice, nvcc = os.environ.get("SMARTBIRD_CUDA", "auto"), find_nvcc()
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"SMARTBIRD_CUDA must be auto, 0 or 1, got {choice!r}")
+    if choice == "1" and nvcc is None:
+        raise SystemExit("SMARTBIRD_CUDA=1, but there is no nvcc on PATH or in CUDA_HOME/bin")
+    wanted = choice == "1" or (choice == "auto" and bool(torch.version.cuda) and nvcc is not None)
+    print(
+        f"smartbird: building {'with' if wanted else 'without'} CUDA kernels (SMARTBIRD_CUDA="
+        f"{choice}, torch for CUDA {torch.version.cuda}, nvcc {nvcc})",
+        flush=True,
+    )
+    return wanted
+
+
+def cuda_archs() -> list[tuple[str, bool]]:
+    """(number, whether to add PTX) of each architecture, for example ("90a", False)."""
+    names = re.split(r"[; ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS)
+    matches = [re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name) for name in names]
+    if not all(matches):
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST must be like {CUDA_ARCHS}, got {';'.join(names)}")
+    return [(m[1] + m[2], m[3] is not None) for m in matches]
 
 
 class BuildKernels(BuildExtension):
-    """An extension has one set of flags; the kernels need one per instruction set."""
+    """CPU kernels have a set of flags per instruction set; CUDA is built by nvcc alone, so that it
+    can be on a machine whose torch has none."""
 
     def build_extension(self, ext) -> None:
-        objects = Path(self.build_temp)
-        objects.mkdir(parents=True, exist_ok=True)
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(jobs) as pool:
-            kernels = list(pool.map(lambda isa: self.compile_kernels(isa, objects), ISA_FLAGS))
-        ext.extra_objects = [*kernels, *ext.extra_objects]
+        self.objects = Path(self.build_temp)
+        self.objects.mkdir(parents=True, exist_ok=True)
+        if ext.name == "smartbird._C_cuda":
+            self.build_cuda_extension(ext)
+            return
+        ext.extra_objects = [*in_parallel(self.compile_kernels, ISA_FLAGS), *ext.extra_objects]
         super().build_extension(ext)
 
-    def compile_kernels(self, isa: str, objects: Path) -> str:
-        source = Path("csrc/cpu") / f"kernels_{isa}.cpp"
-        target = objects / f"kernels_{isa}.o"
-        command = [get_cxx_compiler(), *KERNEL_FLAGS, *ISA_FLAGS[isa], "-c", str(source)]
-        print(" ".join(command))
-        subprocess.run([*command, "-o", str(target)], check=True)
-        return str(target)
+    def compile_kernels(self, isa: str) -> str:
+        target = str(self.objects / f"kernels_{isa}.o")
+        source = f"csrc/cpu/kernels_{isa}.cpp"
+        run(get_cxx_compiler(), *KERNEL_FLAGS, *ISA_FLAGS[isa], "-c", source, "-o", target)
+        return target
+
+    def build_cuda_extension(self, ext) -> None:
+        macros = [f"-D{name}={value}" for name, value in (*MACROS, ("USE_CUDA", "1"))]
+        names = " ".join(f"sm_{arch}" for arch, _ in cuda_archs())
+        flags = ["-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", *macros]
+        flags += [f'-DSMARTBIRD_CUDA_ARCHS="{names}"', *(["-O0", "-g"] if DEBUG else ["-O3"])]
+        for arch, ptx in cuda_archs():
+            code = f"[sm_{arch},compute_{arch}]" if ptx else f"sm_{arch}"
+            flags.append(f"-gencode=arch=compute_{arch},code={code}")
+        flags += [f"-isystem={path}" for path in include_paths()]
+
+        def compile_cuda(source: str) -> str:
+            target = str(self.objects / f"cuda_{Path(source).stem}.o")
+            run(find_nvcc(), *flags, "-c", source, "-o", target)
+            return target
+
+        objects = in_parallel(compile_cuda, CUDA_SOURCES)
+        libraries = library_paths()
+        if not torch.version.cuda:
+            stub = self.objects / "stub"
+            stub.mkdir(exist_ok=True)
+            (stub / "stub.c").write_text(TORCH_CUDA_STUB)
+            soname = "-Wl,-soname,libtorch_cuda.so"
+            target = ["-o", str(stub / "libtorch_cuda.so")]
+            run("gcc", "-shared", "-fPIC", soname, str(stub / "stub.c"), *target)
+            libraries = [*libraries, str(stub)]
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        link = [*(f"-L{path}" for path in libraries), "-ltorch_cpu", "-lc10"]
+        link += ["-Xlinker=--no-as-needed", "-ltorch_cuda", "-Xlinker=--no-undefined"]
+        run(find_nvcc(), "-shared", "-cudart=static", *objects, *link, "-o", str(library))
 
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "smartbird._C",
-            ["csrc/registration.cpp", "csrc/cpu/ops_cpu.cpp", "csrc/cpu/dispatch.cpp"],
-            define_macros=MACROS,
-            extra_compile_args=CXXFLAGS,
-            py_limited_api=True,
-        )
-    ],
-    cmdclass={"build_ext": BuildKernels},
-)
+extensions = [
+    CppExtension(
+        "smartbird._C",
+        ["csrc/registration.cpp", "csrc/cpu/ops_cpu.cpp", "csrc/cpu/dispatch.cpp"],
+        define_macros=MACROS,
+        extra_compile_args=CXXFLAGS,
+        py_limited_api=True,
+    )
+]
+if build_cuda():  # its sources are named in build_cuda_extension: setuptools does not know CUDA
+    extensions.append(Extension("smartbird._C_cuda", [], py_limited_api=True))
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildKernels})

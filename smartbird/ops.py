@@ -662,7 +662,12 @@ def _fake_gather_scores(q: Tensor, k: Tensor, indices: Tensor, scale: float) -> 
 
 
 def _fake_gather_scores_backward(
-    dscores: Tensor, q: Tensor, k: Tensor, indices: Tensor, scale: float
+    dscores: Tensor,
+    q: Tensor,
+    k: Tensor,
+    indices: Tensor,
+    scale: float,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
@@ -694,6 +699,7 @@ def _fake_gather_attention_backward(
     need_dqk: bool,
     need_dv: bool,
     need_dbias: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         q.new_empty(q.shape if need_dqk else (0,)),
@@ -751,7 +757,8 @@ def _save_gather_scores(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _gather_scores_backward(ctx: Any, dscores: Tensor) -> Any:
-    dq, dk = _ops.gather_scores_backward(dscores, *ctx.saved_tensors, ctx.scale)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    dq, dk = _ops.gather_scores_backward(dscores, *ctx.saved_tensors, ctx.scale, deterministic)
     return dq, dk, None, None
 
 
@@ -778,6 +785,7 @@ def _gather_attention_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | Non
         need_dq or need_dk,
         need_dv,
         need_dbias,
+        torch.are_deterministic_algorithms_enabled(),
     )
     if need_dbias and bias.shape[1] != q.shape[1]:
         dbias = dbias.unflatten(1, (bias.shape[1], -1)).sum(2)

@@ -212,16 +212,17 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 // to 4 elements where n is a multiple of 4.
 template <int n, typename A>
 __device__ __forceinline__ void atomic_add(A* p, const A (&x)[n]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(SMARTBIRD_EMULATED) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
   if constexpr (std::is_same_v<A, float> && n % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < n; i += 4)
       atomicAdd(reinterpret_cast<float4*>(p + i), make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]));
-    return;
-  }
+  } else
 #endif
+  {
 #pragma unroll
-  for (int i = 0; i < n; ++i) atomicAdd(p + i, x[i]);
+    for (int i = 0; i < n; ++i) atomicAdd(p + i, x[i]);
+  }
 }
 
 // ---- random numbers -----------------------------------------------------------------------------

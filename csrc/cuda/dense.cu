@@ -57,7 +57,7 @@ __device__ __forceinline__ ScoreTile<acc_t<T>> score_columns(const DenseParams& 
 
 // rows [B, H, R, D], cols [B, H, C, D] -> lse [B, H, R].
 template <typename T, Features kFeatures>
-__global__ void __launch_bounds__(kThreads) dense_lse_kernel(const DenseParams p) {
+__global__ void __launch_bounds__(kThreads, 1) dense_lse_kernel(const DenseParams p) {
   using A = acc_t<T>;
   const A none = -static_cast<A>(kInf);
   const int64_t blocks = ceil_div(p.R, kTileRows);
@@ -137,7 +137,7 @@ struct MeanShared {
 // rows [B, H, R, D], cols [B, H, C, D], values [B, C, Dv] -> out [B, R, Dv]: the sum over heads and
 // columns of exp2(score * scale - (row_shift + col_shift) log2(e)) * col_weight * values.
 template <typename T, Features kFeatures>
-__global__ void __launch_bounds__(kThreads) dense_mean_kernel(const DenseParams p) {
+__global__ void __launch_bounds__(kThreads, 1) dense_mean_kernel(const DenseParams p) {
   using A = acc_t<T>;
   const A none = -static_cast<A>(kInf);
   const int64_t row_blocks = ceil_div(p.R, kTileRows);

@@ -13,6 +13,7 @@ namespace smartbird::cuda {
 
 constexpr int kGatherThreads = 128;
 constexpr int kGatherWarps = kGatherThreads / kWarpSize;
+constexpr int kGatherBlocks = 4;  // on a multiprocessor at least: 128 registers to a thread
 
 // A row of up to kLanes * kChunks * kVec elements: lane l of its group holds the elements
 // (c * kLanes + l) * kVec + e.

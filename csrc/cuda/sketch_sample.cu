@@ -29,7 +29,8 @@ constexpr double kKeysPerDraw = 24;
 constexpr float kRescored = 1 - 0x1p-18f;
 
 __host__ __device__ __forceinline__ int keys_per_block(int64_t M) {
-  return static_cast<int>(kTileCols * ceil_div(ceil_div(M, kTileCols), kMaxBlocks));
+  return static_cast<int>(kTileCols *
+                          max_of<int64_t>(1, ceil_div(ceil_div(M, kTileCols), kMaxBlocks)));
 }
 __host__ __device__ __forceinline__ int num_blocks(int64_t M) {
   return static_cast<int>(ceil_div(M, keys_per_block(M)));
@@ -65,14 +66,15 @@ struct Shared {
   uint32_t* excluded;  // [words] keys that cannot be drawn any more
   int32_t* list;       // [list_entries] multinomial only
 
-  // Lays everything out from `base`; returns the number of bytes.
+  // Lays everything out from `base`, if that is not null; returns the number of bytes.
   __host__ __device__ size_t lay_out(const SketchSampleParams& p, char* base, int warp, int warps) {
     const size_t blocks = static_cast<size_t>(num_blocks(p.M)), words = num_words(p.M);
     const size_t entries = p.method == SampleMethod::kMultinomial ? list_entries(p.K) : 0;
     size_t used = 0;
     const auto take = [&](auto** pointer, size_t count, bool per_warp) {
       using X = std::remove_reference_t<decltype(**pointer)>;
-      *pointer = reinterpret_cast<X*>(base + used) + (per_warp ? warp * count : 0);
+      if (base != nullptr)
+        *pointer = reinterpret_cast<X*>(base + used) + (per_warp ? warp * count : 0);
       used += (count * sizeof(X) * (per_warp ? warps : 1) + 15) / 16 * 16;
     };
     take(&plan, kRows, false);
@@ -92,10 +94,17 @@ struct Shared {
 __device__ __forceinline__ bool test_bit(const uint32_t* bits, int j) {
   return (bits[j / 32] >> (j % 32) & 1) != 0;
 }
-// Sets bit j; true where it was clear.
+// Sets bit j; true where it was clear. Of lanes that set the same bit at once, any one gets true.
 __device__ __forceinline__ bool insert_bit(uint32_t* bits, int j) {
   const uint32_t bit = 1u << (j % 32);
   return (atomicOr(bits + j / 32, bit) & bit) == 0;
+}
+
+// Sets bit `key` of each lane that has one (not -1); true where it was clear, and of lanes with the
+// same key in the first, so that sums over the new keys are always taken in the same order.
+__device__ __forceinline__ bool insert_keys(uint32_t* bits, int key) {
+  const unsigned alike = __match_any_sync(kAllLanes, key);
+  return key >= 0 && lane_id() == __ffs(alike) - 1 && insert_bit(bits, key);
 }
 
 // For topk the scale only counts by its sign: without it, scores that are equal in exact arithmetic
@@ -377,7 +386,7 @@ __device__ void sample_gumbel(const R& row, int64_t head) {
       float weight;
       const int key =
           row.find_keys(sums, min_of(static_cast<int32_t>(bits >> 1), kWhole - 1), active, &weight);
-      const bool is_new = key >= 0 && insert_bit(row.s.taken, key);
+      const bool is_new = insert_keys(row.s.taken, key);
       mass += static_cast<double>(sum_lanes(is_new ? weight : 0.0f));
       missing -= __popc(__ballot_sync(kAllLanes, is_new));
     }
@@ -444,7 +453,7 @@ __device__ void sample_systematic(const R& row, int64_t head) {
     int key =
         row.find_keys(sums, active ? static_cast<int32_t>(min_of((u + n) * step, kWhole - 1.0)) : 0,
                       active, &weight);
-    const bool is_new = key >= 0 && insert_bit(row.s.taken, key);
+    const bool is_new = insert_keys(row.s.taken, key);
     // A probability just below 1 can be passed twice by rounding: the next free key stands in.
     for (unsigned repeats = __ballot_sync(kAllLanes, active && !is_new); repeats != 0;
          repeats &= repeats - 1) {
@@ -613,6 +622,7 @@ __device__ void sum_blocks(const SketchSampleParams& p, const Shared& s, int64_t
 
   for (int block = warp_id(); block < blocks; block += warps) {
     float top[2] = {-kInf, -kInf}, sum[2] = {0, 0};
+    bool finite = true;
     for (int tile = block * tiles; tile < (block + 1) * tiles && tile * kTileCols < limit; ++tile) {
       const auto scores = score_tile<kFeatures, T>(
           static_cast<int>(p.S),
@@ -633,10 +643,7 @@ __device__ void sum_blocks(const SketchSampleParams& p, const Shared& s, int64_t
             const int col = tile_col(n, c), j = tile * kTileCols + col;
             const bool valid = j < plan[r].limit && (exists >> col & 1) != 0;
             const float score = static_cast<float>(scores.x[n][2 * r + c]) * factor;
-            SMARTBIRD_DEVICE_CHECK(
-                !valid || score - score == 0,
-                "smartbird: q_sketch or k_sketch holds NaN or infinity, or their scores overflow "
-                "float32, in which all dtypes are sampled");
+            finite = finite && (!valid || score - score == 0);
             const bool forced =
                 j < plan[r].sink_end || (j >= plan[r].window_begin && j < plan[r].window_end);
             x[n][c] = valid && !forced ? score : -kInf;
@@ -651,6 +658,9 @@ __device__ void sum_blocks(const SketchSampleParams& p, const Shared& s, int64_t
           for (int c = 0; c < 2; ++c) sum[r] += exp2f(x[n][c] - larger);
       }
     }
+    SMARTBIRD_DEVICE_CHECK(finite,
+                           "smartbird: q_sketch or k_sketch holds NaN or infinity, or their scores "
+                           "overflow float32, in which all dtypes are sampled");
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float largest = max_lanes<4>(top[r]);
@@ -663,8 +673,9 @@ __device__ void sum_blocks(const SketchSampleParams& p, const Shared& s, int64_t
   }
 }
 
-template <typename T, Features kFeatures>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
+// Compiled for each method, so that none pays for the registers of another.
+template <typename T, Features kFeatures, SampleMethod kMethod>
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
     sketch_sample_kernel(const SketchSampleParams p) {
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
   Shared s;
@@ -686,7 +697,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   __syncthreads();
 
   const int rows = static_cast<int>(min_of<int64_t>(kRows, p.N - first_row));
-  const bool topk = p.method == SampleMethod::kTopK;  // all heads alike
+  constexpr bool topk = kMethod == SampleMethod::kTopK;  // all heads alike
   const int64_t heads = topk ? 1 : p.H_i;
   for (int64_t task = warp_id(); task < rows * heads; task += warps) {
     const int r = static_cast<int>(task / heads);
@@ -703,11 +714,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
       __syncwarp();
       for (int64_t h = head; h < (topk ? p.H_i : head + 1); ++h)
         row.write(h, [](int) { return 0.0f; });
-    } else if (topk) {
+    } else if constexpr (kMethod == SampleMethod::kTopK) {
       take_largest(row);
-    } else if (p.method == SampleMethod::kGumbel) {
+    } else if constexpr (kMethod == SampleMethod::kGumbel) {
       sample_gumbel(row, head);
-    } else if (p.method == SampleMethod::kSystematic) {
+    } else if constexpr (kMethod == SampleMethod::kSystematic) {
       sample_systematic(row, head);
     } else {
       sample_multinomial(row, head);
@@ -727,12 +738,24 @@ void run_sketch_sample(const SketchSampleParams& params, cudaStream_t stream) {
     throw std::runtime_error(
         "smartbird: sketch_sample on CUDA keeps a bitmap of the keys on chip, and M = " +
         std::to_string(params.M) + " with K = " + std::to_string(params.K) + " is beyond it");
+  const auto run = [&](auto type, auto features, auto method) {
+    launch("sketch_sample",
+           sketch_sample_kernel<decltype(type), decltype(features)::value, decltype(method)::value>,
+           params.B * ceil_div(params.N, kRows), warps * kWarpSize, bytes, stream, params);
+  };
   dispatch_features(params.dtype, params.q_sketch, params.q_stride, params.k_sketch,
                     params.k_stride, params.S, [&](auto type, auto features) {
-                      using T = decltype(type);
-                      launch("sketch_sample", sketch_sample_kernel<T, decltype(features)::value>,
-                             params.B * ceil_div(params.N, kRows), warps * kWarpSize, bytes, stream,
-                             params);
+                      using M = SampleMethod;
+                      switch (params.method) {
+                        case M::kGumbel:
+                          return run(type, features, std::integral_constant<M, M::kGumbel>{});
+                        case M::kSystematic:
+                          return run(type, features, std::integral_constant<M, M::kSystematic>{});
+                        case M::kMultinomial:
+                          return run(type, features, std::integral_constant<M, M::kMultinomial>{});
+                        case M::kTopK:
+                          return run(type, features, std::integral_constant<M, M::kTopK>{});
+                      }
                     });
 }
 

@@ -25,8 +25,13 @@ extern "C" void AnnotateIgnoreWritesBegin(const char*, int);
 extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
+// Of sanitizer/asan_interface.h and common_interface_defs.h, which not every compiler brings.
+// NOLINTBEGIN(bugprone-reserved-identifier)
+extern "C" void __asan_poison_memory_region(void const volatile*, size_t);
+extern "C" void __asan_unpoison_memory_region(void const volatile*, size_t);
+extern "C" void __sanitizer_start_switch_fiber(void**, const void*, size_t);
+extern "C" void __sanitizer_finish_switch_fiber(void*, const void**, size_t*);
+// NOLINTEND(bugprone-reserved-identifier)
 #endif
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -113,7 +118,7 @@ void prepare(Fiber* fiber, void (*entry)()) {
   top[-1] = nullptr;  // where entry would return to: the stack is aligned as after a call
   top[-2] = reinterpret_cast<void*>(entry);
   std::fill(top - 8, top - 2, nullptr);  // the six registers
-  fiber->stack_pointer = top - 8;
+  fiber->stack_pointer = static_cast<void*>(top - 8);
 #else
   getcontext(&fiber->context);
   fiber->context.uc_stack.ss_sp = fiber->stack;
@@ -209,7 +214,7 @@ class Order {
     const std::string name = value == nullptr ? "forward" : value;
     reverse_ = name == "reverse";
     random_ = name.rfind("random", 0) == 0;
-    if (random_ && name.size() > 7) generator_.seed(std::stoul(name.substr(7)));
+    generator_.seed(random_ && name.size() > 7 ? std::stoul(name.substr(7)) : 0);
     if (!reverse_ && !random_ && name != "forward")
       throw std::runtime_error(
           "SMARTBIRD_EMULATION_ORDER must be forward, reverse or random[:seed]");
@@ -224,7 +229,7 @@ class Order {
 
  private:
   bool reverse_, random_;
-  std::mt19937_64 generator_;
+  std::mt19937_64 generator_{0};  // NOLINT(bugprone-random-generator-seed): repeatable
 };
 
 using SharedMemory = std::unique_ptr<void, void (*)(void*)>;
@@ -260,6 +265,7 @@ class Machine {
   [[noreturn]] void fail(const std::string& message) {
     fault_ = message;
     current_->state = State::kDone;
+    release(&end_);
     switch_fiber(&current_->fiber, &host_);
     std::abort();
   }
@@ -297,6 +303,7 @@ class Machine {
       yield();
     }
     if (orders_memory) acquire(warp);
+    self->slot = nullptr;
   }
 
  private:
@@ -407,6 +414,7 @@ class Machine {
   }
 
   [[noreturn]] void throw_fault() {
+    acquire(&end_);
     std::string message;
     std::swap(message, fault_);
     throw std::runtime_error(message);
@@ -444,18 +452,20 @@ class Machine {
   friend struct Access;
 };
 
-Machine machine;
-std::mutex machine_mutex;
+Machine& machine() {
+  static Machine one;
+  return one;
+}
 
 struct Access {
   static void thread_main() {
-    arrived(&machine.host_);
-    Thread* self = machine.current_;
-    acquire(&machine.start_);
-    machine.launch_->body();
-    release(&machine.end_);
+    arrived(&machine().host_);
+    Thread* self = machine().current_;
+    acquire(&machine().start_);
+    machine().launch_->body();
+    release(&machine().end_);
     self->state = State::kDone;
-    machine.yield();
+    machine().yield();
     std::abort();
   }
 };
@@ -465,21 +475,22 @@ void Machine::thread_main() { Access::thread_main(); }
 }  // namespace
 
 void run(const Launch& launch) {
-  const std::lock_guard<std::mutex> lock(machine_mutex);
-  machine.run(launch);
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  machine().run(launch);
 }
 
-void* shared_memory() { return machine.shared_memory(); }
+void* shared_memory() { return machine().shared_memory(); }
 
-void fail(const std::string& message) { machine.fail(message); }
+void fail(const std::string& message) { machine().fail(message); }
 
 bool meet_block(bool predicate, const char* what, Where where) {
-  return machine.meet_block(predicate, what, where);
+  return machine().meet_block(predicate, what, where);
 }
 
 void meet_warp(uint32_t mask, void* slot, Combine combine, bool orders_memory, const char* what,
                Where where) {
-  machine.meet_warp(mask, slot, combine, orders_memory, what, where);
+  machine().meet_warp(mask, slot, combine, orders_memory, what, where);
 }
 
 void check_aligned(const void* p, size_t bytes, const char* what, Where where) {

@@ -80,6 +80,7 @@ void test_warp_collectives() {
     wrong += __shfl_up_sync(all, lane, 3) != (lane < 3 ? lane : lane - 3);
     wrong += __shfl_sync(all, lane * 0.5, 31) != 15.5;
     wrong += __ballot_sync(all, lane % 3 == 0) != 0x49249249U;
+    wrong += __match_any_sync(all, lane % 16) != 0x10001U << lane % 16;
     wrong += __any_sync(all, lane == 20 && warp == 1) != warp;
     if (lane < 8) wrong += __ballot_sync(0xFF, lane > 3) != 0xF0U;  // part of a warp
   });
@@ -199,7 +200,7 @@ void test_divergent_barrier_is_found() {
   CHECK(contains(skipped, "63 (first 0) in __syncthreads at test_emulation.cpp:"));
   CHECK(contains(skipped, "1 (first 40) ended"));
   const std::string another = fault(64, 0, [] {
-    if (threadIdx.x < 32)
+    if (threadIdx.x < 32)  // NOLINT(bugprone-branch-clone): two places are what is tested
       __syncthreads();
     else
       __syncthreads();

@@ -33,6 +33,10 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 // ---- barriers, votes, shuffles ------------------------------------------------------------------
 
@@ -107,6 +111,22 @@ inline int __any_sync(unsigned mask, int predicate,
                       emulation::Where where = emulation::Where::current()) {
   return emulation::vote(mask, predicate != 0, "__any_sync", where) != 0;
 }
+inline unsigned __match_any_sync(unsigned mask, int x,
+                                 emulation::Where where = emulation::Where::current()) {
+  emulation::Exchange mine{static_cast<uint64_t>(static_cast<uint32_t>(x)), 0, 0, false};
+  emulation::meet_warp(
+      mask, &mine,
+      [](void* const slots[emulation::kWarpSize], uint32_t lanes) {
+        for (int l = 0; l < emulation::kWarpSize; ++l)
+          for (int m = 0; (lanes >> l & 1) != 0 && m < emulation::kWarpSize; ++m) {
+            auto* own = static_cast<emulation::Exchange*>(slots[l]);
+            if ((lanes >> m & 1) != 0 && static_cast<emulation::Exchange*>(slots[m])->in == own->in)
+              own->out |= uint64_t{1} << m;
+          }
+      },
+      false, "__match_any_sync", where);
+  return static_cast<unsigned>(mine.out);
+}
 template <typename T>
 T __shfl_sync(unsigned mask, T x, int source,
               emulation::Where where = emulation::Where::current()) {
@@ -140,6 +160,14 @@ void __stcs(T* p, T x, emulation::Where where = emulation::Where::current()) {
 template <typename T>
 T atomicAdd(T* p, T x) {
   return std::atomic_ref<T>(*p).fetch_add(x, std::memory_order_relaxed);
+}
+// On a GPU, too, the four additions are atomic each, not together.
+inline void atomicAdd(float4* p, float4 x, emulation::Where where = emulation::Where::current()) {
+  emulation::check_aligned(p, sizeof(float4), "atomicAdd", where);
+  atomicAdd(&p->x, x.x);
+  atomicAdd(&p->y, x.y);
+  atomicAdd(&p->z, x.z);
+  atomicAdd(&p->w, x.w);
 }
 template <typename T>
 T atomicOr(T* p, T x) {
