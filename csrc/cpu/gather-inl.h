@@ -204,8 +204,10 @@ inline const int32_t* row_indices(const GatherParams& P, GatherRow at) {
 }
 
 // keys [capacity] from the row's indices; returns the number of slots up to the last that holds a
-// key. The others borrow a key of the same row, so that no row is read that no index names.
-inline int64_t load_keys(const GatherParams& P, GatherRow at, int64_t capacity, int32_t* keys) {
+// key, and whether all hold one. The others borrow a key of the same row, so that no row is read
+// that no index names.
+inline int64_t load_keys(const GatherParams& P, GatherRow at, int64_t capacity, int32_t* keys,
+                         bool* is_full) {
   const int32_t* indices = row_indices(P, at);
   const uint32_t M = static_cast<uint32_t>(P.M);
   uint32_t out_of_range = 0, empty = 0;
@@ -216,6 +218,7 @@ inline int64_t load_keys(const GatherParams& P, GatherRow at, int64_t capacity, 
     keys[j] = indices[j];
   }
   int64_t n = P.K;
+  *is_full = empty == 0;
   if (empty) {
     if (out_of_range)
       __atomic_store_n(P.error, static_cast<int32_t>(kIndexOutOfRange), __ATOMIC_RELAXED);
@@ -229,10 +232,22 @@ inline int64_t load_keys(const GatherParams& P, GatherRow at, int64_t capacity, 
 }
 
 // logits[j] = scale * dots[j] + bias[j] in place for j < n; -inf in slots without a key, where the
-// bias is -inf, and in the padding to whole vectors. `bias` is scratch. Returns the largest.
+// bias is -inf, and in the padding to whole vectors; is_full: no slot is without. `bias` is
+// scratch. Returns the largest.
 template <typename A>
-inline A finish_logits(const GatherParams& P, GatherRow at, int64_t n, A* bias, A* logits) {
-  const A none = -static_cast<A>(__builtin_inff());
+inline A finish_logits(const GatherParams& P, GatherRow at, int64_t n, bool is_full, A* bias,
+                       A* logits) {
+  const A none = -static_cast<A>(__builtin_inff()), scale = static_cast<A>(P.scale);
+  Vec<A> largest = broadcast(none);
+  if (is_full && P.bias == nullptr && n % kLanes<A> == 0) {  // the usual case
+    for (int64_t j = 0; j < n; j += kLanes<A>) {
+      const Vec<A> logit = load(logits + j) * scale;
+      store(logits + j, logit);
+      largest = max(largest, logit);
+    }
+    return reduce_max(largest);
+  }
+
   const int32_t* indices = row_indices(P, at);
   const auto holds_key = [&](int64_t j) {
     return static_cast<uint32_t>(indices[j]) < static_cast<uint32_t>(P.M);
@@ -246,8 +261,6 @@ inline A finish_logits(const GatherParams& P, GatherRow at, int64_t n, A* bias, 
   }
   fill(bias + n, pad_to_vector<A>(n) - n, none);
 
-  const A scale = static_cast<A>(P.scale);
-  Vec<A> largest = broadcast(none);
   for (int64_t j = 0; j < n; j += kLanes<A>) {
     const Vec<A> b = load(bias + j);
     const Vec<A> logit = b == none ? broadcast(none) : load(logits + j) * scale + b;
@@ -335,6 +348,7 @@ struct GatherLists {
   int64_t capacity;  // slots of a list, padded to whole vectors
   int32_t* keys;     // [lists, capacity]
   int64_t* size;     // [lists]
+  bool* is_full;     // [lists] every slot holds a key
 
   // Returns how many lists a task of `heads` heads may have.
   template <typename A>
@@ -343,12 +357,13 @@ struct GatherLists {
     capacity = pad_to_vector<A>(P.K);
     keys = scratch.take<int32_t>(lists * capacity + kPrefetchAhead);
     size = scratch.take<int64_t>(lists);
+    is_full = scratch.take<bool>(lists);
     return lists;
   }
   void load(const GatherParams& P, const GatherTask& task) {
     int64_t lists = 0;
     task.for_each_row([&](int64_t r, GatherRow at) {
-      size[r] = load_keys(P, at, capacity, keys + r * capacity);
+      size[r] = load_keys(P, at, capacity, keys + r * capacity, is_full + r);
       lists = r + 1;
     });
     fill(keys + lists * capacity, kPrefetchAhead, 0);
@@ -402,7 +417,7 @@ inline void gather_attention_task(const GatherParams& P, const GatherTask& task,
     A* weights = scratch.weights + r * lists.capacity;
     A& lse = static_cast<A*>(P.lse)[row_number(P, at)];
     int64_t& n = lists.size[r];
-    const A largest = finish_logits(P, at, n, scratch.bias, weights);
+    const A largest = finish_logits(P, at, n, lists.is_full[r], scratch.bias, weights);
     if (largest == none) {
       lse = none;
       scratch.normalizer[r] = 0;
@@ -410,7 +425,7 @@ inline void gather_attention_task(const GatherParams& P, const GatherTask& task,
       return;
     }
     const A sum = exp_and_sum(weights, n, largest);
-    lse = largest + static_cast<A>(__builtin_log(static_cast<double>(sum)));
+    lse = largest + log_of(sum);
     scratch.normalizer[r] = 1 / sum;
     if (P.dropout_p > 0) {
       dropout_factors(P, at, dropout_key, n, scratch.factors);
@@ -442,7 +457,7 @@ inline void gather_scores_task(const GatherParams& P, const GatherTask& task,
     A* scores = scratch.weights + r * lists.capacity;
     T* out = static_cast<T*>(P.out) + row_number(P, at) * P.K;
     const int64_t n = lists.size[r];
-    finish_logits(P, at, n, scratch.bias, scores);
+    finish_logits(P, at, n, lists.is_full[r], scratch.bias, scores);
     store_row(scores, n, A{1}, out);
     fill(out + n, P.K - n, from_acc<T>(-static_cast<A>(__builtin_inff())));
   });

@@ -83,10 +83,10 @@ inline A* slot_grads_at(const GatherBackwardParams& P, GatherRow at) {
 // rounding of out, so the difference of two nearly equal numbers keeps its digits.
 template <typename A>
 inline int64_t attention_slot_grads(const GatherBackwardParams& P, GatherRow at, int64_t n,
-                                    PhiloxKey dropout_key, A* bias, A* factors, A* weights,
-                                    A* dlogits) {
+                                    bool is_full, PhiloxKey dropout_key, A* bias, A* factors,
+                                    A* weights, A* dlogits) {
   const GatherParams& F = P.fwd;
-  const A largest = finish_logits(F, at, n, bias, weights);
+  const A largest = finish_logits(F, at, n, is_full, bias, weights);
   if (largest == -static_cast<A>(__builtin_inff())) return 0;
   const A normalizer = 1 / exp_and_sum(weights, n, largest);
   if (F.dropout_p > 0)
@@ -177,8 +177,8 @@ inline void gather_backward_queries_task(const GatherBackwardParams& P, const Ga
     A* dlogits = scratch.dlogits + r * lists.capacity;
     int64_t& n = lists.size[r];
     if (F.Dv > 0)
-      n = attention_slot_grads(P, at, n, dropout_key, scratch.bias, scratch.factors, weights,
-                               dlogits);
+      n = attention_slot_grads(P, at, n, lists.is_full[r], dropout_key, scratch.bias,
+                               scratch.factors, weights, dlogits);
     else
       scores_slot_grads<T>(P, at, n, weights, dlogits);
     store_slot_grads(P, at, n, weights, dlogits);

@@ -538,6 +538,9 @@ SMARTBIRD_INLINE Vec<float> log(Vec<float> x) {
   return x == 0.0f ? broadcast(-__builtin_inff()) : (x == __builtin_inff() ? x : y);
 }
 
+inline float log_of(float x) { return log(broadcast(x))[0]; }  // as log()
+inline double log_of(double x) { return __builtin_log(x); }
+
 // float64 exists for tests and reference runs: the C library, lane by lane.
 inline Vec<double> exp(Vec<double> x) {
   for (int l = 0; l < kLanes<double>; ++l) x[l] = __builtin_exp(x[l]);
