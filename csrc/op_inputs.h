@@ -62,15 +62,15 @@ inline SketchSampleParams sketch_sample_params(const Tensor& q_sketch, const Ten
   p.is_causal = is_causal;
   p.window = window;
   p.num_sinks = num_sinks;
+  p.row_end = p.N;
   return p;
 }
 
-// Everything but v, bias, dropout and the outputs.
-inline GatherParams gather_params(const Tensor& q, const Tensor& k, const Tensor& indices,
-                                  double scale) {
+// Everything but indices, v, bias, dropout and the outputs.
+inline GatherParams gather_params(const Tensor& q, const Tensor& k, int64_t num_index_heads,
+                                  int64_t num_samples, double scale) {
   check_dim(q, "q", 4);
   check_dim(k, "k", 4);
-  check_dim(indices, "indices", 4);
   GatherParams p{};
   p.B = q.size(0);
   p.H = q.size(1);
@@ -78,12 +78,10 @@ inline GatherParams gather_params(const Tensor& q, const Tensor& k, const Tensor
   p.D = q.size(3);
   p.H_kv = k.size(1);
   p.M = k.size(2);
-  p.H_i = indices.size(1);
-  p.K = indices.size(3);
+  p.H_i = num_index_heads;
+  p.K = num_samples;
   check_shape(k, "k", {p.B, p.H_kv, p.M, p.D});
-  check_shape(indices, "indices", {p.B, p.H_i, p.N, p.K});
   check_type(k, "k", q.scalar_type());
-  check_type(indices, "indices", ScalarType::Int);
   STD_TORCH_CHECK(p.H_kv > 0 && p.H % p.H_kv == 0,
                   "the heads of q must be a multiple of the heads of k");
   STD_TORCH_CHECK(p.H_i > 0 && p.H % p.H_i == 0,
@@ -96,9 +94,20 @@ inline GatherParams gather_params(const Tensor& q, const Tensor& k, const Tensor
   set_strides(q, p.q_stride);
   p.k = k.const_data_ptr();
   set_strides(k, p.k_stride);
+  p.scale = scale;
+  p.row_end = p.N;
+  return p;
+}
+
+// The same with indices.
+inline GatherParams gather_params(const Tensor& q, const Tensor& k, const Tensor& indices,
+                                  double scale) {
+  check_dim(indices, "indices", 4);
+  GatherParams p = gather_params(q, k, indices.size(1), indices.size(3), scale);
+  check_shape(indices, "indices", {p.B, p.H_i, p.N, p.K});
+  check_type(indices, "indices", ScalarType::Int);
   p.indices = indices.const_data_ptr<int32_t>();
   set_strides(indices, p.indices_stride);
-  p.scale = scale;
   return p;
 }
 

@@ -53,6 +53,7 @@ struct SketchSampleParams {
   bool is_causal;
   int64_t window;
   int64_t num_sinks;
+  int64_t row_begin, row_end;  // the queries to draw for, all that the outputs hold
   uint64_t seed, offset;
 
   const int64_t*
@@ -63,8 +64,8 @@ struct SketchSampleParams {
   const float* k_tiles;   // packed k_sketch, interleaved, see PackParams
   const float* key_bias;  // packed key_mask, interleaved
   const float* tile_norm;
-  int32_t* indices;      // [B, H_i, N, K] out
-  float* log_inclusion;  // [B, H_i, N, K] out, or null
+  int32_t* indices;      // [B, H_i, rows, K] out
+  float* log_inclusion;  // [B, H_i, rows, K] out, or null
   int32_t* error;        // [1] out
 };
 
@@ -77,10 +78,11 @@ struct GatherParams {
   int64_t k_stride[3];
   const void* v;  // [B, H_kv, M, Dv]; null in gather_scores
   int64_t v_stride[3];
-  const int32_t* indices;  // [B, H_i, N, K], -1 = no key
+  int64_t row_begin, row_end;  // the queries to attend from, all that indices and bias hold
+  const int32_t* indices;      // [B, H_i, rows, K], -1 = no key
   int64_t indices_stride[3];
-  const void* bias;  // acc [B, H_bias, N, K] added to the scaled scores, all four strides free; or
-                     // null
+  const void* bias;  // acc [B, H_bias, rows, K] added to the scaled scores, all four strides free;
+                     // or null
   int64_t bias_stride[4];
   int64_t H_bias;  // H or H_i: head h has the bias of h / (H / H_bias)
   double scale;

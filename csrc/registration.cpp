@@ -16,6 +16,11 @@ STABLE_TORCH_LIBRARY(smartbird, m) {
       "gather_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? bias, float scale, "
       "float dropout_p, Tensor? seed) -> (Tensor out, Tensor lse)");
   m.def(
+      "sampled_attention(Tensor q, Tensor k, Tensor v, Tensor q_sketch, Tensor k_sketch, "
+      "int num_samples, int num_index_heads, str method, bool correction, float scale, "
+      "float sketch_scale, bool is_causal, Tensor? key_mask, int window, int num_sinks, "
+      "float dropout_p, Tensor seed) -> Tensor");
+  m.def(
       "gather_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
       "Tensor indices, Tensor? bias, float scale, float dropout_p, Tensor? seed, bool need_dqk, "
       "bool need_dv, bool need_dbias, bool deterministic=False) "

@@ -13,6 +13,7 @@ from smartbird.ops import check_key_mask
 
 __all__ = [
     "dense_attention",
+    "needs_grad",
     "sample_keys",
     "smart_bird_attention",
 ]
@@ -79,21 +80,36 @@ def smart_bird_attention(
     ops.check_same_tokens(q_sketch, k_sketch, q, k)
     if not isinstance(q, Tensor) or q.dim() != 4:
         raise ValueError(f"q must be a Tensor [B, H, N, D], got {getattr(q, 'shape', type(q))}")
+    if num_index_heads is None:
+        num_index_heads = q.shape[1]
+    ops.check_index_heads(num_index_heads, q)
     if seed is None:
         seed = ops.draw_seed(q.device, generator)
+    sampling: dict[str, Any] = {
+        "correction": correction,
+        "num_index_heads": num_index_heads,
+        "method": method,
+        "is_causal": is_causal,
+        "key_mask": key_mask,
+        "window": window,
+        "num_sinks": num_sinks,
+        "seed": seed,
+    }
+    if not return_indices and not needs_grad(q, k, v):
+        return ops.sampled_attention(
+            q,
+            k,
+            v,
+            q_sketch,
+            k_sketch,
+            num_samples,
+            scale=scale,
+            sketch_scale=sketch_scale,
+            dropout_p=dropout_p,
+            **sampling,
+        )
     indices, log_inclusion = sample_keys(
-        q_sketch,
-        k_sketch,
-        num_samples,
-        correction=correction,
-        num_index_heads=q.shape[1] if num_index_heads is None else num_index_heads,
-        method=method,
-        scale=sketch_scale,
-        is_causal=is_causal,
-        key_mask=key_mask,
-        window=window,
-        num_sinks=num_sinks,
-        seed=seed,
+        q_sketch, k_sketch, num_samples, scale=sketch_scale, **sampling
     )
     out: Tensor = ops.gather_attention(
         q,
@@ -115,6 +131,11 @@ def sample_keys(
     if correction:
         return ops.sketch_sample(q_sketch, k_sketch, num_samples, **options)
     return ops.sample_indices(q_sketch, k_sketch, num_samples, **options), None
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether autograd would record an operation on these."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def dense_attention(

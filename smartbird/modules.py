@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smartbird import ops
-from smartbird.functional import dense_attention, sample_keys
+from smartbird.functional import dense_attention, needs_grad, sample_keys
 from smartbird.ops import check_key_mask
 
 __all__ = [
@@ -245,6 +245,7 @@ class SmartBirdAttention(nn.Module):
             learned_sketch = self._sketch(tokens, keys)
         scored_sketch = learned_sketch if "bias" in self.learning else None
 
+        distills = self.training and "distill" in self.learning
         indices = log_inclusion = None
         dropout_p = self.dropout if self.training else 0.0
         if self.dense:
@@ -253,23 +254,30 @@ class SmartBirdAttention(nn.Module):
             out = _dense_attention(q, k, v, scored_sketch, dropout_p, masks)
         else:
             seed = ops.draw_seed(query.device) if self.training else self.eval_seed
-            indices, log_inclusion = sample_keys(
-                q_sketch,
-                k_sketch,
-                self.num_samples,
-                correction=self.correction,
-                num_index_heads=self.num_index_heads,
-                method=self.method,
-                window=self.window,
-                num_sinks=self.num_sinks,
-                seed=seed,
+            sampling: dict[str, Any] = {
+                "correction": self.correction,
+                "num_index_heads": self.num_index_heads,
+                "method": self.method,
+                "window": self.window,
+                "num_sinks": self.num_sinks,
+                "seed": seed,
                 **masks,
-            )
+            }
             # The projection interleaves heads; rows of one head side by side are faster to gather.
             q, k, v = (x.contiguous() for x in (q, k, v))
-            bias = _logit_bias(scored_sketch, indices, log_inclusion)
-            out = ops.gather_attention(q, k, v, indices, bias=bias, dropout_p=dropout_p, seed=seed)
-        if self.training and "distill" in self.learning:
+            if distills or return_indices or scored_sketch is not None or needs_grad(q, k, v):
+                indices, log_inclusion = sample_keys(
+                    q_sketch, k_sketch, self.num_samples, **sampling
+                )
+                bias = _logit_bias(scored_sketch, indices, log_inclusion)
+                out = ops.gather_attention(
+                    q, k, v, indices, bias=bias, dropout_p=dropout_p, seed=seed
+                )
+            else:
+                out = ops.sampled_attention(
+                    q, k, v, q_sketch, k_sketch, self.num_samples, dropout_p=dropout_p, **sampling
+                )
+        if distills:
             self._keep_loss(
                 ops.distill_loss(
                     q, k, q_sketch, k_sketch, indices=indices, log_inclusion=log_inclusion, **masks

@@ -105,7 +105,7 @@ def sketch_sample(
         TypeError, ValueError: an argument of the wrong type, shape or range; NaN or infinity in a
             sketch.
     """
-    indices, log_inclusion = _sample(
+    arguments = _sampling_arguments(
         q_sketch,
         k_sketch,
         num_samples,
@@ -118,17 +118,78 @@ def sketch_sample(
         num_sinks=num_sinks,
         seed=seed,
         generator=generator,
-        need_log_inclusion=True,
     )
+    indices, log_inclusion = _call(_ops.sketch_sample.default, *arguments, True)
     return indices, log_inclusion
 
 
 def sample_indices(q_sketch: Tensor, k_sketch: Tensor, num_samples: int, **options: Any) -> Tensor:
     """The indices of :func:`sketch_sample` alone, which are cheaper; the same arguments."""
-    return _sample(q_sketch, k_sketch, num_samples, need_log_inclusion=False, **options)[0]
+    arguments = _sampling_arguments(q_sketch, k_sketch, num_samples, **options)
+    indices: Tensor = _call(_ops.sketch_sample.default, *arguments, False)[0]
+    return indices
 
 
-def _sample(
+def sampled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_sketch: Tensor,
+    k_sketch: Tensor,
+    num_samples: int,
+    *,
+    num_index_heads: int,
+    correction: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    sketch_scale: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """:func:`sketch_sample` and :func:`gather_attention` in one, for inference: not differentiable.
+
+    The result is that of the two with the same seed, to the last bit, but indices exist for a block
+    of queries at a time only. ``options`` are those of :func:`sketch_sample`, other arguments as in
+    :func:`smartbird.functional.smart_bird_attention`.
+
+    Returns:
+        [B, H, N, Dv] in the dtype of ``q``.
+    """
+    q, k, v = _autocast(q, k, v)
+    _check_attention(q, k, v)
+    q_sketch, k_sketch, num_samples, num_index_heads, method, sketch_scale, *masks, seed = (
+        _sampling_arguments(
+            q_sketch,
+            k_sketch,
+            num_samples,
+            num_index_heads=num_index_heads,
+            scale=sketch_scale,
+            **options,
+        )
+    )
+    check_same_tokens(q_sketch, k_sketch, q, k)
+    check_index_heads(num_index_heads, q)
+    _check_dropout(dropout_p)
+    out: Tensor = _call(
+        _ops.sampled_attention.default,
+        q,
+        k,
+        v,
+        q_sketch,
+        k_sketch,
+        num_samples,
+        num_index_heads,
+        method,
+        correction,
+        _scale(scale, q),
+        sketch_scale,
+        *masks,
+        float(dropout_p),
+        seed,
+    )
+    return out
+
+
+def _sampling_arguments(
     q_sketch: Tensor,
     k_sketch: Tensor,
     num_samples: int,
@@ -142,8 +203,8 @@ def _sample(
     num_sinks: int = 0,
     seed: Tensor | None = None,
     generator: torch.Generator | None = None,
-    need_log_inclusion: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Any, ...]:
+    """The checked arguments of the dispatcher's sketch_sample, without need_log_inclusion."""
     q_sketch, k_sketch = _autocast(q_sketch, k_sketch)
     _check_sketches(q_sketch, k_sketch)
     _check_count("num_samples", num_samples, 1)
@@ -160,9 +221,7 @@ def _sample(
             f"num_sinks={num_sinks} force {forced}, got num_samples={num_samples}"
         )
     _check_key_mask(key_mask, k_sketch)
-    seed = _seed(seed, q_sketch, generator)
-    indices, log_inclusion = _call(
-        _ops.sketch_sample.default,
+    return (
         q_sketch.detach(),
         k_sketch.detach(),
         num_samples,
@@ -173,10 +232,8 @@ def _sample(
         key_mask,
         window,
         num_sinks,
-        seed,
-        need_log_inclusion,
+        _seed(seed, q_sketch, generator),
     )
-    return indices, log_inclusion
 
 
 def gather_scores(q: Tensor, k: Tensor, indices: Tensor, *, scale: float | None = None) -> Tensor:
@@ -269,17 +326,11 @@ def gather_attention(
         TypeError, ValueError: an argument of the wrong type, shape or range.
     """
     q, k, v = _autocast(q, k, v)
-    _check_heads(q, k)
-    _check_tensor("v", v, 4, q)
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"v must be [B, H_kv, M, Dv] with B, H_kv and M of k {_shape(k)}, got {_shape(v)}"
-        )
+    _check_attention(q, k, v)
     _check_indices(indices, q)
     if bias is not None:
         bias = _expand_bias(bias, q, indices)
-    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}")
+    _check_dropout(dropout_p)
     seed = _seed(seed, q, generator) if dropout_p > 0 else None
     out, lse = _call(
         _ops.gather_attention.default,
@@ -555,6 +606,28 @@ def _check_indices(indices: Tensor, q: Tensor) -> None:
         raise ValueError(f"indices must be on {q.device}, got {indices.device}")
 
 
+def check_index_heads(num_index_heads: int, q: Tensor) -> None:
+    _check_count("num_index_heads", num_index_heads, 1)
+    if q.shape[1] % num_index_heads:
+        raise ValueError(
+            f"num_index_heads must divide the heads of q, {q.shape[1]}, got {num_index_heads}"
+        )
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    _check_heads(q, k)
+    _check_tensor("v", v, 4, q)
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"v must be [B, H_kv, M, Dv] with B, H_kv and M of k {_shape(k)}, got {_shape(v)}"
+        )
+
+
+def _check_dropout(dropout_p: float) -> None:
+    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}")
+
+
 def _expand_bias(bias: Tensor, q: Tensor, indices: Tensor) -> Tensor:
     """bias as [B, H, N, K] or, one for each index head, [B, H_i, N, K], in q's accumulation type"""
     if not isinstance(bias, Tensor) or bias.dtype not in _FLOATS:
@@ -683,6 +756,12 @@ def _fake_gather_attention(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=_acc_dtype(q))
+
+
+def _fake_sampled_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_sketch: Tensor, k_sketch: Tensor, *options: Any
+) -> Tensor:
+    return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
 def _fake_gather_attention_backward(
@@ -835,6 +914,7 @@ for _name, _fake in (
     ("gather_scores_backward", _fake_gather_scores_backward),
     ("gather_attention", _fake_gather_attention),
     ("gather_attention_backward", _fake_gather_attention_backward),
+    ("sampled_attention", _fake_sampled_attention),
     ("sketch_lse", _fake_sketch_lse),
     ("sketch_lse_backward", _fake_sketch_lse_backward),
     ("summed_attention", _fake_summed_attention),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import METHODS
 from torch import Tensor
 
 from smartbird import ops, reference
@@ -199,7 +202,7 @@ def test_dtypes(dtype: torch.dtype, correction: bool) -> None:
     [
         ({"num_samples": 0}, ValueError, "num_samples"),
         ({"method": "best"}, ValueError, "method"),
-        ({"num_index_heads": 3}, ValueError, "indices"),
+        ({"num_index_heads": 3}, ValueError, "num_index_heads"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p"),
         ({"key_mask": torch.ones(2, 13)}, TypeError, "key_mask"),
         ({"window": 4, "num_sinks": 2}, ValueError, "window"),
@@ -211,3 +214,48 @@ def test_bad_input_is_named(change: dict[str, object], error: type[Exception], n
     arguments = {**make_inputs(), "num_samples": 5, **change}
     with pytest.raises(error, match=name):
         smart_bird_attention(**arguments)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("correction", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True, "window": 3, "num_sinks": 2},
+        {"dropout_p": 0.3, "num_index_heads": 2},
+    ],
+    ids=str,
+)
+def test_without_gradients_the_result_is_the_same(
+    method: str, correction: bool, options: dict[str, Any]
+) -> None:
+    """One op draws and attends a block of queries at a time; here there are two blocks."""
+    B, H, N, K = 2, 8, 1100, 72
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(B, H, N, 4, generator=generator) for _ in range(3))
+    q_sketch, k_sketch = (torch.randn(B, N, 4, generator=generator) for _ in range(2))
+    key_mask = torch.rand(B, N, generator=generator) < 0.9
+    seed = torch.tensor([3, 4])
+
+    def attention(q: Tensor) -> Tensor:
+        out = smart_bird_attention(
+            q,
+            k,
+            v,
+            q_sketch,
+            k_sketch,
+            K,
+            method=method,
+            correction=correction,
+            key_mask=key_mask,
+            seed=seed,
+            **options,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    recorded = attention(q.requires_grad_())
+    assert recorded.requires_grad
+    with torch.no_grad():
+        assert torch.equal(attention(q), recorded)

@@ -43,6 +43,13 @@ def samples(op: str, case: Case, dtype: torch.dtype, device: torch.device) -> li
             (q, k, v, x.indices, None, 0.5, 0.0, None),
             (q, k, v, x.indices, bias, 0.5, 0.3, x.seed),
         ]
+    if op == "sampled_attention":
+        inputs = (x.q, x.k, x.v, x.q_sketch, x.k_sketch, case.K, 2)
+        return [
+            (*inputs, method, correction, 0.5, 0.3, *masks, 1, 1, 0.2, x.seed)
+            for method in METHODS
+            for correction in (True, False)
+        ]
     if op == "sketch_lse":
         return [(q_sketch, k_sketch, 0.5, *masks)]
     if op == "summed_attention":
@@ -77,6 +84,7 @@ OPS = (
     "gather_scores_backward",
     "gather_attention",
     "gather_attention_backward",
+    "sampled_attention",
     "sketch_lse",
     "sketch_lse_backward",
     "summed_attention",

@@ -200,7 +200,7 @@ struct GatherRow {
 inline const int32_t* row_indices(const GatherParams& P, GatherRow at) {
   const int64_t index_head = at.h / (P.H / P.H_i);
   return P.indices + at.b * P.indices_stride[0] + index_head * P.indices_stride[1] +
-         at.i * P.indices_stride[2];
+         (at.i - P.row_begin) * P.indices_stride[2];
 }
 
 // keys [capacity] from the row's indices; returns the number of slots up to the last that holds a
@@ -254,7 +254,8 @@ inline A finish_logits(const GatherParams& P, GatherRow at, int64_t n, bool is_f
   };
   if (P.bias) {
     const A* row = static_cast<const A*>(P.bias) + at.b * P.bias_stride[0] +
-                   at.h / (P.H / P.H_bias) * P.bias_stride[1] + at.i * P.bias_stride[2];
+                   at.h / (P.H / P.H_bias) * P.bias_stride[1] +
+                   (at.i - P.row_begin) * P.bias_stride[2];
     for (int64_t j = 0; j < n; ++j) bias[j] = holds_key(j) ? row[j * P.bias_stride[3]] : none;
   } else {
     for (int64_t j = 0; j < n; ++j) bias[j] = holds_key(j) ? A{0} : none;
@@ -317,13 +318,13 @@ struct GatherTask {
   // The heads [head_begin, head_end) of those that share keys. Neighbouring tasks share keys.
   GatherTask(const GatherParams& P, int64_t task, int64_t head_begin, int64_t head_end) {
     heads = head_end - head_begin;
-    const int64_t step = gather_queries_per_task(P, heads), blocks = ceil_div(P.N, step),
-                  slice = task / blocks;
+    const int64_t step = gather_queries_per_task(P, heads),
+                  blocks = ceil_div(P.row_end - P.row_begin, step), slice = task / blocks;
     b = slice / P.H_kv;
     h_kv = slice % P.H_kv;
     first_head = h_kv * heads_per_slice(P) + head_begin;
-    begin = task % blocks * step;
-    queries = min_of(step, P.N - begin);
+    begin = P.row_begin + task % blocks * step;
+    queries = min_of(step, P.row_end - begin);
   }
 
   // Calls f(r, row) for all rows, r = 0, 1, ...
@@ -340,7 +341,8 @@ inline int64_t row_number(const GatherParams& P, GatherRow at) {
 }
 
 inline int64_t gather_num_tasks(const GatherParams& P) {
-  return P.B * P.H_kv * ceil_div(P.N, gather_queries_per_task(P, heads_per_slice(P)));
+  return P.B * P.H_kv *
+         ceil_div(P.row_end - P.row_begin, gather_queries_per_task(P, heads_per_slice(P)));
 }
 
 // The keys that each query of a task gathers.

@@ -6,13 +6,11 @@
 #include <string>
 #include <tuple>
 
-#include "../torch_utils.h"
+#include "../op_inputs.h"
 #include "kernels.h"
 
 namespace smartbird {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 struct FreeDeleter {
   void operator()(void* p) const { std::free(p); }
@@ -44,14 +42,6 @@ void raise_value_error(int32_t error) {
   STD_TORCH_CHECK(error != kSketchNotFinite,
                   "smartbird: q_sketch or k_sketch holds NaN or infinity, or their scores overflow "
                   "float32, in which all dtypes are sampled");
-}
-
-const uint8_t* mask_data(OptionalTensor* mask, int64_t B, int64_t M) {
-  if (!mask->has_value()) return nullptr;
-  check_type(**mask, "key_mask", ScalarType::Bool);
-  check_shape(**mask, "key_mask", {B, M});
-  *mask = torch::stable::contiguous(**mask);
-  return static_cast<const uint8_t*>((*mask)->const_data_ptr());
 }
 
 void read_seed(const Tensor& seed, uint64_t* key, uint64_t* offset) {
@@ -100,13 +90,16 @@ Packed pack(const Tensor& x, const uint8_t* key_mask, bool to_double, double sca
 
 // ---- sketch_sample ------------------------------------------------------------------------------
 
-SampleMethod method_named(const std::string& name) {
-  if (name == "gumbel") return SampleMethod::kGumbel;
-  if (name == "systematic") return SampleMethod::kSystematic;
-  if (name == "multinomial") return SampleMethod::kMultinomial;
-  STD_TORCH_CHECK(name == "topk", "method must be gumbel, systematic, multinomial or topk, got ",
-                  name);
-  return SampleMethod::kTopK;
+// Packed keys (which must outlive the params), mask and seed.
+Packed add_keys(const Tensor& k, OptionalTensor* key_mask, const Tensor& seed,
+                SketchSampleParams* p) {
+  p->key_mask = mask_data(key_mask, p->B, p->M);
+  read_seed(seed, &p->seed, &p->offset);
+  Packed packed = pack(k, p->key_mask, /*to_double=*/false, /*scale=*/1, /*interleave=*/true);
+  p->k_tiles = packed.tiles.const_data_ptr<float>();
+  p->key_bias = packed.key_bias.const_data_ptr<float>();
+  p->tile_norm = packed.tile_norm.const_data_ptr<float>();
+  return packed;
 }
 
 std::tuple<Tensor, Tensor> sketch_sample_cpu(const Tensor& q_sketch, const Tensor& k_sketch,
@@ -115,43 +108,10 @@ std::tuple<Tensor, Tensor> sketch_sample_cpu(const Tensor& q_sketch, const Tenso
                                              OptionalTensor key_mask, int64_t window,
                                              int64_t num_sinks, const Tensor& seed,
                                              bool need_log_inclusion) {
-  check_dim(q_sketch, "q_sketch", 3);
-  check_dim(k_sketch, "k_sketch", 3);
-  check_shape(k_sketch, "k_sketch", {q_sketch.size(0), k_sketch.size(1), q_sketch.size(2)});
-  check_type(k_sketch, "k_sketch", q_sketch.scalar_type());
-  STD_TORCH_CHECK(
-      num_samples >= 1 && num_index_heads >= 1 && window >= 0 && num_sinks >= 0,
-      "num_samples and num_index_heads must be at least 1, window and num_sinks at least 0");
-  STD_TORCH_CHECK(window <= num_samples && num_sinks <= num_samples && num_samples <= INT32_MAX,
-                  "num_samples must be below 2^31, window and num_sinks no larger than it");
-  STD_TORCH_CHECK(q_sketch.size(2) >= 1, "S must be at least 1");
-  STD_TORCH_CHECK(k_sketch.size(1) <= INT32_MAX, "smartbird: M must be below 2^31");
-  const int64_t forced = num_sinks + (is_causal || window == 0 ? window : window / 2 * 2 + 1);
-  STD_TORCH_CHECK(forced <= num_samples, "window and num_sinks force more keys than num_samples");
   const Tensor q = with_contiguous_rows(q_sketch), k = with_contiguous_rows(k_sketch);
-  SketchSampleParams p{};
-  p.B = q.size(0);
-  p.N = q.size(1);
-  p.S = q.size(2);
-  p.M = k.size(1);
-  p.K = num_samples;
-  p.H_i = num_index_heads;
-  p.dtype = dtype_of(q, "q_sketch");
-  p.q_sketch = q.const_data_ptr();
-  set_strides(q, p.q_stride);
-  p.key_mask = mask_data(&key_mask, p.B, p.M);
-  p.scale = scale;
-  p.method = method_named(method);
-  p.is_causal = is_causal;
-  p.window = window;
-  p.num_sinks = num_sinks;
-  read_seed(seed, &p.seed, &p.offset);
-
-  const Packed packed = pack(k, p.key_mask, /*to_double=*/false, /*scale=*/1, /*interleave=*/true);
-  p.k_tiles = packed.tiles.const_data_ptr<float>();
-  p.key_bias = packed.key_bias.const_data_ptr<float>();
-  p.tile_norm = packed.tile_norm.const_data_ptr<float>();
-
+  SketchSampleParams p = sketch_sample_params(q, k, num_samples, num_index_heads, method, scale,
+                                              is_causal, window, num_sinks);
+  const Packed packed = add_keys(k, &key_mask, seed, &p);
   const Tensor indices = new_tensor(q, {p.B, p.H_i, p.N, p.K}, ScalarType::Int);
   const int64_t kept = need_log_inclusion ? p.K : 0;
   const Tensor log_inclusion = new_tensor(q, {p.B, p.H_i, p.N, kept}, ScalarType::Float);
@@ -165,65 +125,6 @@ std::tuple<Tensor, Tensor> sketch_sample_cpu(const Tensor& q_sketch, const Tenso
 }
 
 // ---- gather -------------------------------------------------------------------------------------
-
-// Everything but v, bias, dropout and the outputs. The tensors must outlive the params.
-GatherParams gather_params(const Tensor& q, const Tensor& k, const Tensor& indices, double scale) {
-  check_dim(q, "q", 4);
-  check_dim(k, "k", 4);
-  check_dim(indices, "indices", 4);
-  GatherParams p{};
-  p.B = q.size(0);
-  p.H = q.size(1);
-  p.N = q.size(2);
-  p.D = q.size(3);
-  p.H_kv = k.size(1);
-  p.M = k.size(2);
-  p.H_i = indices.size(1);
-  p.K = indices.size(3);
-  check_shape(k, "k", {p.B, p.H_kv, p.M, p.D});
-  check_shape(indices, "indices", {p.B, p.H_i, p.N, p.K});
-  check_type(k, "k", q.scalar_type());
-  check_type(indices, "indices", ScalarType::Int);
-  STD_TORCH_CHECK(p.H_kv > 0 && p.H % p.H_kv == 0,
-                  "the heads of q must be a multiple of the heads of k");
-  STD_TORCH_CHECK(p.H_i > 0 && p.H % p.H_i == 0,
-                  "the heads of q must be a multiple of the heads of indices");
-  STD_TORCH_CHECK(p.D >= 1 && p.K >= 1, "D and K must be at least 1");
-  STD_TORCH_CHECK(p.M <= INT32_MAX, "smartbird: M must be below 2^31");
-  STD_TORCH_CHECK(p.N * p.K <= INT32_MAX, "smartbird: N * K must be below 2^31");
-  p.dtype = dtype_of(q, "q");
-  p.q = q.const_data_ptr();
-  set_strides(q, p.q_stride);
-  p.k = k.const_data_ptr();
-  set_strides(k, p.k_stride);
-  p.indices = indices.const_data_ptr<int32_t>();
-  set_strides(indices, p.indices_stride);
-  p.scale = scale;
-  return p;
-}
-
-void add_values(const Tensor& v, const OptionalTensor& bias, double dropout_p,
-                const OptionalTensor& seed, GatherParams* p) {
-  check_dim(v, "v", 4);
-  check_shape(v, "v", {p->B, p->H_kv, p->M, v.size(3)});
-  STD_TORCH_CHECK(dtype_of(v, "v") == p->dtype, "v must have the dtype of q");
-  p->Dv = v.size(3);
-  STD_TORCH_CHECK(p->Dv >= 1, "Dv must be at least 1");
-  p->v = v.const_data_ptr();
-  set_strides(v, p->v_stride);
-  if (bias.has_value()) {
-    check_type(*bias, "bias", acc_type(p->dtype));
-    check_dim(*bias, "bias", 4);
-    p->H_bias = bias->size(1) == p->H_i ? p->H_i : p->H;
-    check_shape(*bias, "bias", {p->B, p->H_bias, p->N, p->K});
-    p->bias = bias->const_data_ptr();
-    set_strides(*bias, p->bias_stride);
-  }
-  STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p must be in [0, 1]");
-  STD_TORCH_CHECK(dropout_p == 0 || seed.has_value(), "dropout needs a seed");
-  p->dropout_p = dropout_p;
-  if (seed.has_value()) read_seed(*seed, &p->seed, &p->offset);
-}
 
 Tensor gather_scores_cpu(const Tensor& q_, const Tensor& k_, const Tensor& indices_, double scale) {
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
@@ -246,6 +147,7 @@ std::tuple<Tensor, Tensor> gather_attention_cpu(const Tensor& q_, const Tensor& 
                v = with_contiguous_rows(v_), indices = with_contiguous_rows(indices_);
   GatherParams p = gather_params(q, k, indices, scale);
   add_values(v, bias, dropout_p, seed, &p);
+  if (seed.has_value()) read_seed(*seed, &p.seed, &p.offset);
   const Tensor out = new_tensor(q, {p.B, p.H, p.N, p.Dv}, q.scalar_type());
   const Tensor lse = new_tensor(q, {p.B, p.H, p.N}, acc_type(p.dtype));
   p.out = out.mutable_data_ptr();
@@ -255,6 +157,71 @@ std::tuple<Tensor, Tensor> gather_attention_cpu(const Tensor& q_, const Tensor& 
   run(active_kernels().gather_attention, p);
   raise_value_error(error);
   return {out, lse};
+}
+
+// Queries that sampled_attention takes at once: their indices stay within this, but they are enough
+// to gather each key several times while it is in the cache.
+constexpr int64_t kIndexBytes = int64_t{4} << 20, kMinQueries = 1024;
+
+// sketch_sample and gather_attention, a block of queries after the other, so that no more indices
+// exist at a time than those of a block.
+Tensor sampled_attention_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                             const Tensor& q_sketch_, const Tensor& k_sketch_, int64_t num_samples,
+                             int64_t num_index_heads, std::string method, bool correction,
+                             double scale, double sketch_scale, bool is_causal,
+                             OptionalTensor key_mask, int64_t window, int64_t num_sinks,
+                             double dropout_p, const Tensor& seed) {
+  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
+               v = with_contiguous_rows(v_), q_sketch = with_contiguous_rows(q_sketch_),
+               k_sketch = with_contiguous_rows(k_sketch_);
+  SketchSampleParams s = sketch_sample_params(q_sketch, k_sketch, num_samples, num_index_heads,
+                                              method, sketch_scale, is_causal, window, num_sinks);
+  GatherParams g = gather_params(q, k, num_index_heads, num_samples, scale);
+  add_values(v, std::nullopt, dropout_p, seed, &g);
+  STD_TORCH_CHECK(s.B == g.B && s.N == g.N && s.M == g.M,
+                  "q_sketch and k_sketch must have the tokens of q and k");
+  const Packed packed = add_keys(k_sketch, &key_mask, seed, &s);
+  g.seed = s.seed, g.offset = s.offset;
+
+  const int64_t row_bytes = std::max<int64_t>(1, s.B * s.H_i * s.K * 4);
+  const int64_t rows = std::min(s.N, std::max(kMinQueries, kIndexBytes / row_bytes));
+  const Tensor indices = new_tensor(q, {s.B, s.H_i, rows, s.K}, ScalarType::Int);
+  Tensor log_inclusion;
+  if (correction) log_inclusion = new_tensor(q, {s.B, s.H_i, rows, s.K}, ScalarType::Float);
+  const Tensor out = new_tensor(q, {g.B, g.H, g.N, g.Dv}, q.scalar_type());
+  const Tensor lse = new_tensor(q, {g.B, g.H, g.N}, acc_type(g.dtype));
+  int32_t error = kNoError;
+  s.indices = indices.mutable_data_ptr<int32_t>();
+  g.indices = s.indices;
+  g.out = out.mutable_data_ptr();
+  g.lse = lse.mutable_data_ptr();
+  s.error = g.error = &error;
+  for (int64_t begin = 0; begin < s.N; begin += rows) {
+    s.row_begin = g.row_begin = begin;
+    s.row_end = g.row_end = std::min(begin + rows, s.N);
+    const int64_t count = s.row_end - begin;
+    g.indices_stride[0] = s.H_i * count * s.K;
+    g.indices_stride[1] = count * s.K;
+    g.indices_stride[2] = s.K;
+    if (correction) s.log_inclusion = log_inclusion.mutable_data_ptr<float>();
+    run(active_kernels().sketch_sample, s);
+    raise_value_error(error);
+    Tensor bias;
+    if (correction) {
+      torch::stable::parallel_for(0, s.B * s.H_i * count * s.K, 1 << 16,
+                                  [&](int64_t first, int64_t last) {
+                                    for (int64_t j = first; j < last; ++j)
+                                      s.log_inclusion[j] = -s.log_inclusion[j];
+                                  });
+      bias = torch::stable::to(log_inclusion, acc_type(g.dtype));
+      g.H_bias = g.H_i;
+      g.bias = bias.const_data_ptr();
+      for (int d = 0; d < 3; ++d) g.bias_stride[d] = g.indices_stride[d];
+      g.bias_stride[3] = 1;
+    }
+    run(active_kernels().gather_attention, g);
+  }
+  return out;
 }
 
 // Rounds keep the per-slot gradients within this, or within those of one head: enough rows and keys
@@ -339,6 +306,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_attention_backward_cpu(
   GatherBackwardParams p{};
   p.fwd = gather_params(q, k, indices, scale);
   add_values(v, bias, dropout_p, seed, &p.fwd);
+  if (seed.has_value()) read_seed(*seed, &p.fwd.seed, &p.fwd.offset);
   const GatherParams& f = p.fwd;
   check_shape(dout, "dout", {f.B, f.H, f.N, f.Dv});
   check_type(dout, "dout", q.scalar_type());
@@ -390,20 +358,6 @@ DenseParams dense_params(const Tensor& rows, const Packed& cols, int64_t C, doub
   p.col_tiles = cols.tiles.const_data_ptr();
   p.col_bias = cols.key_bias.const_data_ptr();
   return p;
-}
-
-Tensor to_acc(const Tensor& t, DType dtype) {
-  return torch::stable::contiguous(torch::stable::to(t, acc_type(dtype)));
-}
-
-void check_dense(const Tensor& q, const Tensor& k) {
-  STD_TORCH_CHECK(q.dim() == k.dim() && (q.dim() == 3 || q.dim() == 4),
-                  "q and k must have 3 or 4 dimensions alike");
-  STD_TORCH_CHECK(q.size(0) == k.size(0) && q.size(q.dim() - 1) == k.size(k.dim() - 1),
-                  "q and k must agree in batch and feature size");
-  STD_TORCH_CHECK(q.dim() == 3 || (k.size(1) > 0 && q.size(1) > 0 && q.size(1) % k.size(1) == 0),
-                  "the heads of q must be a multiple of the heads of k");
-  check_type(k, "k", q.scalar_type());
 }
 
 // The forward: lse [B, H, N] (or [B, N]) of q against k.
@@ -538,6 +492,7 @@ STABLE_TORCH_LIBRARY_IMPL(smartbird, CPU, m) {
   m.impl("gather_scores", TORCH_BOX(&gather_scores_cpu));
   m.impl("gather_scores_backward", TORCH_BOX(&gather_scores_backward_cpu));
   m.impl("gather_attention", TORCH_BOX(&gather_attention_cpu));
+  m.impl("sampled_attention", TORCH_BOX(&sampled_attention_cpu));
   m.impl("gather_attention_backward", TORCH_BOX(&gather_attention_backward_cpu));
   m.impl("sketch_lse", TORCH_BOX(&sketch_lse_cpu));
   m.impl("sketch_lse_backward", TORCH_BOX(&sketch_lse_backward_cpu));

@@ -554,7 +554,8 @@ struct Output {
 
 inline Output output_row(const RowContext& c, int64_t head) {
   const SketchSampleParams& p = *c.p;
-  const int64_t at = ((c.b * p.H_i + head) * p.N + c.i) * p.K;
+  const int64_t rows = p.row_end - p.row_begin;
+  const int64_t at = ((c.b * p.H_i + head) * rows + c.i - p.row_begin) * p.K;
   return {p.indices + at, p.log_inclusion == nullptr ? nullptr : p.log_inclusion + at};
 }
 
@@ -755,7 +756,7 @@ inline void score_rows(const RowContext* rows, int64_t count, int64_t limit, Scr
 }  // namespace sampling
 
 inline int64_t sketch_sample_num_tasks(const SketchSampleParams& p) {
-  return p.B * ceil_div(p.N, sampling::kRowsPerTask);
+  return p.B * ceil_div(p.row_end - p.row_begin, sampling::kRowsPerTask);
 }
 
 inline int64_t sketch_sample_scratch_bytes(const SketchSampleParams& p) {
@@ -770,8 +771,10 @@ inline void sketch_sample(const SketchSampleParams& p, int64_t task, void* scrat
   Scratch s = lay_out(p, &arena);
   const PhiloxKey key = philox_key(p.seed, p.offset, kSampleStream);
   const PhiloxKey arrival_key = philox_key(p.seed, p.offset, kArrivalStream);
-  const int64_t blocks_per_batch = ceil_div(p.N, kRowsPerTask), tiles = ceil_div(p.M, kTile);
-  const int64_t b = task / blocks_per_batch, first = task % blocks_per_batch * kRowsPerTask;
+  const int64_t blocks_per_batch = ceil_div(p.row_end - p.row_begin, kRowsPerTask),
+                tiles = ceil_div(p.M, kTile);
+  const int64_t b = task / blocks_per_batch,
+                first = p.row_begin + task % blocks_per_batch * kRowsPerTask;
 
   float key_norm = 0;
   for (int64_t t = 0; t < tiles; ++t) {
@@ -779,8 +782,8 @@ inline void sketch_sample(const SketchSampleParams& p, int64_t task, void* scrat
     key_norm = is_finite(norm) ? max_of(key_norm, norm) : __builtin_inff();
   }
 
-  for (int64_t i0 = first; i0 < min_of(first + kRowsPerTask, p.N); i0 += kRows) {
-    const int64_t rows = min_of<int64_t>(kRows, p.N - i0);
+  for (int64_t i0 = first; i0 < min_of(first + kRowsPerTask, p.row_end); i0 += kRows) {
+    const int64_t rows = min_of<int64_t>(kRows, p.row_end - i0);
     const int64_t group_limit = key_limit(p, i0 + rows - 1);
     RowContext context[kRows];
     float query_norm = 0;

@@ -109,6 +109,24 @@ std::tuple<Tensor, Tensor> gather_attention_cuda(const Tensor& q_, const Tensor&
   return {out, lse};
 }
 
+// The two ops one after the other.
+Tensor sampled_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
+                              const Tensor& q_sketch, const Tensor& k_sketch, int64_t num_samples,
+                              int64_t num_index_heads, std::string method, bool correction,
+                              double scale, double sketch_scale, bool is_causal,
+                              OptionalTensor key_mask, int64_t window, int64_t num_sinks,
+                              double dropout_p, const Tensor& seed) {
+  const auto [indices, log_inclusion] =
+      sketch_sample_cuda(q_sketch, k_sketch, num_samples, num_index_heads, method, sketch_scale,
+                         is_causal, key_mask, window, num_sinks, seed, correction);
+  OptionalTensor bias;
+  if (correction) {
+    const Tensor zero = zeros(log_inclusion, {1}, ScalarType::Float);
+    bias = to_acc(torch::stable::subtract(zero, log_inclusion), dtype_of(q, "q"));
+  }
+  return std::get<0>(gather_attention_cuda(q, k, v, indices, bias, scale, dropout_p, seed));
+}
+
 // indices sorted by key within each index head, equal keys in their order: (keys, slots), both
 // [B, H_i, N * K].
 std::tuple<Tensor, Tensor> sort_indices(const Tensor& indices) {
@@ -378,6 +396,7 @@ STABLE_TORCH_LIBRARY_IMPL(smartbird, SMARTBIRD_DISPATCH_KEY, m) {
   m.impl("gather_scores", TORCH_BOX(&gather_scores_cuda));
   m.impl("gather_scores_backward", TORCH_BOX(&gather_scores_backward_cuda));
   m.impl("gather_attention", TORCH_BOX(&gather_attention_cuda));
+  m.impl("sampled_attention", TORCH_BOX(&sampled_attention_cuda));
   m.impl("gather_attention_backward", TORCH_BOX(&gather_attention_backward_cuda));
   m.impl("sketch_lse", TORCH_BOX(&sketch_lse_cuda));
   m.impl("sketch_lse_backward", TORCH_BOX(&sketch_lse_backward_cuda));

@@ -82,6 +82,8 @@ struct Problem {
         .is_causal = options.is_causal,
         .window = options.window,
         .num_sinks = options.num_sinks,
+        .row_begin = 0,
+        .row_end = N,
         .seed = 1,
         .offset = 2,
         .k_tiles = static_cast<float*>(k_tiles.data()),
