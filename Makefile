@@ -82,8 +82,9 @@ race-test: $(READY)  ## the CUDA kernels in the emulation under ThreadSanitizer
 	$(BIN)/cmake --build $(TSAN_DIR) --target test_cuda_emulation test_cuda_kernels
 	$(BIN)/ctest --test-dir $(TSAN_DIR) --output-on-failure -R '^cuda_'
 
-cuda: $(READY)  ## compile and link the CUDA kernels for every architecture: needs nvcc, no GPU
+cuda: $(READY)  ## compile the CUDA kernels for every architecture and read their machine code: needs nvcc, no GPU
 	SMARTBIRD_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda --build-temp build/cuda
+	$(BIN)/python tools/cuda_static.py build/cuda/smartbird/_C_cuda.abi3.so
 
 lint: $(CPP_DIR)/compile_commands.json  ## ruff, mypy --strict, clang-format, clang-tidy
 	$(BIN)/ruff check

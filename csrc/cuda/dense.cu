@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kThreads, 1) dense_lse_kernel(const DenseParam
       top == none ? none : (top + log2_of(total)) * static_cast<A>(kLn2);
 }
 
-// Values that a block sums at once: two halves of a warp have 8 rows each, a lane 4 of the values.
-constexpr int kValuesPerBlock = 64;
+// Values that a block sums at once: two halves of a warp have 8 rows each, a lane 2 of the values.
+constexpr int kValuesPerBlock = 32;  // a usual sketch; registers for no more
 constexpr int kRowsPerLane = kTileRows / 2;
 constexpr int kValuesPerLane = kValuesPerBlock / (kWarpSize / 2);
 constexpr int kWeightStride = kTileCols + 1;  // no two rows in one bank
@@ -202,6 +202,7 @@ __global__ void __launch_bounds__(kThreads, 1) dense_mean_kernel(const DensePara
       for (int i = 0; i < 4; ++i)
         shared.weight[warp_id()][tile_row(i)][tile_col(n, i)] = weight.x[n][i];
     __syncwarp();
+#pragma unroll 1  // registers are full
     for (int c = 0; c < kTileCols; ++c) {
       if ((used >> c & 1) == 0) continue;  // not read: it may hold anything
       const int64_t col = tile * kTileCols + c;

@@ -141,6 +141,7 @@ __device__ __forceinline__ typename L::A gather_dots(const RowPart<L>& x,
                                                      const Rows<typename L::T>& rows, int key) {
   using A = typename L::A;
   A mine = 0;
+#pragma unroll 1  // kInFlight is how much is unrolled
   for (int s = 0; s < L::kLanes; s += L::kInFlight) {
     RowPart<L> row[L::kInFlight];
 #pragma unroll
@@ -167,6 +168,7 @@ __device__ __forceinline__ void gather_accumulate(typename L::A weight,
                                                   const Rows<typename L::T>& rows, int key,
                                                   RowPart<L>* out) {
   using A = typename L::A;
+#pragma unroll 1  // kInFlight is how much is unrolled
   for (int s = 0; s < L::kLanes; s += L::kInFlight) {
     RowPart<L> row[L::kInFlight];
     A w[L::kInFlight];

@@ -59,9 +59,10 @@ __device__ __forceinline__ ScoreTile<acc_t<T>> score_tile(int size, Row&& row, C
 
   const int g = lane_id() / 4, t = lane_id() % 4;
   if constexpr (sizeof(T) == 2) {
-    constexpr int kPer = kFeatures == Features::kFew ? 4 : 8;  // features of a lane at a time
+    constexpr int kPer = kFeatures == Features::kVectors ? 8 : 4;  // features of a lane at a time
     constexpr int kSteps = kPer / 4;
     const T *const row0 = row(g), *const row1 = row(g + 8);
+#pragma unroll 1
     for (int begin = 0; begin < size; begin += 4 * kPer) {
       const int d = begin + kPer * t;
       uint32_t low[kPer / 2], high[kPer / 2];
@@ -82,6 +83,7 @@ __device__ __forceinline__ ScoreTile<acc_t<T>> score_tile(int size, Row&& row, C
     }
   } else {
     constexpr int kPer = kFeatures == Features::kAny ? 1 : kVectorBytes / sizeof(T);
+#pragma unroll 1
     for (int d = 0; d < size; d += kPer) {
       Pack<T, kPer> a[2];
 #pragma unroll
