@@ -1,4 +1,4 @@
-"""What a run measures: `quick` for regular use, `standard` for the documentation, `full`."""
+"""What a run measures: `quick` for regular use, `floors` what is promised, `standard` and `full`."""
 
 from __future__ import annotations
 
@@ -74,6 +74,18 @@ def quick(threads: int) -> Preset:
     return Preset(seconds=0.5, cases=cases, stages=[StageCase(4096, FLOAT32, threads)], memory=[])
 
 
+def floors(threads: int) -> Preset:
+    """What the ratios of benchmarks/ratios.py need, up to N = 16384, and the stages."""
+    cases = [
+        *quick(threads).cases,
+        (Case(4096, False, threads), _in(FLOAT32, COMPOSITION, GUMBEL)),
+        (Case(4096, True, threads), _in(BFLOAT16, SDPA, GUMBEL)),
+        (Case(16384, False, threads), _in(FLOAT32, SDPA, *OURS)),
+        (Case(16384, True, threads), _in(FLOAT32, SDPA, GUMBEL)),
+    ]
+    return Preset(seconds=1.0, cases=cases, stages=quick(threads).stages, memory=[])
+
+
 def standard(threads: int) -> Preset:
     return Preset(
         seconds=2.0,
@@ -103,7 +115,7 @@ def full(threads: int) -> Preset:
     )
 
 
-PRESETS = {"quick": quick, "standard": standard, "full": full}
+PRESETS = {"quick": quick, "floors": floors, "standard": standard, "full": full}
 
 
 def _lengths(lengths: Sequence[int], threads: int) -> list[tuple[Case, Contenders]]:

@@ -159,9 +159,9 @@ std::tuple<Tensor, Tensor> gather_attention_cpu(const Tensor& q_, const Tensor& 
   return {out, lse};
 }
 
-// Queries that sampled_attention takes at once: their indices stay within this, but they are enough
-// to gather each key several times while it is in the cache.
-constexpr int64_t kIndexBytes = int64_t{4} << 20, kMinQueries = 1024;
+// Queries that sampled_attention takes at once: a multiple of what a gather takes at once, so that
+// each key is gathered several times while it is in the cache, with indices of about this size.
+constexpr int64_t kIndexBytes = int64_t{16} << 20, kQueryStep = 1024;
 
 // sketch_sample and gather_attention, a block of queries after the other, so that no more indices
 // exist at a time than those of a block.
@@ -184,7 +184,8 @@ Tensor sampled_attention_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v
   g.seed = s.seed, g.offset = s.offset;
 
   const int64_t row_bytes = std::max<int64_t>(1, s.B * s.H_i * s.K * 4);
-  const int64_t rows = std::min(s.N, std::max(kMinQueries, kIndexBytes / row_bytes));
+  const int64_t steps = std::max<int64_t>(1, kIndexBytes / row_bytes / kQueryStep);
+  const int64_t rows = std::min(s.N, steps * kQueryStep);
   const Tensor indices = new_tensor(q, {s.B, s.H_i, rows, s.K}, ScalarType::Int);
   Tensor log_inclusion;
   if (correction) log_inclusion = new_tensor(q, {s.B, s.H_i, rows, s.K}, ScalarType::Float);
