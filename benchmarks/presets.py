@@ -1,4 +1,4 @@
-"""What a run measures: `quick` for regular use, `floors` what is promised, `standard` and `full`."""
+"""What a run measures: `quick` regularly, `floors` what is promised, `standard` and `full`."""
 
 from __future__ import annotations
 
