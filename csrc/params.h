@@ -1,7 +1,7 @@
 // What the kernels take: raw pointers, sizes and strides, filled in (and checked) by
 // cpu/ops_cpu.cpp and cuda/ops_cuda.cpp. CUDA kernels read keys where they lie and report errors by
-// device assertions: fields of packed tiles and of errors are the CPU's, `device_seed`, `k_sketch`
-// and `cols` are CUDA's.
+// device assertions: fields of packed tiles, of errors and of a range of rows are the CPU's,
+// `device_seed`, `k_sketch` and `cols` are CUDA's.
 //
 // Sizes: B batch, N queries, M keys, H heads, H_kv key/value heads, H_i index heads, D head dim, Dv
 // value dim, S sketch dim, K samples per query and index head. Strides count elements; the last

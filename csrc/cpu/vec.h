@@ -351,18 +351,6 @@ inline VecI load_int(const int32_t* p) {
 }
 
 // base[index[l]] in lane l.
-SMARTBIRD_INLINE VecI gather(const int32_t* base, VecI index) {
-#if defined(__AVX512F__)
-  return bit_cast<VecI>(_mm512_i32gather_epi32(bit_cast<__m512i>(index), base, 4));
-#elif defined(__AVX2__)
-  return bit_cast<VecI>(_mm256_i32gather_epi32(base, bit_cast<__m256i>(index), 4));
-#else
-  VecI v;
-  for (int l = 0; l < kLanes<float>; ++l) v[l] = base[index[l]];
-  return v;
-#endif
-}
-
 SMARTBIRD_INLINE Vec<float> gather(const float* base, VecI index) {
 #if defined(__AVX512F__)
   return bit_cast<Vec<float>>(_mm512_i32gather_ps(bit_cast<__m512i>(index), base, 4));
