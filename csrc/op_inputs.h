@@ -111,6 +111,17 @@ inline GatherParams gather_params(const Tensor& q, const Tensor& k, const Tensor
   return p;
 }
 
+// bias [B, H or H_i, N, K]; or none.
+inline void add_bias(const OptionalTensor& bias, GatherParams* p) {
+  if (!bias.has_value()) return;
+  check_type(*bias, "bias", acc_type(p->dtype));
+  check_dim(*bias, "bias", 4);
+  p->H_bias = bias->size(1) == p->H_i ? p->H_i : p->H;
+  check_shape(*bias, "bias", {p->B, p->H_bias, p->N, p->K});
+  p->bias = bias->const_data_ptr();
+  set_strides(*bias, p->bias_stride);
+}
+
 // v, bias and dropout, without the seed.
 inline void add_values(const Tensor& v, const OptionalTensor& bias, double dropout_p,
                        const OptionalTensor& seed, GatherParams* p) {
@@ -121,14 +132,7 @@ inline void add_values(const Tensor& v, const OptionalTensor& bias, double dropo
   STD_TORCH_CHECK(p->Dv >= 1, "Dv must be at least 1");
   p->v = v.const_data_ptr();
   set_strides(v, p->v_stride);
-  if (bias.has_value()) {
-    check_type(*bias, "bias", acc_type(p->dtype));
-    check_dim(*bias, "bias", 4);
-    p->H_bias = bias->size(1) == p->H_i ? p->H_i : p->H;
-    check_shape(*bias, "bias", {p->B, p->H_bias, p->N, p->K});
-    p->bias = bias->const_data_ptr();
-    set_strides(*bias, p->bias_stride);
-  }
+  add_bias(bias, p);
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p must be in [0, 1]");
   STD_TORCH_CHECK(dropout_p == 0 || seed.has_value(), "dropout needs a seed");
   p->dropout_p = dropout_p;

@@ -22,7 +22,8 @@ enum ValueError : int32_t { kNoError = 0, kIndexOutOfRange = 1, kSketchNotFinite
 
 constexpr double kLog2e = 1.4426950408889634;
 
-constexpr int64_t kTile = 32;  // keys per tile: two AVX-512 vectors of float
+constexpr int64_t kTile = 32;        // keys per tile: two AVX-512 vectors of float
+constexpr int64_t kFeaturePad = 16;  // rows padded to this are whole vectors everywhere
 
 // Rearranges key rows so that a vector holds one feature of neighbouring keys, and two such vectors
 // lie side by side: a plain [D, M] layout at power-of-two M would make all D streams collide in L1.
@@ -169,6 +170,30 @@ struct DenseParams {
   const void* col_weight;  // acc [B, C], or null for 1
   const void* values;      // acc [B, C, Dv] contiguous
   void* out;               // acc [B, R, Dv] out: sum over heads and columns
+};
+
+// The distillation loss on sampled keys with its gradients, see cpu/distill-inl.h. Tasks take
+// `chunk` queries each. The CPU's only: CUDA composes it of the kernels above.
+struct DistillParams {
+  GatherParams gather;   // q, k, indices and bias of the target; v, dropout and outputs unused
+  int64_t S, S_pad;      // S_pad a multiple of kFeaturePad
+  int64_t M_pad;         // a multiple of kTile
+  const void* q_sketch;  // [B, N, S]
+  int64_t q_sketch_stride[2];
+  const void* k_rows;          // acc [B, M_pad, S_pad]; zeros in padding and masked keys
+  const void* k_tiles;         // acc, packed k_sketch, see PackParams
+  const void* key_bias;        // acc [B, M_pad] 0 or -inf
+  const uint8_t* key_mask;     // [B, M] contiguous, 0 = may not be attended; or null
+  const int64_t* first_valid;  // [B] first key that key_mask allows, M if none
+  double sketch_scale;
+  double row_weight;  // 1 / number of rows with a valid key
+  bool is_causal;
+  int64_t chunk;
+
+  double* loss_parts;  // [B, chunks] out
+  void* dk_parts;      // acc [B, chunks, M_pad, S_pad] scratch; null where no gradient is wanted
+  void* dq_sketch;     // acc [B, N, S] out; or null
+  void* dk_sketch;     // acc [B, M, S] out
 };
 
 }  // namespace smartbird

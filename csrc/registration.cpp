@@ -37,6 +37,10 @@ STABLE_TORCH_LIBRARY(smartbird, m) {
   m.def(
       "summed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor lse, float scale, "
       "bool is_causal, Tensor? key_mask) -> Tensor dv");
+  m.def(
+      "sampled_distill(Tensor q, Tensor k, Tensor q_sketch, Tensor k_sketch, Tensor indices, "
+      "Tensor? bias, float scale, float sketch_scale, bool is_causal, Tensor? key_mask, "
+      "bool need_grads) -> (Tensor loss, Tensor dq_sketch, Tensor dk_sketch)");
   m.def("cpu_isas() -> str");
 }
 // clang-format on

@@ -429,54 +429,48 @@ def distill_loss(
     _check_sketches(q_sketch, k_sketch)
     _check_tensor("q_sketch", q_sketch, 3, q)
     check_same_tokens(q_sketch, k_sketch, q, k)
+    _check_flag("is_causal", is_causal)
+    _check_key_mask(key_mask, k_sketch)
     q, k = q.detach(), k.detach()
-    sketch_scale = _scale(sketch_scale, q_sketch, "sketch_scale")
-    sketch_lse_ = sketch_lse(
-        q_sketch, k_sketch, scale=sketch_scale, is_causal=is_causal, key_mask=key_mask
-    )
-    valid = sketch_lse_ > -torch.inf
-    if indices is None:
-        if log_inclusion is not None:
-            raise ValueError("log_inclusion must be None where indices is None")
-        summed, _ = _call(
-            _ops.summed_attention.default, q, k, k_sketch, _scale(scale, q), is_causal, key_mask
-        )
-        target = summed / q.shape[1]
-        target_mass = valid.to(target.dtype)
-    else:
-        _check_indices(indices, q)
-        bias = None
-        # In the accumulation type, autocast or not: the target is a sum of differences that 8 bits
-        # would not hold.
-        acc = _acc_dtype(q)
-        if log_inclusion is not None:
-            if not isinstance(log_inclusion, Tensor) or log_inclusion.dtype != torch.float32:
-                raise TypeError(
-                    f"log_inclusion must be a float32 Tensor, got {_kind(log_inclusion)}"
-                )
-            if log_inclusion.shape != indices.shape:
-                raise ValueError(
-                    f"log_inclusion must have the shape of indices {_shape(indices)}, "
-                    f"got {_shape(log_inclusion)}"
-                )
-            bias = -log_inclusion.to(acc)
-        values = k_sketch.to(acc).unsqueeze(1).expand(-1, k.shape[1], -1, -1)
-        per_head, lse = _call(
-            _ops.gather_attention.default,
-            q.to(acc),
-            k.to(acc),
-            values,
-            indices,
-            bias,
-            _scale(scale, q),
-            0.0,
-            None,
-        )
-        target = per_head.mean(1)
-        target_mass = (lse > -torch.inf).to(acc).mean(1)
-    agreement = (q_sketch.to(target.dtype) * target).sum(-1) * sketch_scale
-    rows = target_mass * sketch_lse_.masked_fill(~valid, 0) - agreement
-    loss: Tensor = rows.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
+    scale, sketch_scale = _scale(scale, q), _scale(sketch_scale, q_sketch, "sketch_scale")
+    if indices is not None:
+        options = (scale, sketch_scale, is_causal, key_mask)
+        return _sampled_distill(q, k, q_sketch, k_sketch, indices, log_inclusion, *options)
+    if log_inclusion is not None:
+        raise ValueError("log_inclusion must be None where indices is None")
+    lse = _call(_ops.sketch_lse.default, q_sketch, k_sketch, sketch_scale, is_causal, key_mask)
+    valid = lse > -torch.inf
+    summed, _ = _call(_ops.summed_attention.default, q, k, k_sketch, scale, is_causal, key_mask)
+    agreement = (q_sketch.to(summed.dtype) * summed).sum(-1) * (sketch_scale / q.shape[1])
+    rows = (lse - agreement).masked_fill(~valid, 0)
+    loss: Tensor = rows.sum() / valid.sum().clamp(min=1)
+    return loss
+
+
+def _sampled_distill(
+    q: Tensor,
+    k: Tensor,
+    q_sketch: Tensor,
+    k_sketch: Tensor,
+    indices: Tensor,
+    log_inclusion: Tensor | None,
+    *options: Any,
+) -> Tensor:
+    _check_indices(indices, q)
+    bias = None
+    if log_inclusion is not None:
+        if not isinstance(log_inclusion, Tensor) or log_inclusion.dtype != torch.float32:
+            raise TypeError(f"log_inclusion must be a float32 Tensor, got {_kind(log_inclusion)}")
+        if log_inclusion.shape != indices.shape:
+            raise ValueError(
+                f"log_inclusion must have the shape of indices {_shape(indices)}, "
+                f"got {_shape(log_inclusion)}"
+            )
+        bias = -log_inclusion.to(_acc_dtype(q))
+    need_grads = torch.is_grad_enabled() and (q_sketch.requires_grad or k_sketch.requires_grad)
+    loss: Tensor = _call(
+        _ops.sampled_distill.default, q, k, q_sketch, k_sketch, indices, bias, *options, need_grads
+    )[0]
     return loss
 
 
@@ -830,6 +824,84 @@ def _fake_summed_attention_backward(
     return q.new_empty((k.shape[0], k.shape[2], dout.shape[2]), dtype=_acc_dtype(q))
 
 
+def _fake_sampled_distill(
+    q: Tensor,
+    k: Tensor,
+    q_sketch: Tensor,
+    k_sketch: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    sketch_scale: float,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    need_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _acc_dtype(q)
+    return (
+        q.new_empty((), dtype=dtype),
+        q.new_empty(q_sketch.shape if need_grads else (0,), dtype=dtype),
+        q.new_empty(k_sketch.shape if need_grads else (0,), dtype=dtype),
+    )
+
+
+def compose_sampled_distill(
+    q: Tensor,
+    k: Tensor,
+    q_sketch: Tensor,
+    k_sketch: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    sketch_scale: float,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    need_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op ``sampled_distill`` made of the other ops, for devices without a kernel of its own.
+
+    ``sum_j t_ij k_sketch_j`` is attention with the key sketches as values, and the gradient of the
+    key sketches that of the values.
+    """
+    acc = _acc_dtype(q)
+    lse = _ops.sketch_lse(q_sketch, k_sketch, sketch_scale, is_causal, key_mask)
+    valid = lse > -torch.inf
+    row_weight = valid.to(acc) / valid.sum().clamp(min=1)
+    # In the accumulation type: the loss is a difference of sums that 8 bits would not hold.
+    attention = (
+        q.to(acc),
+        k.to(acc),
+        k_sketch.to(acc).unsqueeze(1).expand(-1, k.shape[1], -1, -1),
+        indices,
+        bias,
+        scale,
+        0.0,
+        None,
+    )
+    per_head, head_lse = _ops.gather_attention(*attention)
+    target, mass = per_head.mean(1), (head_lse > -torch.inf).to(acc).mean(1)
+    query = q_sketch.to(acc).masked_fill(~valid.unsqueeze(-1), 0)
+    agreement = sketch_scale * (query * target).sum(-1)
+    loss = (row_weight * (mass * lse.masked_fill(~valid, 0) - agreement)).sum()
+    if not need_grads:
+        return loss, q.new_empty(0, dtype=acc), q.new_empty(0, dtype=acc)
+    dlse = row_weight * mass
+    expected_key, weighted_query = _ops.sketch_lse_backward(
+        dlse, q_sketch, k_sketch, lse, sketch_scale, is_causal, key_mask
+    )
+    dout = (query * (row_weight / q.shape[1]).unsqueeze(-1)).unsqueeze(1).expand(per_head.shape)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    dvalues = _ops.gather_attention_backward(
+        dout, None, *attention, False, True, False, deterministic
+    )[2]
+    dq = expected_key * dlse.unsqueeze(-1) - target * row_weight.unsqueeze(-1)
+    dk = weighted_query - dvalues.sum(1)
+    return loss, dq * sketch_scale, dk * sketch_scale
+
+
+torch.library.impl("smartbird::sampled_distill", "CUDA")(compose_sampled_distill)
+
+
 def _save_gather_scores(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, indices, ctx.scale = inputs
     ctx.save_for_backward(q, k, indices)
@@ -908,6 +980,21 @@ def _summed_attention_backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:
     return None, None, dv.to(ctx.v_dtype), None, None, None
 
 
+def _save_sampled_distill(ctx: Any, inputs: Any, output: Any) -> None:
+    _, dq, dk = output
+    ctx.dtype = inputs[2].dtype
+    ctx.mark_non_differentiable(dq, dk)
+    ctx.save_for_backward(dq, dk)
+    ctx.set_materialize_grads(False)
+
+
+def _sampled_distill_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
+    gradients: list[Tensor | None] = [None, None]
+    if dloss is not None:
+        gradients = [(gradient * dloss).to(ctx.dtype) for gradient in ctx.saved_tensors]
+    return None, None, *gradients, *[None] * 7
+
+
 for _name, _fake in (
     ("sketch_sample", _fake_sketch_sample),
     ("gather_scores", _fake_gather_scores),
@@ -919,6 +1006,7 @@ for _name, _fake in (
     ("sketch_lse_backward", _fake_sketch_lse_backward),
     ("summed_attention", _fake_summed_attention),
     ("summed_attention_backward", _fake_summed_attention_backward),
+    ("sampled_distill", _fake_sampled_distill),
 ):
     torch.library.register_fake(f"smartbird::{_name}", _fake)
 for _name, _backward, _save in (
@@ -926,5 +1014,6 @@ for _name, _backward, _save in (
     ("gather_attention", _gather_attention_backward, _save_gather_attention),
     ("sketch_lse", _sketch_lse_backward, _save_sketch_lse),
     ("summed_attention", _summed_attention_backward, _save_summed_attention),
+    ("sampled_distill", _sampled_distill_backward, _save_sampled_distill),
 ):
     torch.library.register_autograd(f"smartbird::{_name}", _backward, setup_context=_save)

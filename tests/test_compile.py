@@ -257,7 +257,7 @@ def test_profiler_names_the_steps() -> None:
         "smartbird::sketch_sample",
         "smartbird::gather_attention",
         "smartbird::gather_attention_backward",
-        "smartbird::sketch_lse",
+        "smartbird::sampled_distill",
     } <= names
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASE, DTYPES, METHODS, Backend, Case, make_inputs
+from cases import CASE, DTYPES, METHODS, Backend, Case, drawn_entries, make_inputs
 
 SMALL = Case("small", B=2, N=6, M=9, H=4, H_kv=2, H_i=2, D=8, Dv=6, S=4, K=3, is_causal=True)
 PROBLEMS = [
@@ -54,6 +54,10 @@ def samples(op: str, case: Case, dtype: torch.dtype, device: torch.device) -> li
         return [(q_sketch, k_sketch, 0.5, *masks)]
     if op == "summed_attention":
         return [(x.q, x.k, k_sketch, 0.5, *masks)]
+    if op == "sampled_distill":
+        indices, log_inclusion = drawn_entries(x)
+        inputs = (x.q, x.k, q_sketch, k_sketch, indices)
+        return [(*inputs, b, 0.5, 0.3, *masks, True) for b in (None, -log_inclusion.to(arithmetic))]
     if op == "gather_scores_backward":
         dscores = torch.randn(slots, device=device).to(dtype)
         return [(dscores, x.q, x.k, x.indices, 0.5)]
@@ -89,6 +93,7 @@ OPS = (
     "sketch_lse_backward",
     "summed_attention",
     "summed_attention_backward",
+    "sampled_distill",
 )
 
 

@@ -1,5 +1,6 @@
 // Instantiates every kernel for one instruction set; included once by each kernels_<isa>.cpp.
 #include "dense-inl.h"
+#include "distill-inl.h"
 #include "gather-inl.h"
 #include "gather_backward-inl.h"
 #include "kernels.h"
@@ -24,6 +25,8 @@ const Kernels kernels{
                              gather_backward_keys},
     .dense_lse = {dense_num_tasks, dense_scratch_bytes, dense_lse},
     .dense_mean = {dense_num_tasks, dense_scratch_bytes, dense_mean},
+    .distill_queries = {distill_num_tasks, distill_scratch_bytes, distill_queries},
+    .distill_reduce = {distill_reduce_num_tasks, distill_reduce_scratch_bytes, distill_reduce},
 };
 
 }  // namespace smartbird::SMARTBIRD_ISA

@@ -28,6 +28,8 @@ struct Kernels {
   TaskKernel<GatherBackwardParams> gather_backward_keys;
   TaskKernel<DenseParams> dense_lse;
   TaskKernel<DenseParams> dense_mean;
+  TaskKernel<DistillParams> distill_queries;
+  TaskKernel<DistillParams> distill_reduce;
 };
 
 #if defined(__x86_64__) || defined(__i386__)

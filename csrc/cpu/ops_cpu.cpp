@@ -477,6 +477,113 @@ Tensor summed_attention_backward_cpu(const Tensor& dout, const Tensor& q_, const
   return dense_transposed(q, k, lse, mask, scale, is_causal, nullptr, to_acc(dout, dtype));
 }
 
+// ---- distillation on sampled keys ---------------------------------------------------------------
+
+// k_sketch [B, M, S] as acc [B, M_pad, S_pad], zeros in the padding and where the mask hides a key:
+// what a weight of zero multiplies must be finite.
+template <typename A>
+Tensor padded_keys(const Tensor& k, const DistillParams& p) {
+  const int64_t B = k.size(0), M = k.size(1);
+  const ScalarType type = acc_type(p.gather.dtype);
+  const Tensor source = to_acc(k, p.gather.dtype), out = new_tensor(k, {B, p.M_pad, p.S_pad}, type);
+  const A* from = source.const_data_ptr<A>();
+  A* to = out.mutable_data_ptr<A>();
+  torch::stable::parallel_for(0, B * p.M_pad, 1 << 12, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / p.M_pad, m = row % p.M_pad;
+      const bool valid = m < M && (p.key_mask == nullptr || p.key_mask[b * M + m]);
+      for (int64_t d = 0; d < p.S_pad; ++d)
+        to[row * p.S_pad + d] = valid && d < p.S ? from[(b * M + m) * p.S + d] : A{0};
+    }
+  });
+  return out;
+}
+
+// Chunks of queries, each with a buffer for dk: enough for the cores of a large machine, of no
+// fewer queries than pay for a buffer, within what memory allows.
+constexpr int64_t kMostChunks = 16, kFewestChunks = 4, kLeastChunk = 64;
+constexpr int64_t kChunkBytes = int64_t{64} << 20;
+
+int64_t distill_chunk(const DistillParams& p) {
+  const GatherParams& g = p.gather;
+  const int64_t buffer = std::max<int64_t>(1, g.B * p.M_pad * p.S_pad * acc_bytes(g.dtype));
+  const int64_t chunks = std::clamp<int64_t>(kChunkBytes / buffer, kFewestChunks, kMostChunks);
+  return std::max(kLeastChunk, (g.N + chunks - 1) / chunks);
+}
+
+std::tuple<Tensor, Tensor, Tensor> sampled_distill_cpu(
+    const Tensor& q_, const Tensor& k_, const Tensor& q_sketch_, const Tensor& k_sketch_,
+    const Tensor& indices_, OptionalTensor bias, double scale, double sketch_scale, bool is_causal,
+    OptionalTensor key_mask, bool need_grads) {
+  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
+               q_sketch = with_contiguous_rows(q_sketch_),
+               k_sketch = with_contiguous_rows(k_sketch_), indices = with_contiguous_rows(indices_);
+  DistillParams p{};
+  p.gather = gather_params(q, k, indices, scale);
+  GatherParams& g = p.gather;
+  add_bias(bias, &g);
+  check_dim(q_sketch, "q_sketch", 3);
+  p.S = q_sketch.size(2);
+  check_shape(q_sketch, "q_sketch", {g.B, g.N, p.S});
+  check_shape(k_sketch, "k_sketch", {g.B, g.M, p.S});
+  check_type(q_sketch, "q_sketch", q.scalar_type());
+  check_type(k_sketch, "k_sketch", q.scalar_type());
+  p.S_pad = (p.S + kFeaturePad - 1) / kFeaturePad * kFeaturePad;
+  p.M_pad = (g.M + kTile - 1) / kTile * kTile;
+  p.q_sketch = q_sketch.const_data_ptr();
+  set_strides(q_sketch, p.q_sketch_stride);
+  p.key_mask = mask_data(&key_mask, g.B, g.M);
+  p.sketch_scale = sketch_scale;
+  p.is_causal = is_causal;
+  const bool is_double = g.dtype == DType::kFloat64;
+  const Packed packed = pack(k_sketch, p.key_mask, is_double);
+  const Tensor k_rows =
+      is_double ? padded_keys<double>(k_sketch, p) : padded_keys<float>(k_sketch, p);
+  p.k_tiles = packed.tiles.const_data_ptr();
+  p.key_bias = packed.key_bias.const_data_ptr();
+  p.k_rows = k_rows.const_data_ptr();
+
+  std::vector<int64_t> first_valid(static_cast<size_t>(g.B), 0);
+  int64_t valid_rows = 0;
+  for (int64_t b = 0; b < g.B; ++b) {
+    int64_t& first = first_valid[static_cast<size_t>(b)];
+    while (first < g.M && p.key_mask != nullptr && !p.key_mask[b * g.M + first]) ++first;
+    // A causal row i sees the keys j <= i + M - N.
+    if (first < g.M) valid_rows += is_causal ? std::min(g.N, g.M - first) : g.N;
+  }
+  p.first_valid = first_valid.data();
+  p.row_weight = 1.0 / static_cast<double>(std::max<int64_t>(1, valid_rows));
+
+  p.chunk = distill_chunk(p);
+  const int64_t chunks = (g.N + p.chunk - 1) / p.chunk;
+  const ScalarType acc = acc_type(g.dtype);
+  const auto gradient = [&](std::vector<int64_t> shape) {
+    return new_tensor(q, need_grads ? shape : std::vector<int64_t>{0}, acc);
+  };
+  const Tensor dq = gradient({g.B, g.N, p.S}), dk = gradient({g.B, g.M, p.S}),
+               dk_parts = gradient({g.B, chunks, p.M_pad, p.S_pad});
+  if (need_grads) {
+    p.dq_sketch = dq.mutable_data_ptr();
+    p.dk_sketch = dk.mutable_data_ptr();
+    p.dk_parts = dk_parts.mutable_data_ptr();
+  }
+  std::vector<double> loss_parts(static_cast<size_t>(g.B * chunks));
+  p.loss_parts = loss_parts.data();
+  int32_t error = kNoError;
+  g.error = &error;
+  run(active_kernels().distill_queries, p);
+  raise_value_error(error);
+  if (need_grads) run(active_kernels().distill_reduce, p);
+  double sum = 0;
+  for (const double part : loss_parts) sum += part;
+  const Tensor loss = new_tensor(q, {}, acc);
+  if (is_double)
+    *loss.mutable_data_ptr<double>() = sum;
+  else
+    *loss.mutable_data_ptr<float>() = static_cast<float>(sum);
+  return {loss, dq, dk};
+}
+
 // "in use: built and runnable, ...", for build_info().
 std::string cpu_isas() {
   std::string names = active_kernels().isa;
@@ -499,6 +606,7 @@ STABLE_TORCH_LIBRARY_IMPL(smartbird, CPU, m) {
   m.impl("sketch_lse_backward", TORCH_BOX(&sketch_lse_backward_cpu));
   m.impl("summed_attention", TORCH_BOX(&summed_attention_cpu));
   m.impl("summed_attention_backward", TORCH_BOX(&summed_attention_backward_cpu));
+  m.impl("sampled_distill", TORCH_BOX(&sampled_distill_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smartbird, CompositeExplicitAutograd, m) {

@@ -1,0 +1,353 @@
+// The distillation loss on sampled keys and its gradients, in one pass over the queries:
+//   loss = sum_i (mass_i lse_i - sum_j t_ij s_ij),  s_ij = q_sketch_i . k_sketch_j * sketch_scale,
+// lse_i over all valid keys, t_ij the mean over heads of the softmax over each head's own entries,
+// mass_i = sum_j t_ij (1 unless heads have no entry). With p_i the softmax of s_i,
+//   dq_i = sketch_scale sum_j (mass_i p_ij - t_ij) k_j,
+//   dk_j = sketch_scale sum_i (mass_i p_ij - t_ij) q_i.
+//
+// The loss is a scalar, so its gradients are made while t and p are at hand, and only scaled later:
+// neither is made twice, and neither is ever stored.
+//
+// A task takes a chunk of queries and sums dk in a buffer of its own; the number of chunks depends
+// on sizes alone, and a second kernel adds the buffers in order, so results do not depend on
+// threads.
+#include "dense-inl.h"
+#include "gather-inl.h"
+
+#ifndef SMARTBIRD_DISTILL_INL_H_
+#define SMARTBIRD_DISTILL_INL_H_
+
+namespace smartbird::SMARTBIRD_ISA {
+namespace distill {
+
+// Queries whose scores are made together: with two vectors of features, as many accumulators as
+// fit.
+constexpr int kRows = SMARTBIRD_VEC_BYTES == 64 ? 8 : 4;
+constexpr int64_t kKeysPerReduceTask = 256;
+
+// Feature vectors handled at once: f(integral_constant V, d) for pieces of V vectors from d on.
+template <typename A, typename F>
+SMARTBIRD_INLINE void for_each_piece(int64_t size, F&& f) {
+  constexpr int L = kLanes<A>;
+  int64_t d = 0;
+  for (; d + 2 * L <= size; d += 2 * L) f(std::integral_constant<int, 2>{}, d);
+  for (; d < size; d += L) f(std::integral_constant<int, 1>{}, d);
+}
+
+template <typename A>
+struct Scratch {
+  A* query;     // [chunk, S_pad] sketches; zeros where a row has no valid key
+  A* scaled;    // [kRows, S] of the rows at hand, times sketch_scale * log2(e)
+  A* expected;  // [chunk, S_pad] sum_j t_ij k_j
+  A* mass;      // [chunk]
+  // Of the lists of one head, kMaxSlots at most.
+  int32_t* keys;  // [lists, capacity]
+  A* weights;     // [lists, capacity]
+  int64_t* size;  // [lists]
+  bool* is_full;  // [lists]
+  A* bias;        // [capacity] of one list
+  // Of the rows at hand.
+  A* scores;  // [kRows, M_pad]
+  A* tile;    // [kRows, 32] mass_i p_ij of one tile
+  A* sums;    // [kRows, S_pad] sum_j mass_i p_ij k_j
+
+  int64_t lists, capacity;
+
+  Scratch(const DistillParams& P, ScratchAllocator& arena) {
+    capacity = pad_to_vector<A>(P.gather.K);
+    lists = min_of(P.chunk, max_of<int64_t>(1, kMaxSlots / capacity));
+    query = arena.take<A>(P.chunk * P.S_pad);
+    scaled = arena.take<A>(kRows * P.S);
+    expected = arena.take<A>(P.chunk * P.S_pad);
+    mass = arena.take<A>(P.chunk);
+    keys = arena.take<int32_t>(lists * capacity + kPrefetchAhead);
+    weights = arena.take<A>(lists * capacity);
+    size = arena.take<int64_t>(lists);
+    is_full = arena.take<bool>(lists);
+    bias = arena.take<A>(capacity);
+    scores = arena.take<A>(kRows * P.M_pad);
+    tile = arena.take<A>(kRows * kTile);
+    sums = arena.take<A>(kRows * P.S_pad);
+  }
+};
+
+// The queries [begin, end) of batch element b.
+struct Chunk {
+  int64_t b, begin, end;
+};
+
+// The keys [0, limit) are valid as far as key_mask allows.
+inline int64_t key_limit(const DistillParams& P, int64_t i) {
+  const int64_t M = P.gather.M;
+  return P.is_causal ? max_of<int64_t>(0, min_of(M, i + M - P.gather.N + 1)) : M;
+}
+
+inline bool has_valid_key(const DistillParams& P, int64_t b, int64_t i) {
+  return P.first_valid[b] < key_limit(P, i);
+}
+
+template <typename T>
+inline void load_queries(const DistillParams& P, Chunk at, Scratch<acc_t<T>>* s) {
+  using A = acc_t<T>;
+  for (int64_t i = at.begin; i < at.end; ++i) {
+    A* query = s->query + (i - at.begin) * P.S_pad;
+    fill(query, P.S_pad, A{0});
+    if (!has_valid_key(P, at.b, i)) continue;
+    const T* x =
+        static_cast<const T*>(P.q_sketch) + at.b * P.q_sketch_stride[0] + i * P.q_sketch_stride[1];
+    for (int64_t d = 0; d < P.S; ++d) query[d] = to_acc(x[d]);
+  }
+}
+
+// ---- the target ---------------------------------------------------------------------------------
+
+// expected += sum_j weights[j] * k[keys[j]] and dk[keys[j]] -= weights[j] * query over j < n, V
+// vectors of features from each pointer on; rows are `ld` long.
+template <int V, typename A>
+inline void scatter(const A* __restrict weights, const int32_t* __restrict keys, int64_t n,
+                    const A* __restrict k, const A* __restrict query, int64_t ld,
+                    A* __restrict expected, A* dk) {
+  constexpr int L = kLanes<A>;
+  Vec<A> q[V], sum[2][V] = {};
+  for (int v = 0; v < V; ++v) {
+    q[v] = load(query + v * L);
+    sum[0][v] = load(expected + v * L);
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    const int64_t row = keys[j] * ld;
+    for (int v = 0; v < V; ++v) {
+      sum[1][v] += load(k + row + v * L) * weights[j];
+      if (dk != nullptr) store(dk + row + v * L, load(dk + row + v * L) - q[v] * weights[j]);
+    }
+    std::swap(sum[0], sum[1]);  // two sums hide the latency of FMA
+  }
+  for (int v = 0; v < V; ++v) store(expected + v * L, sum[0][v] + sum[1][v]);
+}
+
+// expected, mass and the part of dk that t gives, of the queries of `at` and all heads.
+template <typename T>
+inline void add_targets(const DistillParams& P, Chunk at, acc_t<T>* dk, Scratch<acc_t<T>>* s,
+                        int64_t first_row) {
+  using A = acc_t<T>;
+  const GatherParams& G = P.gather;
+  const int64_t lists = at.end - at.begin;
+  const A share = A{1} / static_cast<A>(G.H);
+  const A* k_sketch = static_cast<const A*>(P.k_rows) + at.b * P.M_pad * P.S_pad;
+  for (int64_t h = 0; h < G.H; ++h) {
+    for (int64_t r = 0; r < lists; ++r)
+      s->size[r] = load_keys(G, {at.b, h, at.begin + r}, s->capacity, s->keys + r * s->capacity,
+                             s->is_full + r);
+    fill(s->keys + lists * s->capacity, kPrefetchAhead, 0);
+
+    const auto q = head_rows<T>(G.q, G.q_stride, at.b, h, G.D);
+    const auto k = head_rows<T>(G.k, G.k_stride, at.b, h / heads_per_slice(G), G.D);
+    for (int64_t r = 0; r < lists; ++r)
+      gather_dots(q[at.begin + r], k, s->keys + r * s->capacity, s->size[r],
+                  s->weights + r * s->capacity);
+
+    for (int64_t r = 0; r < lists; ++r) {
+      A* weights = s->weights + r * s->capacity;
+      int64_t& n = s->size[r];
+      const A largest =
+          finish_logits(G, {at.b, h, at.begin + r}, n, s->is_full[r], s->bias, weights);
+      if (largest == -static_cast<A>(__builtin_inff())) {
+        n = 0;
+        continue;
+      }
+      const A factor = share / exp_and_sum(weights, n, largest);
+      for (int64_t j = 0; j < n; j += kLanes<A>) store(weights + j, load(weights + j) * factor);
+      s->mass[first_row + r] += share;
+      n = drop_zeros(weights, s->keys + r * s->capacity, n);
+    }
+
+    for (int64_t r = 0; r < lists; ++r) {
+      const int64_t row = (first_row + r) * P.S_pad;
+      for_each_piece<A>(P.S_pad, [&](auto vectors, int64_t d) {
+        scatter<decltype(vectors)::value>(s->weights + r * s->capacity, s->keys + r * s->capacity,
+                                          s->size[r], k_sketch + d, s->query + row + d, P.S_pad,
+                                          s->expected + row + d, dk == nullptr ? nullptr : dk + d);
+      });
+    }
+  }
+}
+
+// ---- the softmax over all valid keys ------------------------------------------------------------
+
+// dk[c, :] += sum_r weight[r, c] * query[r, :] for R queries, 32 keys and V vectors of features.
+template <int R, int V, typename A>
+inline void add_transposed(const A* __restrict weight, const A* __restrict query, int64_t ld,
+                           A* __restrict dk) {
+  constexpr int L = kLanes<A>;
+  Vec<A> q[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) q[r][v] = load(query + r * ld + v * L);
+  for (int64_t c = 0; c < kTile; ++c) {
+    Vec<A> sum[V];
+    for (int v = 0; v < V; ++v) sum[v] = load(dk + c * ld + v * L);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) sum[v] += q[r][v] * weight[r * kTile + c];
+    for (int v = 0; v < V; ++v) store(dk + c * ld + v * L, sum[v]);
+  }
+}
+
+// Scores of kRows queries, of which `count` exist, and their sums, in units of log(2); -inf beyond
+// a row's limit.
+template <typename A>
+inline void score_rows(const DistillParams& P, Chunk at, int64_t tiles, Scratch<A>* s,
+                       dense::Sum<A>* sums) {
+  const A none = -static_cast<A>(__builtin_inff());
+  const A* k_tiles = static_cast<const A*>(P.k_tiles) + at.b * P.M_pad * P.S;
+  const A* key_bias = static_cast<const A*>(P.key_bias) + at.b * P.M_pad;
+  for (int64_t t = 0; t < tiles; ++t) {
+    A* scores = s->scores + t * kTile;
+    score_tile<kRows>(s->scaled, P.S, k_tiles + t * kTile * P.S, P.S, key_bias + t * kTile,
+                      [&](int r, int c, Vec<A> x) { store(scores + r * P.M_pad + c, x); });
+    for (int64_t r = 0; r < at.end - at.begin; ++r) {
+      for (int64_t j = max_of(key_limit(P, at.begin + r), t * kTile); j < (t + 1) * kTile; ++j)
+        s->scores[r * P.M_pad + j] = none;
+      dense::add_scores(scores + r * P.M_pad, &sums[r]);
+    }
+  }
+}
+
+// Of at most kRows queries: what p gives to dq and dk; returns their loss. `query`, `expected` and
+// `mass` are theirs.
+template <typename A>
+inline double add_rows(const DistillParams& P, Chunk at, const A* query, const A* expected,
+                       const A* mass, A* dk, Scratch<A>* s) {
+  constexpr int L = kLanes<A>;
+  const int64_t count = at.end - at.begin, M_pad = P.M_pad, S_pad = P.S_pad;
+  const int64_t tiles = ceil_div(key_limit(P, at.end - 1), kTile);
+  const A scale = static_cast<A>(P.sketch_scale * kLog2e);
+  for (int64_t r = 0; r < kRows; ++r)
+    for (int64_t d = 0; d < P.S; ++d)
+      s->scaled[r * P.S + d] = r < count ? query[r * S_pad + d] * scale : A{0};
+  dense::Sum<A> sums[kRows];
+  score_rows(P, at, tiles, s, sums);
+
+  double loss = 0;
+  A factor[kRows] = {};
+  for (int64_t r = 0; r < count; ++r) {
+    if (!has_valid_key(P, at.b, at.begin + r)) continue;
+    const double sum = static_cast<double>(reduce_add(sums[r].lanes));
+    const double lse = (static_cast<double>(sums[r].reference) + __builtin_log2(sum)) * dense::kLn2;
+    double agreement = 0;
+    for (int64_t d = 0; d < P.S; ++d)
+      agreement +=
+          static_cast<double>(query[r * S_pad + d]) * static_cast<double>(expected[r * S_pad + d]);
+    loss += static_cast<double>(mass[r]) * lse - agreement * P.sketch_scale;
+    factor[r] = static_cast<A>(static_cast<double>(mass[r]) / sum);
+  }
+  if (P.dq_sketch == nullptr) return loss;
+
+  const A* k_rows = static_cast<const A*>(P.k_rows) + at.b * M_pad * S_pad;
+  fill(s->sums, kRows * S_pad, A{0});
+  fill(s->tile, kRows * kTile, A{0});
+  for (int64_t t = 0; t < tiles; ++t) {
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t c = 0; c < kTile; c += L)
+        store(s->tile + r * kTile + c,
+              exp2(load(s->scores + r * M_pad + t * kTile + c) - sums[r].reference) * factor[r]);
+    const int64_t first = t * kTile * S_pad;
+    for_each_piece<A>(S_pad, [&](auto vectors, int64_t d) {
+      constexpr int V = decltype(vectors)::value;
+      dense::add_product<kRows, V>(s->tile, k_rows + first + d, S_pad, s->sums + d);
+      // A chunk's last rows may be fewer: their weights are zero, their queries not to be read.
+      if (count == kRows)
+        add_transposed<kRows, V>(s->tile, query + d, S_pad, dk + first + d);
+      else
+        for (int64_t r = 0; r < count; ++r)
+          add_transposed<1, V>(s->tile + r * kTile, query + r * S_pad + d, S_pad, dk + first + d);
+    });
+  }
+  const A out_scale = static_cast<A>(P.sketch_scale * P.row_weight);
+  for (int64_t r = 0; r < count; ++r) {
+    A* dq = static_cast<A*>(P.dq_sketch) + (at.b * P.gather.N + at.begin + r) * P.S;
+    for (int64_t d = 0; d < P.S; ++d)
+      dq[d] = (s->sums[r * S_pad + d] - expected[r * S_pad + d]) * out_scale;
+  }
+  return loss;
+}
+
+template <typename T>
+inline void task(const DistillParams& P, int64_t index, void* memory) {
+  using A = acc_t<T>;
+  ScratchAllocator arena(memory);
+  Scratch<A> s(P, arena);
+  const int64_t chunks = ceil_div(P.gather.N, P.chunk);
+  Chunk whole{index / chunks, index % chunks * P.chunk, 0};
+  whole.end = min_of(whole.begin + P.chunk, P.gather.N);
+  A* dk = nullptr;
+  if (P.dk_parts != nullptr) {
+    dk = static_cast<A*>(P.dk_parts) + index * P.M_pad * P.S_pad;
+    fill(dk, P.M_pad * P.S_pad, A{0});
+  }
+  load_queries<T>(P, whole, &s);
+  fill(s.expected, P.chunk * P.S_pad, A{0});
+  fill(s.mass, P.chunk, A{0});
+  for (int64_t i = whole.begin; i < whole.end; i += s.lists)
+    add_targets<T>(P, {whole.b, i, min_of(i + s.lists, whole.end)}, dk, &s, i - whole.begin);
+  double loss = 0;
+  for (int64_t i = whole.begin; i < whole.end; i += kRows) {
+    const int64_t r = i - whole.begin;
+    loss += add_rows(P, {whole.b, i, min_of<int64_t>(i + kRows, whole.end)}, s.query + r * P.S_pad,
+                     s.expected + r * P.S_pad, s.mass + r, dk, &s);
+  }
+  P.loss_parts[index] = loss * P.row_weight;
+}
+
+template <typename A>
+inline void reduce_task(const DistillParams& P, int64_t index) {
+  const int64_t M = P.gather.M, chunks = ceil_div(P.gather.N, P.chunk);
+  const int64_t blocks = ceil_div(M, kKeysPerReduceTask), b = index / blocks;
+  const int64_t begin = index % blocks * kKeysPerReduceTask;
+  const A scale = static_cast<A>(P.sketch_scale * P.row_weight);
+  for (int64_t m = begin; m < min_of(begin + kKeysPerReduceTask, M); ++m) {
+    A* out = static_cast<A*>(P.dk_sketch) + (b * M + m) * P.S;
+    fill(out, P.S, A{0});
+    if (P.key_mask != nullptr && !P.key_mask[b * M + m]) continue;
+    for (int64_t c = 0; c < chunks; ++c) {
+      const A* part =
+          static_cast<const A*>(P.dk_parts) + ((b * chunks + c) * P.M_pad + m) * P.S_pad;
+      for (int64_t d = 0; d < P.S; ++d) out[d] += part[d];
+    }
+    for (int64_t d = 0; d < P.S; ++d) out[d] *= scale;
+  }
+}
+
+}  // namespace distill
+
+inline int64_t distill_num_tasks(const DistillParams& P) {
+  return P.gather.B * ceil_div(P.gather.N, P.chunk);
+}
+
+inline int64_t distill_scratch_bytes(const DistillParams& P) {
+  int64_t bytes = 0;
+  dispatch_dtype(P.gather.dtype, [&](auto type) {
+    ScratchAllocator arena(nullptr);
+    distill::Scratch<acc_t<decltype(type)>>(P, arena);
+    bytes = arena.bytes();
+  });
+  return bytes;
+}
+
+inline void distill_queries(const DistillParams& P, int64_t task, void* scratch) {
+  dispatch_dtype(P.gather.dtype,
+                 [&](auto type) { distill::task<decltype(type)>(P, task, scratch); });
+}
+
+inline int64_t distill_reduce_num_tasks(const DistillParams& P) {
+  return P.gather.B * ceil_div(P.gather.M, distill::kKeysPerReduceTask);
+}
+
+inline int64_t distill_reduce_scratch_bytes(const DistillParams&) { return 0; }
+
+// dk_parts [B, chunks, M_pad, S_pad] -> dk_sketch [B, M, S].
+inline void distill_reduce(const DistillParams& P, int64_t task, void*) {
+  P.gather.dtype == DType::kFloat64 ? distill::reduce_task<double>(P, task)
+                                    : distill::reduce_task<float>(P, task);
+}
+
+}  // namespace smartbird::SMARTBIRD_ISA
+
+#endif  // SMARTBIRD_DISTILL_INL_H_
