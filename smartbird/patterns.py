@@ -425,7 +425,7 @@ def _unit(x: Tensor) -> Tensor:
 def _nearest_centroid(x: Tensor, centroids: Tensor) -> Tensor:
     """int64 [B, H, N]: which of the centroids [H, C, D] each x [B, H, N, D] is nearest to."""
     rows = max(1, _MAX_SCORES // max(1, x.shape[0] * centroids.shape[0] * centroids.shape[1]))
-    blocks = [(_unit(part) @ centroids.mT).argmax(-1) for part in x.split(rows, dim=2)]
+    blocks = [(_unit(part) @ centroids.mT).argmax(-1) for part in torch.split(x, rows, dim=2)]
     return torch.cat(blocks, dim=2)
 
 
