@@ -1,4 +1,4 @@
-"""Parts of HTML pages that are complete in themselves: pictures are inside, nothing is loaded."""
+"""Parts of reports, for HTML pages that are complete in themselves: nothing is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["html_page", "html_table", "marked_text", "png_figure", "svg_figure"]
+__all__ = ["html_page", "html_table", "marked_text", "png_figure", "svg_figure", "text_table"]
 
 _STRONGEST = 8.0  # times chance, from where on the colour of marked text grows no darker
 
@@ -39,6 +39,15 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
         for row in rows[1:]
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """The same rows as lines of text."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 def svg_figure(figure: Figure) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smartbird import build_info
 from smartbird.demo.measure import DRAWS, HEAD_DIM, HEADS, NUM_SAMPLES, SKETCH_DIM, Passage, Timing
-from smartbird.page import html_page, html_table, marked_text, png_figure, svg_figure
+from smartbird.page import html_page, html_table, marked_text, png_figure, svg_figure, text_table
 from smartbird.plot import draw_rates, plot_arcs, plot_heat_map
 from smartbird.tasks import Result
 
@@ -69,12 +69,7 @@ def summary(findings: Findings) -> list[list[str]]:
 
 def summary_table(findings: Findings) -> str:
     """The table as text."""
-    rows = summary(findings)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return text_table(summary(findings))
 
 
 def verdicts(findings: Findings) -> list[str]:

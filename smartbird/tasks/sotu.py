@@ -129,8 +129,7 @@ class Sotu:
 
     def token_name(self, token: int) -> str:
         """The piece of text that the tokenizer made a token of."""
-        name: str = self.tokenizer.id_to_token(token)
-        return name
+        return self.tokenizer.id_to_token(token) or UNKNOWN
 
     def read(self, text: str) -> tuple[str, Encoding]:
         """Any text as the model is shown it: cleaned as the addresses are, and cut to `seq_len`.
