@@ -280,7 +280,8 @@ def plot_recall(recall: Tensor, *, best: Tensor, chance: Tensor) -> Figure:
             ha="center",
             va="top",
         )
-    axis.set(ylim=(0, 100), ylabel="of dense attention's mass, %")
+    top = 110 * float(torch.maximum(recall, best).max())
+    axis.set(ylim=(0, min(100.0, top)), ylabel="of dense attention's mass, %")
     axis.set_xlabel("head", labelpad=18)
     figure.legend(loc="outside right upper")
     return figure

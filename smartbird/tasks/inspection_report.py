@@ -74,7 +74,7 @@ def numbers(found: Inspection) -> dict[str, Any]:
     return {
         "task": config.task,
         "attention": config.attention,
-        "num_samples": config.num_samples,
+        "num_samples": None if _is_dense(found) else config.num_samples,
         "document": found.document.source,
         "num_tokens": len(found.document.pieces),
         "layers": [
@@ -140,6 +140,10 @@ def head_indices(indices: Tensor, heads: int, head: int) -> Tensor:
     return indices[:, head // (heads // indices.shape[1])]
 
 
+def _is_dense(found: Inspection) -> bool:
+    return all(layer.indices is None for layer in found.layers)
+
+
 def _means(shares: Tensor) -> list[float]:
     """By head, the mean of [B, H, N] over the queries that count."""
     means: list[float] = shares.nanmean((0, 2)).tolist()
@@ -164,10 +168,12 @@ def keys_picture(found: Inspection) -> Figure | None:
     panels = {}
     for number, layer in enumerate(found.layers, start=1):
         if layer.indices is None:
-            return None
+            continue
         for head, recall in enumerate(_means(layer.recall)):
             title = f"layer {number}, head {head + 1}: recall {recall:.0%}"
             panels[title] = head_indices(layer.indices, layer.recall.shape[1], head)
+    if not panels:
+        return None
     return plot_heat_map(
         panels,
         len(pieces),
@@ -182,6 +188,7 @@ def keys_picture(found: Inspection) -> Figure | None:
 def page(found: Inspection) -> str:
     """The page, complete in itself."""
     config, document = found.config, found.document
+    num_keys = "all" if _is_dense(found) else f"at most {config.num_samples}"
     keys = keys_picture(found)
     if keys is None:
         chosen = "<p>Its attention is dense: every query sees every key, so there is no choice.</p>"
@@ -191,14 +198,14 @@ drawing all keys alike would give.</p>
 {png_figure(keys, "heat maps of drawn keys")}
 {"".join(_layer_section(found, number) for number in range(len(found.layers)))}"""
     body = f"""<p>A model of task {html.escape(config.task)} with attention
-{html.escape(config.attention)}, {config.num_samples} keys for each query and head, {config.layers}
+{html.escape(config.attention)}, {num_keys} keys for each query and head, {config.layers}
 layers and {config.heads} heads, trained for {config.steps} steps with seed {config.seed}, reads
 {html.escape(document.source)}: {len(document.pieces)} tokens.</p>
 <h2>How much of dense attention the chosen keys hold</h2>
 <p>Recall at K: the sum of dense attention's probabilities over the keys that a head chose, mean
-over queries. Dense attention is the softmax of that head's own queries and keys, all valid ones. Best
-possible is the recall of the K keys with the largest probabilities; chance that of as many random
-keys.</p>
+over queries. Dense attention is the softmax of that head's own queries and keys, all valid ones.
+Best possible is the recall of the K keys with the largest probabilities; chance that of as many
+random keys.</p>
 {html_table(summary(found))}
 {svg_figure(recall_picture(found))}
 <h2>Which keys were chosen</h2>
