@@ -29,7 +29,7 @@ __all__ = [
 _MAX_SCORES = 1 << 24
 # Keys that routing_indices merges into the best of each cluster at a time: about as many as it
 # keeps of them, so that neither side dominates.
-_ROUTED_KEYS = 128
+_ROUTED_KEYS = 64
 
 
 def window_indices(

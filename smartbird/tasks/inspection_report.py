@@ -6,10 +6,9 @@ import dataclasses
 import html
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from smartbird.page import html_page, html_table, marked_text, png_figure, svg_figure, text_table
@@ -17,6 +16,9 @@ from smartbird.plot import draw_rates, plot_heat_map, plot_recall
 from smartbird.tasks.config import Config
 from smartbird.tasks.inspection import Document, LayerKeys, look, read_document
 from smartbird.tasks.training import load_model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN_TOKENS = 400
 SHOWN_KEYS = 12
