@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -33,14 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser, train_parser = _parsers()
     options = vars(parser.parse_args(arguments))
-    del options["command"]
+    command = options.pop("command")
     try:
-        _train(train_parser, **options)
+        if command == "inspect":
+            _inspect(**options)
+        else:
+            _train(train_parser, **options)
     except (tasks.RunError, OSError) as error:
-        print(f"smartbird train: error: {error}", file=sys.stderr)
+        print(f"smartbird {command}: error: {error}", file=sys.stderr)
         return EXIT_FAILURE
     except KeyboardInterrupt as interrupt:
-        print(f"smartbird train: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"smartbird {command}: {interrupt or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 
@@ -82,6 +86,17 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     add("--threads", type=int, metavar="T", help="threads of PyTorch; default: its own choice")
     add("--out", metavar="DIR", help="directory of the run; default: runs/TASK-ATTENTION")
     add("--resume", action="store_true", default=False, help="go on with the run in --out")
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="show which keys a trained model looks at",
+        description="Shows which keys each layer and head of a trained model chooses in a document "
+        "and how much of dense attention's mass they hold, as a page, pictures and numbers.",
+    )
+    add = inspect.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint.pt of `smartbird train`")
+    add("--text", type=Path, metavar="FILE", help="text to read (task sotu); default: validation")
+    add("--out", type=Path, metavar="DIR", help="default: inspection, beside the checkpoint")
     return parser, train
 
 
@@ -105,6 +120,16 @@ def _train(parser: argparse.ArgumentParser, resume: bool, **given: Any) -> None:
         f"{1e3 * result.seconds / config.steps:.0f} ms/step, "
         f"peak {result.peak_mib:.0f} MiB, metrics in {config.out}"
     )
+
+
+def _inspect(checkpoint: Path, text: Path | None, out: Path | None) -> None:
+    try:
+        from smartbird.tasks.inspection_report import inspect, summary_table
+    except ImportError as error:
+        raise tasks.RunError(error) from error
+    out = checkpoint.parent / "inspection" if out is None else out
+    print(summary_table(inspect(checkpoint, text, out)))
+    print(f"page, pictures and numbers in {out}")
 
 
 def _print_evaluation(row: dict[str, Any]) -> None:

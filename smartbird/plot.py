@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     raise ImportError("smartbird.plot needs matplotlib: pip install 'smartbird[plot]'") from error
 
-__all__ = ["draw_rates", "plot_arcs", "plot_heat_map", "record_indices"]
+__all__ = ["draw_rates", "plot_arcs", "plot_heat_map", "plot_recall", "record_indices"]
 
 _MAX_LABELS = 48  # tokens that can be read along an axis of a panel
 _LEAST_RATE = 0.1  # where the colour scale of a heat map ends; 0 has no logarithm
@@ -106,6 +106,7 @@ def plot_heat_map(
     *,
     tokens: Sequence[str] | None = None,
     cells: int = 96,
+    columns: int = 4,
 ) -> Figure:
     """Which keys (across) each query (down) draws, one panel for each set of indices.
 
@@ -114,6 +115,7 @@ def plot_heat_map(
         num_keys: M.
         tokens: labels of queries and keys, for N = M of up to 48 tokens.
         cells: intervals that each axis is pooled into where it is longer.
+        columns: panels side by side.
 
     Returns:
         A figure with a logarithmic colour scale: 1 is chance, see :func:`draw_rates`.
@@ -129,7 +131,7 @@ def plot_heat_map(
         title: draw_rates(indices, num_keys, cells=(cells, cells))
         for title, indices in panels.items()
     }
-    columns = min(4, len(panels))
+    columns = min(columns, len(panels))
     lines = -(-len(panels) // columns)
     side = 3.0 if tokens is None else max(3.0, 0.17 * len(tokens))
     figure = Figure(figsize=(side * columns + 1.2, (side + 0.5) * lines), layout="constrained")
@@ -232,6 +234,56 @@ def plot_arcs(
     for i, token in enumerate(tokens):
         style: dict[str, Any] = {"fontweight": "bold"} if i in chosen else {}
         axis.text(i, -gap / 2, token, rotation=90, ha="center", va="center", fontsize=8, **style)
+    return figure
+
+
+def plot_recall(recall: Tensor, *, best: Tensor, chance: Tensor) -> Figure:
+    """How much of dense attention's mass the sampled keys hold, a bar for each layer and head.
+
+    Args:
+        recall: shares in [0, 1], [layers, H].
+        best: marks above it, [layers, H]: what the same number of keys can hold at most.
+        chance: marks below it, [layers, H]: what as many random keys hold on average.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: shapes that differ or are not [layers, H].
+    """
+    if recall.dim() != 2 or not recall.shape == best.shape == chance.shape:
+        shapes = ", ".join(str(list(shares.shape)) for shares in (recall, best, chance))
+        raise ValueError(f"recall, best and chance must all be [layers, H], got {shapes}")
+    num_layers, heads = recall.shape
+    figure = Figure(figsize=(2.0 + 0.32 * num_layers * (heads + 1), 3.2), layout="constrained")
+    axis = figure.add_subplot()
+    # Heads of a layer stand side by side, layers one bar apart.
+    places = [[layer * (heads + 1) + head for head in range(heads)] for layer in range(num_layers)]
+    flat = [place for line in places for place in line]
+    axis.bar(flat, (100 * recall).flatten().tolist(), color="tab:blue", label="drawn")
+    left, right = [place - 0.4 for place in flat], [place + 0.4 for place in flat]
+    for label, color, shares in (
+        ("best possible", "black", best),
+        ("chance", "tab:orange", chance),
+    ):
+        levels = (100 * shares).flatten().tolist()
+        axis.hlines(levels, left, right, colors=color, linewidth=2, label=label)
+    axis.set_xticks(flat, [str(head + 1) for _ in places for head in range(heads)], fontsize=8)
+    for number, line in enumerate(places, start=1):
+        middle = (line[0] + line[-1]) / 2
+        axis.annotate(
+            f"layer {number}",
+            (middle, 0),
+            xytext=(0, -22),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+        )
+    top = 110 * float(torch.maximum(recall, best).max())
+    axis.set(ylim=(0, min(100.0, top)), ylabel="of dense attention's mass, %")
+    axis.set_xlabel("head", labelpad=18)
+    figure.legend(loc="outside right upper")
     return figure
 
 

@@ -1,7 +1,8 @@
-"""`smartbird train` on the command line."""
+"""`smartbird` on the command line."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +21,10 @@ SMALL = [
 ]
 
 
-def run(capsys, *arguments):
+def run(capsys, *arguments, command="train"):
     """Exit code, stdout and stderr of the command line."""
     try:
-        code = cli.main(["train", *arguments])
+        code = cli.main([command, *arguments])
     except SystemExit as exit_:
         code = exit_.code
     captured = capsys.readouterr()
@@ -135,6 +136,60 @@ def test_a_changed_setting_on_resume_is_one_line(capsys, tmp_path):
     assert code == 1
     assert len(errors.splitlines()) == 1
     assert "dim=16, not dim=32" in errors
+
+
+def test_inspect_writes_pictures_a_page_and_numbers(capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need the extra smartbird[plot]")
+    run(capsys, *SMALL, "--attention", "routing", "--out", str(tmp_path / "run"))
+    checkpoint = str(tmp_path / "run" / "checkpoint.pt")
+    code, said, errors = run(capsys, checkpoint, command="inspect")
+    assert (code, errors) == (0, "")
+    assert said.splitlines()[0].split()[:2] == ["layer", "recall"]
+    out = tmp_path / "run" / "inspection"
+    assert str(out) in said
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert written.keys() == {"inspection.html", "inspection.json", "keys.png", "recall.png"}
+    assert written["keys.png"].startswith(b"\x89PNG")
+    assert written["inspection.html"].startswith(b"<!doctype html>")
+    assert json.loads(written["inspection.json"])["attention"] == "routing"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 2, "CHECKPOINT"),
+        (["NOTHING"], 1, "NOTHING"),
+        (["BROKEN"], 1, "BROKEN"),
+        (["CHECKPOINT", "--text", "NOTHING"], 1, "--text"),
+        (["CHECKPOINT", "--out", "BROKEN"], 1, "BROKEN"),
+    ],
+)
+def test_a_bad_inspection_is_one_line_and_leaves_nothing(arguments, code, said, capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need the extra smartbird[plot]")
+    run(capsys, *SMALL, "--out", str(tmp_path / "run"))
+    (tmp_path / "run" / "checkpoint.pt").rename(tmp_path / "CHECKPOINT")
+    (tmp_path / "BROKEN").write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    arguments = [str(tmp_path / a) if a.isupper() else a for a in arguments]
+    got, output, errors = run(capsys, *arguments, command="inspect")
+    assert (got, output) == (code, "")
+    assert len(errors.splitlines()) == 1
+    assert errors.startswith("smartbird inspect: error: ")
+    assert said in errors
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "BROKEN").read_text() == "mine"
+
+
+def test_inspect_without_matplotlib_says_what_to_install(capsys, tmp_path, monkeypatch):
+    for module in ("smartbird.plot", "smartbird.tasks.inspection_report"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    for module in ("matplotlib", "matplotlib.colors"):
+        monkeypatch.setitem(sys.modules, module, None)
+    code, _, errors = run(capsys, str(tmp_path / "checkpoint.pt"), command="inspect")
+    assert code == 1
+    assert errors == (
+        "smartbird inspect: error: smartbird.plot needs matplotlib: pip install 'smartbird[plot]'\n"
+    )
 
 
 def test_the_module_is_the_command():

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib", reason="pictures need the extra smartbird[plot
 
 from matplotlib.patches import Arc
 
-from smartbird.plot import draw_rates, plot_arcs, plot_heat_map, record_indices
+from smartbird.plot import draw_rates, plot_arcs, plot_heat_map, plot_recall, record_indices
 
 # Two draws (leading dimension) of two keys each, for three queries.
 INDICES = torch.tensor(
@@ -97,7 +97,23 @@ def test_arcs_of_chosen_queries_drawn_most() -> None:
     assert [text.get_fontweight() for text in figure.axes[0].texts] == ["normal", "normal", "bold"]
 
 
+def test_recall_has_a_bar_and_two_marks_for_each_head() -> None:
+    recall, best, chance = torch.tensor([[[0.2, 0.3], [0.4, 0.1]]]) * torch.tensor(
+        [[[1.0]], [[2.0]], [[0.5]]]
+    )
+    figure = plot_recall(recall, best=best, chance=chance)
+    (axis,) = figure.axes
+    heights = [bar.get_height() for bar in axis.patches]
+    assert heights == pytest.approx([20, 30, 40, 10])
+    marks = [[line[0][1] for line in lines.get_segments()] for lines in axis.collections]
+    assert marks == [pytest.approx([40, 60, 80, 20]), pytest.approx([10, 15, 20, 5])]
+    assert axis.get_ylim()[1] > 80
+    assert png_size(figure) > 0
+
+
 def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match="recall"):
+        plot_recall(torch.rand(2, 3), best=torch.rand(2, 3), chance=torch.rand(3))
     with pytest.raises(ValueError, match="panels"):
         plot_heat_map({}, 3)
     with pytest.raises(ValueError, match="tokens"):

@@ -53,6 +53,13 @@ def test_batches_fit_what_the_task_says(name, request):
 
 
 @pytest.mark.parametrize("name", ["sotu", "mqar", "listops"])
+def test_tokens_have_names_of_their_own(name, request):
+    task = request.getfixturevalue(name)
+    names = [task.token_name(token) for token in range(task.vocab_size)]
+    assert len(set(names)) == task.vocab_size
+
+
+@pytest.mark.parametrize("name", ["sotu", "mqar", "listops"])
 def test_training_batches_depend_on_the_step_alone(name, request):
     task = request.getfixturevalue(name)
     first, second = task.train_batch(7), task.train_batch(8)
@@ -134,6 +141,18 @@ def test_dense_attention_is_the_oracle_of_every_key(name):
     x = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
     for key_mask in (None, torch.arange(32) < torch.tensor([[32], [9]])):
         torch.testing.assert_close(dense(x, key_mask), oracle(x, key_mask))
+
+
+def test_centroids_of_routing_follow_training_batches_only():
+    config = default_config("mqar", seq_len=32, num_samples=8, dim=16, heads=2)
+    routing = ATTENTIONS["routing"](config, True)
+    x = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
+    before = routing.centroids.clone()
+    routing.eval()(x)
+    assert routing.centroids.equal(before)
+    routing.train()(x, torch.arange(32) < torch.tensor([[32], [9]]))
+    assert not routing.centroids.equal(before)
+    torch.testing.assert_close(routing.centroids.norm(dim=-1), torch.ones(2, 4))
 
 
 # listops

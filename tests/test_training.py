@@ -125,6 +125,16 @@ def test_equal_configurations_give_equal_weights_and_leave_the_callers_random_nu
     assert_same_outcome(again.out, outcome(attention_config.out))
 
 
+def test_the_sketch_of_the_untrained_attention_stays_as_it_was(config):
+    config = dataclasses.replace(config, attention="untrained", steps=3)
+    torch.manual_seed(config.seed)
+    before = training._build(config)[1].state_dict()
+    tasks.train(config)
+    weights = outcome(config.out)[0]
+    for name, weight in weights.items():
+        assert weight.equal(before[name]) == ("sketch" in name), name
+
+
 def test_another_seed_gives_other_weights(config, tmp_path):
     one = dataclasses.replace(config, steps=1)
     other = dataclasses.replace(one, seed=1, out=str(tmp_path / "other"))
@@ -396,7 +406,7 @@ def test_a_trained_model_loads_and_answers_as_it_was_tested(attention_config):
 
 
 def test_padding_changes_no_answer(attention_config):
-    if attention_config.attention in ("smartbird", "random", "bigbird"):
+    if attention_config.attention in ("smartbird", "untrained", "random", "bigbird"):
         # These draw: let them draw every key, so that all draws are equal.
         attention_config = dataclasses.replace(attention_config, num_samples=16)
     torch.manual_seed(0)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import html
-import io
 import math
 import platform
 from collections import defaultdict
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from smartbird import build_info
 from smartbird.demo.measure import DRAWS, HEAD_DIM, HEADS, NUM_SAMPLES, SKETCH_DIM, Passage, Timing
+from smartbird.page import html_page, html_table, marked_text, png_figure, svg_figure, text_table
 from smartbird.plot import draw_rates, plot_arcs, plot_heat_map
 from smartbird.tasks import Result
 
@@ -70,12 +69,7 @@ def summary(findings: Findings) -> list[list[str]]:
 
 def summary_table(findings: Findings) -> str:
     """The table as text."""
-    rows = summary(findings)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return text_table(summary(findings))
 
 
 def verdicts(findings: Findings) -> list[str]:
@@ -219,18 +213,8 @@ def arcs(passage: Passage, layer: str) -> Figure:
 
 def highlighted(passage: Passage, layer: str) -> str:
     """The beginning of the passage, each token the darker the more often it is drawn."""
-    spans: list[str] = []
     rates = key_rates(passage, layer)
-    for piece, begins, rate in zip(passage.pieces, passage.begins, rates, strict=True):
-        if len(spans) == SHOWN_TOKENS:
-            break
-        strength = min(1.0, max(0.0, math.log2(max(rate, 1.0)) / 3))
-        space = " " if begins and spans else ""
-        spans.append(
-            f'{space}<span style="background:rgba(31,119,180,{0.85 * strength:.2f})" '
-            f'title="{rate:.1f}">{html.escape(piece)}</span>'
-        )
-    return "".join(spans)
+    return marked_text(passage.pieces, passage.begins, rates, SHOWN_TOKENS)
 
 
 def favourite_words(passage: Passage, layer: str) -> list[tuple[str, float, int]]:
@@ -265,19 +249,13 @@ def page(findings: Findings) -> str:
     passage, config = findings.passage, findings.results["smartbird"].config
     says = "\n".join(f"<li>{html.escape(sentence)}</li>" for sentence in verdicts(findings))
     layers = "\n".join(_layer_section(passage, layer) for layer in passage.draws)
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>Smart Bird beside dense attention</title>
-<style>{_STYLE}</style>
-<h1>Smart Bird beside dense attention</h1>
-<p>Two Transformers that differ in their attention only were trained to tell from
+    heat_map = plot_heat_map(passage.draws, len(passage.pieces))
+    body = f"""<p>Two Transformers that differ in their attention only were trained to tell from
 {config.seq_len} tokens of a State of the Union address in which of eight periods it was given
 (numbers masked, no year in two splits). Dense attention looks at every token; Smart Bird lets
 every head of every token sample {config.num_samples} others by a sketch of {config.sketch_dim}
 dimensions. Everything below was measured in this run{_machine()}.</p>
-{_table(summary(findings))}
+{html_table(summary(findings))}
 <ul>{says}</ul>
 <p class="note">{config.steps} steps of {config.batch_size} passages, {config.layers} layers, width
 {config.dim}, {config.heads} heads, seed {config.seed}. Accuracy is that of the last weights. Step
@@ -285,24 +263,23 @@ time includes drawing the batch and the optimizer; peak memory is the largest re
 training process, with Python, PyTorch and the data in it. Smart Bird has more weights by its
 sketches.</p>
 <h2>Learning</h2>
-{_svg(learning_curves(findings))}
+{svg_figure(learning_curves(findings))}
 <h2>Time against length</h2>
 <p>One attention call on one sequence, float32: {HEADS} heads of {HEAD_DIM} dimensions, and for
 Smart Bird {NUM_SAMPLES} keys per head and a sketch of {SKETCH_DIM} dimensions. Backward includes
 the loss that teaches the sketch. Medians; both axes are logarithmic.</p>
-{_svg(time_curves(findings.timings))}
+{svg_figure(time_curves(findings.timings))}
 <h2>What the sketch looks at</h2>
 <p>The beginning of the address of {passage.address.year}
 ({html.escape(passage.address.president)}), from the test split. The right answer is
 {passage.period}; the model says {passage.answer}. Pictures pool {DRAWS} draws of all heads.</p>
-{_png(plot_heat_map(passage.draws, len(passage.pieces)))}
+{png_figure(heat_map, "heat maps of drawn keys")}
 <p class="note">Queries down, keys across. A vertical stripe is a token that many others draw; the
 diagonal is the token itself, which is always among its keys where the window is not 0.</p>
 {layers}
 <p class="note">Smart Bird is described in arXiv 2108.09193; this is an independent implementation
-from its abstract, and no number here is one of that paper.</p>
-</html>
-"""
+from its abstract, and no number here is one of that paper.</p>"""
+    return html_page("Smart Bird beside dense attention", body)
 
 
 def _layer_section(passage: Passage, layer: str) -> str:
@@ -318,33 +295,7 @@ passage 8 times as often as by chance or more, an unmarked one no more often tha
 <p>The stretch of {min(ARC_TOKENS, len(passage.pieces))} tokens that draw each other most, and the
 {MAX_ARCS} pairs drawn most in it, the token itself aside. Arcs go from a token to a key it draws:
 above the text to an earlier one, below to a later one.</p>
-{_svg(arcs(passage, layer))}"""
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in rows[1:]
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _svg(figure: Figure) -> str:
-    file = io.StringIO()
-    # No date, so that equal findings give an equal page.
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    svg = file.getvalue()
-    return f"<figure>{svg[svg.index('<svg') :]}</figure>"
-
-
-def _png(figure: Figure) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    data = base64.b64encode(file.getvalue()).decode()
-    return (
-        f'<figure><img alt="heat maps of drawn keys" src="data:image/png;base64,{data}"></figure>'
-    )
+{svg_figure(arcs(passage, layer))}"""
 
 
 def _machine() -> str:
@@ -353,16 +304,3 @@ def _machine() -> str:
         f", on {platform.machine()} ({info['cpu_isa']} kernels) with {torch.get_num_threads()} "
         f"threads, PyTorch {html.escape(info['torch'])} and smartbird {info['version']}"
     )
-
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-       color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: 0.3rem 0.9rem; border-bottom: 1px solid #ccc; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-figure { margin: 1rem 0; overflow-x: auto; }
-figure svg, figure img { max-width: 100%; height: auto; }
-blockquote { margin: 1rem 0; padding: 0.5rem 1rem; border-left: 3px solid #ccc; line-height: 1.8; }
-.note { color: #555; font-size: 0.9em; }
-"""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from smartbird import ops, patterns
@@ -29,13 +31,17 @@ class ProjectedAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        out = self.attend(*self.project(x), key_mask)
+        result: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return result
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of x [B, N, dim], each [B, H, N, D]."""
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.in_proj(x).chunk(3, dim=-1)
         )
-        out = self.attend(q, k, v, key_mask)
-        result: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-        return result
+        return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """Attention of q, k, v [B, H, N, D] -> [B, H, N, D]."""
@@ -108,6 +114,59 @@ class BigBirdAttention(RandomAttention):
         self.num_sinks, self.window = config.num_samples // 4, 3 * config.num_samples // 8
 
 
+class StridedAttention(PatternAttention):
+    """Half of the heads local, half strided; the stride is that of `seq_len`, however long x is."""
+
+    def __init__(self, config: Config, is_causal: bool) -> None:
+        super().__init__(config, is_causal)
+        # A single head has half of its places for the strided keys.
+        places = config.num_samples if config.heads > 1 else max(1, config.num_samples // 2)
+        self.stride = -(-config.seq_len // places)
+
+    def indices(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        return patterns.strided_indices(
+            q.shape[2],
+            k.shape[2],
+            self.num_samples,
+            num_index_heads=self.heads,
+            stride=self.stride,
+            is_causal=self.is_causal,
+            key_mask=key_mask,
+            device=q.device,
+        )
+
+
+class RoutingAttention(PatternAttention):
+    """The K keys nearest the centroid of each query's cluster, of about N / K clusters.
+
+    The centroids start at random and follow the queries and keys of every training batch.
+    """
+
+    # The paper's 0.999 would keep much of the random start in runs of a few hundred steps.
+    decay = 0.99
+    centroids: Tensor
+
+    def __init__(self, config: Config, is_causal: bool) -> None:
+        super().__init__(config, is_causal)
+        num_clusters = -(-config.seq_len // config.num_samples)
+        centroids = torch.randn(config.heads, num_clusters, config.dim // config.heads)
+        self.register_buffer("centroids", nn.functional.normalize(centroids, dim=-1))
+
+    def indices(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        indices = patterns.routing_indices(
+            q, k, self.centroids, self.num_samples, is_causal=self.is_causal, key_mask=key_mask
+        )
+        if self.training:
+            moved = patterns.update_centroids(
+                self.centroids,
+                torch.cat([q, k], dim=2),
+                decay=self.decay,
+                key_mask=None if key_mask is None else key_mask.repeat(1, 2),
+            )
+            self.centroids.copy_(moved)
+        return indices
+
+
 class OracleAttention(PatternAttention):
     """The K keys with the largest exact scores of each head."""
 
@@ -129,12 +188,20 @@ def _smartbird(config: Config, is_causal: bool) -> SmartBirdAttention:
     )
 
 
+def _untrained(config: Config, is_causal: bool) -> SmartBirdAttention:
+    """Keys drawn by a sketch that stays as it was initialised."""
+    return _smartbird(dataclasses.replace(config, learning=()), is_causal)
+
+
 # A layer is called as attention(x, key_mask=key_mask): see ProjectedAttention.
 ATTENTIONS: dict[str, Callable[[Config, bool], nn.Module]] = {
     "smartbird": _smartbird,
+    "untrained": _untrained,
     "dense": DenseAttention,
     "window": WindowAttention,
     "random": RandomAttention,
     "bigbird": BigBirdAttention,
+    "strided": StridedAttention,
+    "routing": RoutingAttention,
     "oracle": OracleAttention,
 }

@@ -65,6 +65,10 @@ class Task(Protocol):
         """Every example of `split` ("valid" or "test") once, in a fixed order."""
         ...
 
+    def token_name(self, token: int) -> str:
+        """A token id as people read it."""
+        ...
+
 
 def stream(*key: int) -> np.random.Generator:
     """Random numbers that depend on `key` alone; different keys are independent."""

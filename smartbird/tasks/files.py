@@ -44,7 +44,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         RunError: there is no such file, or it is not a whole checkpoint.
     """
     if not path.is_file():
-        raise RunError(f"{path}: there is no checkpoint to resume from")
+        raise RunError(f"{path}: there is no checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the broken bytes lead to

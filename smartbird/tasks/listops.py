@@ -93,6 +93,10 @@ class ListOps:
         for start in range(0, len(order), self.batch_size):
             yield self._batch(split, order[start : start + self.batch_size])
 
+    def token_name(self, token: int) -> str:
+        """The token as it stands in an expression."""
+        return TOKENS[token]
+
     def _batch(self, split: str, chosen: npt.NDArray[np.int64]) -> Batch:
         tokens, key_mask = pad([self._expressions[split][i] for i in chosen], PADDING)
         return Batch(tokens, torch.from_numpy(self._values[split][chosen]), key_mask)

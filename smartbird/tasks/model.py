@@ -41,6 +41,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: Config, task: Task) -> None:
         super().__init__()
+        self.config = config
         self.per_position = task.per_position
         self.tokens = nn.Embedding(task.vocab_size, config.dim)
         self.positions = nn.Embedding(config.seq_len, config.dim)

@@ -89,6 +89,11 @@ class Mqar:
             rows = slice(start, start + self.batch_size)
             yield Batch(whole.tokens[rows], whole.targets[rows])
 
+    def token_name(self, token: int) -> str:
+        """`k3` for the key 3, `v3` for the value 3 (ids from V / 2 on are values)."""
+        first_value = self.vocab_size // 2
+        return f"k{token}" if token < first_value else f"v{token - first_value}"
+
     def _generate(self, random: np.random.Generator, count: int) -> Batch:
         first_value, pairs = self.vocab_size // 2, self.num_pairs
         tokens = random.integers(0, self.vocab_size, (count, self.seq_len))

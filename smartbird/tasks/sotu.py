@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer, models, pre_tokenizers, trainers
 
 from smartbird.tasks.config import Config, RunError
 from smartbird.tasks.data import SPLITS, Batch, majority_share, pad, stream
@@ -126,6 +126,21 @@ class Sotu:
         passages = list(self._passages(split))
         for start in range(0, len(passages), self.batch_size):
             yield self._batch(passages[start : start + self.batch_size])
+
+    def token_name(self, token: int) -> str:
+        """The piece of text that the tokenizer made a token of."""
+        return self.tokenizer.id_to_token(token) or UNKNOWN
+
+    def read(self, text: str) -> tuple[str, Encoding]:
+        """Any text as the model is shown it: cleaned as the addresses are, and cut to `seq_len`.
+
+        Returns:
+            The cleaned text, which the offsets of the encoding refer to, and the encoding.
+        """
+        cleaned = clean(text)
+        encoding = self.tokenizer.encode(cleaned)
+        encoding.truncate(self.seq_len)
+        return cleaned, encoding
 
     def _tokenize(self, addresses: list[Address]) -> list[npt.NDArray[np.int32]]:
         encodings = self.tokenizer.encode_batch([address.text for address in addresses])
