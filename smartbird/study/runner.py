@@ -138,7 +138,7 @@ def _start(config: Config) -> BaseProcess:
     # A fork of a process that has imported torch, and done nothing else, starts at once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
-    worker = context.Process(target=_work, args=(config,))
+    worker = context.Process(target=_work, args=(config,), daemon=True)
     worker.start()
     return worker
 

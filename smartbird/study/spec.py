@@ -167,9 +167,7 @@ def _config(fields: dict[str, Any]) -> Config:
     return default_config(**fields)
 
 
-def _first_seeds_first(
-    grids: Mapping[str, Grid], runs: Mapping[str, Config]
-) -> dict[str, Config]:
+def _first_seeds_first(grids: Mapping[str, Grid], runs: Mapping[str, Config]) -> dict[str, Config]:
     rows = [combination.runs for grid in grids.values() for combination in grid.combinations]
     by_seed = itertools.chain.from_iterable(itertools.zip_longest(*rows))
     return {run: runs[run] for run in by_seed if run is not None}
