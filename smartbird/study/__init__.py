@@ -36,7 +36,7 @@ def run_study(
         ValueError: the study, or a marker of the page, is not what it must be; nothing was run.
         RunError: the result of a run is damaged.
         OSError: a file cannot be read or written.
-        KeyboardInterrupt: after Ctrl-C, when all runs have stopped.
+        Interrupted: after Ctrl-C, when all runs have stopped.
     """
     study = load_study(path)
     if page is not None:

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from smartbird.tasks import Config, Result, RunError, train
+from smartbird.tasks import Config, Interrupted, Result, RunError, train
 from smartbird.tasks.files import CHECKPOINT
 
 RESULT = "result.json"
@@ -62,18 +62,32 @@ def execute(
         budget: seconds after which no run is started and those that run are stopped.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C, when all runs have stopped. A second one kills them.
+        Interrupted: after Ctrl-C, when all runs have stopped. A second Ctrl-C kills them.
         OSError: a directory cannot be written.
         RunError: a result cannot be read.
     """
     out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + budget
     configs = {run: dataclasses.replace(config, out=str(out / run)) for run, config in runs.items()}
-    finished = {run for run, config in configs.items() if read_result(config) is not None}
-    waiting = deque(run for run in configs if run not in finished)
+    try:
+        failed = _execute(configs, jobs, time.monotonic() + budget)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; the same command goes on from here") from None
+    results = {run: read_result(config) for run, config in configs.items()}
+    return Progress(
+        finished={run: result for run, result in results.items() if result is not None},
+        failed=failed,
+        left=tuple(run for run in configs if results[run] is None and run not in failed),
+    )
+
+
+def _execute(configs: Mapping[str, Config], jobs: int, deadline: float) -> dict[str, str]:
+    """Makes the runs that have no result; gives the reasons of those that failed."""
+    waiting = deque(run for run, config in configs.items() if read_result(config) is None)
     failed = {}
     with (
-        tqdm(total=len(configs), initial=len(finished), unit="run", disable=None) as bar,
+        tqdm(
+            total=len(configs), initial=len(configs) - len(waiting), unit="run", disable=None
+        ) as bar,
         _workers() as workers,
     ):
         while True:
@@ -81,19 +95,13 @@ def execute(
                 run = waiting.popleft()
                 workers[run] = _start(configs[run])
             if not workers or time.monotonic() >= deadline:
-                break
+                return failed
             for run in _ended(workers, deadline):
                 code = workers.pop(run).exitcode
                 if code not in (0, _STOPPED):
-                    failed[run] = _reason(out / run, code)
+                    failed[run] = _reason(Path(configs[run].out), code)
                     bar.write(f"{run} failed: {failed[run]}", file=sys.stderr)
                 bar.update()
-    results = {run: read_result(config) for run, config in configs.items()}
-    return Progress(
-        finished={run: result for run, result in results.items() if result is not None},
-        failed=failed,
-        left=tuple(run for run in configs if results[run] is None and run not in failed),
-    )
 
 
 def read_result(config: Config) -> Result | None:
@@ -135,9 +143,10 @@ def _workers() -> Iterator[_Workers]:
 
 
 def _start(config: Config) -> BaseProcess:
-    # A fork of a process that has imported torch, and done nothing else, starts at once.
+    # Forks of a process that has imported the slow modules, and done nothing else, start at once.
+    # The first optimizer of a process imports torch._dynamo.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(["torch", "torch._dynamo"])
     worker = context.Process(target=_work, args=(config,), daemon=True)
     worker.start()
     return worker
