@@ -83,7 +83,7 @@ def execute(
 def _execute(configs: Mapping[str, Config], jobs: int, deadline: float) -> dict[str, str]:
     """Makes the runs that have no result; gives the reasons of those that failed."""
     waiting = deque(run for run, config in configs.items() if read_result(config) is None)
-    failed = {}
+    failed: dict[str, str] = {}
     with (
         tqdm(
             total=len(configs), initial=len(configs) - len(waiting), unit="run", disable=None
