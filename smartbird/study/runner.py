@@ -196,7 +196,8 @@ def _work(config: Config) -> NoReturn:
             if read_result(config) is None:
                 result = train(config, resume=(directory / CHECKPOINT).exists())
                 _write(directory / RESULT, json.dumps(dataclasses.asdict(result), indent=1))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            print(interrupt)
             sys.exit(_STOPPED)
         except RunError as error:
             sys.exit(str(error))
