@@ -6,6 +6,7 @@ PYTHON      ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO_FLAGS  ?=
 BENCH_ISA   ?= native
+STUDY_FLAGS ?=
 
 SHELL       := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -35,7 +36,7 @@ EMU_ORDER_TESTS := $(OP_TESTS) tests/test_cuda_paths.py \
     -k "past_the_tiles or masked_causal_gqa or one_query or forced_causal or cuda_paths"
 
 .PHONY: help setup build test test-quick test-isa test-slow test-emulated cpp-test race-test cuda lint \
-        format demo bench bench-quick wheel clean
+        format demo bench bench-quick study study-quick wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -111,6 +112,15 @@ bench: $(BUILT)  ## the whole benchmark: JSON and plots in docs/performance, tab
 	    --out docs/performance/attention-$(BENCH_ISA).json
 	$(BIN)/python -m benchmarks.report docs/performance/attention-$(BENCH_ISA).json \
 	    --update README.md docs/performance.md
+
+study-quick: $(BUILT)  ## train every attention on a small recall task, a quarter of an hour; tables in runs/study
+	$(BIN)/smartbird study studies/quick.toml $(STUDY_FLAGS)
+
+# Stopped, it goes on where it was.
+study: $(BUILT)  ## the whole study, hours: plots in docs/learning, tables in docs/learning.md
+	for study in mqar sotu listops; do
+	    $(BIN)/smartbird study studies/$$study.toml --page docs/learning.md $(STUDY_FLAGS)
+	done
 
 # The wheel, unpacked elsewhere, must import without the source tree.
 wheel: $(READY)  ## build a wheel in dist and try it

@@ -11,17 +11,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.contenders import DISTILL, FLEX_WINDOWS, GUMBEL, SDPA, SYSTEMATIC
 from benchmarks.plots import write_plots
 from benchmarks.ratios import AIMS_OVER_SDPA, ratios
 from benchmarks.results import Case, Results, Timing, ms, pass_name
+from smartbird.markdown import table, update_tables
 
 MIB = 2**20
-_MARKED = re.compile(r"(<!-- table (\S+):(\S+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def _summary(results: Results) -> str:
@@ -48,7 +47,7 @@ def _summary(results: Results) -> str:
         + [cell(name, Case(length, backward, threads)) for name, backward in columns.values()]
         for length in AIMS_OVER_SDPA
     ]
-    return _table(["N", *columns], rows)
+    return table(["N", *columns], rows)
 
 
 def _rivals(results: Results) -> str:
@@ -61,7 +60,7 @@ def _rivals(results: Results) -> str:
             row = rows.setdefault(name, {})
             if not t.missing:
                 row[t.case.backward] = min(t.median, row.get(t.case.backward, math.inf))
-    return _table(
+    return table(
         ["N = 4096", "forward, ms", "forward + backward, ms"],
         [
             [name, *(ms(row[backward]) if backward in row else "-" for backward in (False, True))]
@@ -92,12 +91,12 @@ def _machine(results: Results) -> str:
         ]
         for x in results.limits
     ]
-    return _table(["", ""], facts) + "\n" + _table(header, limits)
+    return table(["", ""], facts) + "\n" + table(header, limits)
 
 
 def _ratios(results: Results) -> str:
     rows = [[ratio.name, ratio.value_text, ratio.aim_text or "-"] for ratio in ratios(results)]
-    return _table(["", "measured", "aim"], rows)
+    return table(["", "measured", "aim"], rows)
 
 
 def _forward(results: Results) -> str:
@@ -146,10 +145,10 @@ def _by_length(title: str, cells: Sequence[tuple[str, str, int, str | None, str]
         elif attention not in missing.setdefault(reason, []):
             missing[reason].append(attention)
     header = [title, "dtype", *(f"N = {length}" for length in lengths)]
-    table = _table(header, [[*name, *row] for name, row in rows.items()])
+    text = table(header, [[*name, *row] for name, row in rows.items()])
     if not missing:
-        return table
-    return f"{table}\nNot run:\n\n" + "".join(
+        return text
+    return f"{text}\nNot run:\n\n" + "".join(
         f"- {'; '.join(attentions)}: {reason}\n" for reason, attentions in missing.items()
     )
 
@@ -172,7 +171,7 @@ def _stages(results: Results) -> str:
         ]
         for stage in results.stages
     ]
-    return _table([*header, "least ms", "reached", "bound"], rows)
+    return table([*header, "least ms", "reached", "bound"], rows)
 
 
 def _scaling(results: Results) -> str:
@@ -195,7 +194,7 @@ def _scaling(results: Results) -> str:
                 ]
             )
     header = ["B", "N", "", "attention", "ms, 1 thread", f"ms, {threads} threads", "speed-up"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _peaked(results: Results) -> str:
@@ -208,7 +207,7 @@ def _peaked(results: Results) -> str:
         if t.dtype == "float32" and dataclasses.replace(t.case, score_std=1.0) in peaked:
             rows.setdefault(t.case, {})[t.attention] = t
     columns = (SYSTEMATIC, GUMBEL, SDPA)
-    return _table(
+    return table(
         ["N", "standard deviation of the sketch scores", *(f"{name}, ms" for name in columns)],
         [
             [str(case.length), f"{case.score_std:g}", *(row[name].spread for name in columns)]
@@ -231,27 +230,21 @@ TABLES: dict[str, Callable[[Results], str]] = {
 }
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def update_tables(markdown: str, results: dict[str, Results]) -> str:
+def update_page(markdown: str, results: dict[str, Results]) -> str:
     """``markdown`` with its marked tables made anew from ``results``, by STEM; others stay.
 
     Raises:
-        ValueError: a marker names a table that does not exist.
+        ValueError: a marker names a table that does not exist, or has no end.
     """
 
-    def replace(match: re.Match[str]) -> str:
-        opening, stem, name = match.groups()
+    def make(stem: str, name: str) -> str | None:
         if stem not in results:
-            return match.group()
+            return None
         if name not in TABLES:
             raise ValueError(f"table must be one of {', '.join(TABLES)}, got {name!r}")
-        return opening + TABLES[name](results[stem])
+        return TABLES[name](results[stem])
 
-    return _MARKED.sub(replace, markdown)
+    return update_tables(markdown, make)
 
 
 def main() -> None:
@@ -267,7 +260,7 @@ def main() -> None:
     for path in args.json:
         write_plots(results[path.stem], path.with_suffix(""))
     for path in args.update:
-        path.write_text(update_tables(path.read_text(), results))
+        path.write_text(update_page(path.read_text(), results))
 
 
 if __name__ == "__main__":

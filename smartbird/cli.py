@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from tqdm import tqdm
 
@@ -16,6 +18,8 @@ from smartbird.modules import LEARNING_ROUTES
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+_Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,29 +33,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        the exit code: 0, 1 (the run failed, in one line on stderr) or 130 (Ctrl-C). A wrong
+        the exit code: 0, 1 (a run failed, in one line on stderr) or 130 (Ctrl-C). A wrong
         argument exits with 2, as argparse does.
     """
-    parser, train_parser = _parsers()
+    parser = _Parser(prog="smartbird", description="Smart Bird attention for PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run: dict[str, Callable[..., int]] = {"train": _train, "inspect": _inspect, "study": _study}
+    parsers = {
+        "train": _add_train(commands),
+        "inspect": _add_inspect(commands),
+        "study": _add_study(commands),
+    }
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:
-        if command == "inspect":
-            _inspect(**options)
-        else:
-            _train(train_parser, **options)
+        return run[command](parsers[command], **options)
     except (tasks.RunError, OSError) as error:
         print(f"smartbird {command}: error: {error}", file=sys.stderr)
         return EXIT_FAILURE
     except KeyboardInterrupt as interrupt:
-        print(f"smartbird {command}: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"smartbird {command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return 0
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    parser = _Parser(prog="smartbird", description="Smart Bird attention for PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def _add_train(commands: _Commands) -> argparse.ArgumentParser:
     # What is not given is not in the namespace: it comes from the task's defaults.
     train = commands.add_parser(
         "train",
@@ -86,7 +91,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     add("--threads", type=int, metavar="T", help="threads of PyTorch; default: its own choice")
     add("--out", metavar="DIR", help="directory of the run; default: runs/TASK-ATTENTION")
     add("--resume", action="store_true", default=False, help="go on with the run in --out")
+    return train
 
+
+def _add_inspect(commands: _Commands) -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         help="show which keys a trained model looks at",
@@ -97,10 +105,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint.pt of `smartbird train`")
     add("--text", type=Path, metavar="FILE", help="text to read (task sotu); default: validation")
     add("--out", type=Path, metavar="DIR", help="default: inspection, beside the checkpoint")
-    return parser, train
+    return inspect
 
 
-def _train(parser: argparse.ArgumentParser, resume: bool, **given: Any) -> None:
+def _train(parser: argparse.ArgumentParser, resume: bool, **given: Any) -> int:
     if "learning" in given:
         given["learning"] = tuple(given["learning"])
     needed = "out" if resume else "task"
@@ -120,9 +128,12 @@ def _train(parser: argparse.ArgumentParser, resume: bool, **given: Any) -> None:
         f"{1e3 * result.seconds / config.steps:.0f} ms/step, "
         f"peak {result.peak_mib:.0f} MiB, metrics in {config.out}"
     )
+    return 0
 
 
-def _inspect(checkpoint: Path, text: Path | None, out: Path | None) -> None:
+def _inspect(
+    parser: argparse.ArgumentParser, checkpoint: Path, text: Path | None, out: Path | None
+) -> int:
     try:
         from smartbird.tasks.inspection_report import inspect, summary_table
     except ImportError as error:
@@ -130,8 +141,60 @@ def _inspect(checkpoint: Path, text: Path | None, out: Path | None) -> None:
     out = checkpoint.parent / "inspection" if out is None else out
     print(summary_table(inspect(checkpoint, text, out)))
     print(f"page, pictures and numbers in {out}")
+    return 0
 
 
 def _print_evaluation(row: dict[str, Any]) -> None:
     if row["split"] == "valid":
         tqdm.write(f"step {row['step']}: valid loss {row['loss']:.4f} acc {row['accuracy']:.1%}")
+
+
+def _add_study(commands: _Commands) -> argparse.ArgumentParser:
+    study = commands.add_parser(
+        "study",
+        help="train grids of runs and compare them",
+        description="Makes the runs that a TOML file names, each in a process of its own, and "
+        "writes tables and plots of them. The same command goes on with a study that was stopped.",
+    )
+    add = study.add_argument
+    cores = len(os.sched_getaffinity(0))
+    add("config", type=Path, metavar="CONFIG", help="the study, for example studies/quick.toml")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs/study"),
+        help="directory of the runs, which studies may share; default: %(default)s",
+    )
+    add("--jobs", type=int, metavar="N", default=cores, help="runs at a time; default: %(default)s")
+    add("--budget", type=float, metavar="MINUTES", help="stop after this time; 0 only reports")
+    add("--page", type=Path, metavar="MARKDOWN", help="update the marked tables of this page")
+    return study
+
+
+def _study(
+    parser: argparse.ArgumentParser,
+    config: Path,
+    out: Path,
+    jobs: int,
+    budget: float | None,
+    page: Path | None,
+) -> int:
+    from smartbird.study import run_study  # needs matplotlib, which `train` does not
+
+    if jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {jobs}")
+    if budget is not None and not budget >= 0.0:
+        parser.error(f"--budget must not be negative, got {budget}")
+    seconds = math.inf if budget is None else 60 * budget
+    try:
+        progress, made = run_study(config, out, jobs=jobs, budget=seconds, page=page)
+    except ValueError as error:
+        parser.error(str(error))
+    print("\n".join(f"{name}\n\n{table}" for name, table in made.items()))
+    print(f"{len(progress.finished)} runs finished, {out / config.stem}.md has all tables")
+    if progress.left:
+        print(f"{len(progress.left)} runs are left; the same command goes on with them")
+    for run, reason in progress.failed.items():
+        print(f"smartbird study: error: {run}: {reason}", file=sys.stderr)
+    return EXIT_FAILURE if progress.failed else 0

@@ -362,18 +362,18 @@ def test_tables_and_plots_of_a_run(run_json: Path, tmp_path: Path) -> None:
     results = Results.load(run_json)
     markers = "".join(f"<!-- table tiny:{name} -->\nold\n<!-- end -->\n" for name in report.TABLES)
     other = "<!-- table other:summary -->\nkept\n<!-- end -->\n"
-    text = report.update_tables(f"before\n{markers}{other}after\n", {"tiny": results})
+    text = report.update_page(f"before\n{markers}{other}after\n", {"tiny": results})
     assert text.startswith("before\n<!-- table tiny:")
     assert text.endswith(f"{other}after\n")
     assert "old" not in text
     assert "FlexAttention window, blocks of 16: N = 60 is not a multiple of its blocks" in text
-    assert report.update_tables(text, {"tiny": results}) == text
+    assert report.update_page(text, {"tiny": results}) == text
     for name, table in report.TABLES.items():
         rows = [line for line in table(results).splitlines() if line.startswith("|")]
         assert len(rows) > 2 or name == "rivals"  # the only one of one fixed length
         assert len({line.count("|") for line in rows}) <= 2  # the machine has two tables
     with pytest.raises(ValueError, match=r"table must be one of summary, .*got 'wrong'"):
-        report.update_tables("<!-- table tiny:wrong -->\n<!-- end -->", {"tiny": results})
+        report.update_page("<!-- table tiny:wrong -->\n<!-- end -->", {"tiny": results})
 
     report.write_plots(results, tmp_path / "tiny")
     assert {path.name for path in tmp_path.iterdir()} == {
