@@ -10,8 +10,11 @@ from torch import Tensor
 
 from smartbird import ops
 from smartbird.ops import check_key_mask
+from smartbird.patterns import _ascending
 
 __all__ = [
+    "add_uniform_keys",
+    "deal_keys",
     "dense_attention",
     "needs_grad",
     "sample_keys",
@@ -131,6 +134,151 @@ def sample_keys(
     if correction:
         return ops.sketch_sample(q_sketch, k_sketch, num_samples, **options)
     return ops.sample_indices(q_sketch, k_sketch, num_samples, **options), None
+
+
+def deal_keys(
+    q_sketch: Tensor,
+    k_sketch: Tensor,
+    num_samples: int,
+    *,
+    num_index_heads: int,
+    scale: float | None = None,
+    is_causal: bool = False,
+    key_mask: Tensor | None = None,
+    window: int = 0,
+    num_sinks: int = 0,
+) -> Tensor:
+    """The keys with the largest sketch scores, dealt out over index heads by rank.
+
+    The method ``"topk"`` gives every index head the same keys. Here forced keys go to every head,
+    and of the others the one of rank r (from 0; of equal scores the lower index first) goes to head
+    ``r mod H_i``, until a head has K. Where a row is too short for that, a head that is left with
+    empty places fills them with the keys of other heads, the highest ranks first, as far as there
+    are any: every head has K distinct keys, or all of the row. No N x M tensor is made.
+
+    Args:
+        q_sketch: [B, N, S].
+        k_sketch: [B, M, S], dtype of ``q_sketch``.
+        num_samples: K.
+        num_index_heads: H_i.
+        scale, is_causal, key_mask, window, num_sinks: as in ``smartbird.ops.sketch_sample``.
+
+    Returns:
+        int32 [B, H_i, N, K], ascending, -1 in unused places at the end. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+    """
+    masks: dict[str, Any] = {"is_causal": is_causal, "key_mask": key_mask}
+    forcing = {"window": window, "num_sinks": num_sinks}
+    ops.check_room(num_samples, window, num_sinks, is_causal)
+    q_sketch, k_sketch = q_sketch.detach(), k_sketch.detach()
+    device, num_keys = k_sketch.device, k_sketch.shape[1]
+    best = ops.sample_indices(
+        q_sketch,
+        k_sketch,
+        num_samples * num_index_heads,
+        method="topk",
+        scale=scale,
+        seed=torch.zeros(2, dtype=torch.int64, device=device),
+        **masks,
+        **forcing,
+    )
+    forced = _forced_keys(best, num_keys, **masks, **forcing)
+    scores = ops.gather_scores(q_sketch.unsqueeze(1), k_sketch.unsqueeze(1), best, scale=scale)
+    scores = scores.masked_fill(forced, torch.inf)
+    ranked = best.gather(-1, scores.sort(dim=-1, descending=True, stable=True).indices)
+
+    # All of [B, 1 or H_i, N, 1 or K]. Ranks and places are counted after the forced keys.
+    num_forced = forced.sum(-1, keepdim=True)
+    num_free = (best >= 0).sum(-1, keepdim=True) - num_forced
+    head = torch.arange(num_index_heads, device=device)[:, None, None]
+    place = torch.arange(num_samples, device=device) - num_forced
+    num_own = (num_free - head + num_index_heads - 1) // num_index_heads
+    # The n-th rank that is not the head's own: n counts H_i - 1 in each round of H_i ranks.
+    others = max(num_index_heads - 1, 1)
+    full_rounds, turn = (place - num_own) // others, (place - num_own) % others
+    rank = torch.where(
+        place < num_own,
+        place * num_index_heads + head,
+        full_rounds * num_index_heads + turn + (turn >= head),
+    )
+    rank = num_forced + torch.where(place < 0, place, rank)
+    keys = ranked.expand(-1, num_index_heads, -1, -1).gather(-1, rank.clamp(0, best.shape[-1] - 1))
+    return _ascending(keys, place < num_free, num_keys)
+
+
+def _forced_keys(
+    indices: Tensor,
+    num_keys: int,
+    *,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    window: int,
+    num_sinks: int,
+) -> Tensor:
+    """Which keys of ``indices`` [B, 1, N, K], valid ones or -1, window or sinks force."""
+    num_queries = indices.shape[2]
+    position = torch.arange(num_queries, device=indices.device) + (num_keys - num_queries)
+    offset = indices - position[:, None]
+    if is_causal:
+        forced = (offset > -window) & (offset <= 0)
+    else:
+        forced = offset.abs() <= (window // 2 if window else -1)
+    if key_mask is None:
+        forced = forced | (indices < num_sinks)
+    else:
+        # How many valid keys there are up to and with each key; 0 for -1.
+        order = F.pad(key_mask.cumsum(-1), (1, 0))
+        order = order.gather(-1, indices.flatten(1).long() + 1).view(indices.shape)
+        forced = forced | (order <= num_sinks)
+    return forced & (indices >= 0)
+
+
+def add_uniform_keys(
+    indices: Tensor,
+    num_keys: int,
+    count: int,
+    *,
+    is_causal: bool = False,
+    key_mask: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``indices`` and ``count`` more keys per row and index head, any valid one as likely.
+
+    The new keys of a row are distinct. One that the row holds already is dropped, so that it counts
+    no more than before, and leaves its place empty.
+
+    Args:
+        indices: int32 [B, H_i, N, K], ascending, -1 in unused places at the end.
+        num_keys: M.
+        count: keys to add, at least 1.
+        is_causal: key j is seen by query i if ``j <= i + (M - N)``.
+        key_mask: bool [B, M], True where a key may be attended.
+        seed: int64 [2]. None: drawn from PyTorch's global generator.
+
+    Returns:
+        int32 [B, H_i, N, K + count], ascending, -1 in unused places at the end.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+    """
+    batch, num_index_heads, num_queries, num_samples = indices.shape
+    # A sketch of zeros gives every key the same chance.
+    added = ops.sample_indices(
+        torch.zeros(batch, num_queries, 1, device=indices.device),
+        torch.zeros(batch, num_keys, 1, device=indices.device),
+        count,
+        num_index_heads=num_index_heads,
+        is_causal=is_causal,
+        key_mask=key_mask,
+        seed=seed,
+    )
+    held = indices.masked_fill(indices < 0, num_keys)
+    place = torch.searchsorted(held, added).clamp(max=num_samples - 1)
+    new = (added >= 0) & (held.gather(-1, place) != added)
+    valid = torch.cat([indices >= 0, new], dim=-1)
+    return _ascending(torch.cat([indices, added], dim=-1), valid, num_keys)
 
 
 def needs_grad(*tensors: Tensor) -> bool:
