@@ -13,6 +13,7 @@ from smartbird.ops import check_key_mask
 from smartbird.patterns import _ascending
 
 __all__ = [
+    "METHODS",
     "add_uniform_keys",
     "deal_keys",
     "dense_attention",
@@ -20,6 +21,8 @@ __all__ = [
     "sample_keys",
     "smart_bird_attention",
 ]
+
+METHODS = (*ops.METHODS, "dealt")
 
 
 def smart_bird_attention(
@@ -58,9 +61,11 @@ def smart_bird_attention(
         k_sketch: [B, M, S].
         num_samples: K, the number of keys per query and index head.
         num_index_heads: H_i, how many sets of keys a query draws; divides H. None: H.
-        method: ``"gumbel"``, ``"systematic"``, ``"multinomial"`` or ``"topk"``.
+        method: ``"gumbel"``, ``"systematic"``, ``"multinomial"`` or ``"topk"``, see
+            ``smartbird.ops.sketch_sample``, or ``"dealt"``, see :func:`deal_keys`.
         correction: subtract ``log_inclusion`` from the logits, which makes the result the
-            self-normalised Horvitz-Thompson estimate of dense attention.
+            self-normalised Horvitz-Thompson estimate of dense attention. Of keys that are not
+            drawn at random there is nothing to correct: ``"topk"``, ``"dealt"``.
         is_causal: key j is seen by query i if ``j <= i + (M - N)``.
         key_mask: bool [B, M], True where a key may be attended.
         window: keys nearest the query that are always among its K.
@@ -98,7 +103,7 @@ def smart_bird_attention(
         "num_sinks": num_sinks,
         "seed": seed,
     }
-    if not return_indices and not needs_grad(q, k, v):
+    if method != "dealt" and not return_indices and not needs_grad(q, k, v):
         return ops.sampled_attention(
             q,
             k,
@@ -128,9 +133,22 @@ def smart_bird_attention(
 
 
 def sample_keys(
-    q_sketch: Tensor, k_sketch: Tensor, num_samples: int, *, correction: bool, **options: Any
+    q_sketch: Tensor,
+    k_sketch: Tensor,
+    num_samples: int,
+    *,
+    correction: bool,
+    method: str = "gumbel",
+    seed: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """``smartbird.ops.sketch_sample``, with ``log_inclusion`` only where a correction needs it."""
+    """Indices by any of ``METHODS``, and ``log_inclusion`` only where a correction needs it.
+
+    ``options`` are those of ``smartbird.ops.sketch_sample``.
+    """
+    if method == "dealt":
+        return deal_keys(q_sketch, k_sketch, num_samples, **options), None
+    options |= {"method": method, "seed": seed}
     if correction:
         return ops.sketch_sample(q_sketch, k_sketch, num_samples, **options)
     return ops.sample_indices(q_sketch, k_sketch, num_samples, **options), None
@@ -169,8 +187,14 @@ def deal_keys(
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
     """
-    masks: dict[str, Any] = {"is_causal": is_causal, "key_mask": key_mask}
-    forcing = {"window": window, "num_sinks": num_sinks}
+    options: dict[str, Any] = {
+        "is_causal": is_causal,
+        "key_mask": key_mask,
+        "window": window,
+        "num_sinks": num_sinks,
+    }
+    if num_index_heads < 1:
+        raise ValueError(f"num_index_heads must be at least 1, got {num_index_heads}")
     ops.check_room(num_samples, window, num_sinks, is_causal)
     q_sketch, k_sketch = q_sketch.detach(), k_sketch.detach()
     device, num_keys = k_sketch.device, k_sketch.shape[1]
@@ -181,10 +205,9 @@ def deal_keys(
         method="topk",
         scale=scale,
         seed=torch.zeros(2, dtype=torch.int64, device=device),
-        **masks,
-        **forcing,
+        **options,
     )
-    forced = _forced_keys(best, num_keys, **masks, **forcing)
+    forced = _forced_keys(best, num_keys, **options)
     scores = ops.gather_scores(q_sketch.unsqueeze(1), k_sketch.unsqueeze(1), best, scale=scale)
     scores = scores.masked_fill(forced, torch.inf)
     ranked = best.gather(-1, scores.sort(dim=-1, descending=True, stable=True).indices)

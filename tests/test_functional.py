@@ -59,7 +59,7 @@ def half_mask(num_keys: int) -> Tensor:
 
 
 @pytest.mark.parametrize("correction", [False, True])
-@pytest.mark.parametrize("method", ["gumbel", "systematic", "multinomial", "topk"])
+@pytest.mark.parametrize("method", [*METHODS, "dealt"])
 def test_every_key_sampled_is_dense_attention(method: str, correction: bool) -> None:
     x = make_inputs()
     out = smart_bird_attention(**x, num_samples=13, method=method, correction=correction)
@@ -342,10 +342,19 @@ def test_dealing_leaves_the_generator_alone() -> None:
     assert torch.get_rng_state().equal(state)
 
 
-def test_dealing_refuses_more_forced_keys_than_places() -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"window": 4}, "num_samples must be at least the number of forced keys"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"num_index_heads": 0}, "num_index_heads"),
+    ],
+)
+def test_bad_deals_are_named(change: dict[str, int], said: str) -> None:
     x = make_inputs()
-    with pytest.raises(ValueError, match="num_samples must be at least the number of forced keys"):
-        deal_keys(x["q_sketch"], x["k_sketch"], 4, num_index_heads=2, window=4)
+    options = {"num_samples": 4, "num_index_heads": 2, **change}
+    with pytest.raises(ValueError, match=said):
+        deal_keys(x["q_sketch"], x["k_sketch"], **options)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
