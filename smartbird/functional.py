@@ -213,21 +213,23 @@ def deal_keys(
     ranked = best.gather(-1, scores.sort(dim=-1, descending=True, stable=True).indices)
 
     # All of [B, 1 or H_i, N, 1 or K]. Ranks and places are counted after the forced keys.
-    num_forced = forced.sum(-1, keepdim=True)
-    num_free = (best >= 0).sum(-1, keepdim=True) - num_forced
-    head = torch.arange(num_index_heads, device=device)[:, None, None]
-    place = torch.arange(num_samples, device=device) - num_forced
+    num_forced = forced.sum(-1, keepdim=True, dtype=torch.int32)
+    num_free = (best >= 0).sum(-1, keepdim=True, dtype=torch.int32) - num_forced
+    head = torch.arange(num_index_heads, dtype=torch.int32, device=device)[:, None, None]
+    place = torch.arange(num_samples, dtype=torch.int32, device=device) - num_forced
     num_own = (num_free - head + num_index_heads - 1) // num_index_heads
     # The n-th rank that is not the head's own: n counts H_i - 1 in each round of H_i ranks.
     others = max(num_index_heads - 1, 1)
-    full_rounds, turn = (place - num_own) // others, (place - num_own) % others
+    full_rounds = (place - num_own) // others
+    turn = place - num_own - full_rounds * others
     rank = torch.where(
         place < num_own,
         place * num_index_heads + head,
         full_rounds * num_index_heads + turn + (turn >= head),
     )
     rank = num_forced + torch.where(place < 0, place, rank)
-    keys = ranked.expand(-1, num_index_heads, -1, -1).gather(-1, rank.clamp(0, best.shape[-1] - 1))
+    rank = rank.clamp(0, best.shape[-1] - 1).long()
+    keys = ranked.expand(-1, num_index_heads, -1, -1).gather(-1, rank)
     return _ascending(keys, place < num_free, num_keys)
 
 
