@@ -10,6 +10,7 @@ from smartbird import functional, ops, patterns, reference
 from smartbird._library import __version__, build_info
 from smartbird.modules import (
     DenseWarmup,
+    SampleAnneal,
     SmartBirdAttention,
     SmartBirdEncoderLayer,
     seed_evaluation,
@@ -18,6 +19,7 @@ from smartbird.modules import (
 
 __all__ = [
     "DenseWarmup",
+    "SampleAnneal",
     "SmartBirdAttention",
     "SmartBirdEncoderLayer",
     "__version__",

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeAlias
 from tqdm import tqdm
 
 from smartbird import tasks
+from smartbird.functional import METHODS
 from smartbird.modules import LEARNING_ROUTES
 
 EXIT_FAILURE = 1
@@ -65,15 +66,28 @@ def _add_train(commands: _Commands) -> argparse.ArgumentParser:
         "or those of the run that --resume goes on with.",
         argument_default=argparse.SUPPRESS,
     )
-    add = train.add_argument
+    add, switch = train.add_argument, argparse.BooleanOptionalAction
     add("--task", choices=tuple(tasks.TASKS), help="what to learn; needed unless --resume")
     add("--attention", choices=tuple(tasks.ATTENTIONS), help="default: smartbird")
     add("--seq-len", type=int, metavar="N", help="longest sequence, in tokens")
     add("--num-samples", type=int, metavar="K", help="keys per query and head")
     add("--window", type=int, metavar="W", help="nearest keys that are always among the K")
+    add("--num-sinks", type=int, metavar="N", help="leading keys that are always among the K")
+    add("--num-index-heads", type=int, metavar="H", help="sets of keys per query; default: heads")
     add("--sketch-dim", type=int, metavar="S", help="width of the sketch")
+    add("--method", choices=METHODS, help="how keys are drawn")
+    add("--eval-method", choices=METHODS, help="how keys are drawn in evaluation")
+    add("--correction", action=switch, help="estimate dense attention from the sample")
+    add("--temperature", type=float, metavar="T", help="of drawing in training")
+    add("--uniform-share", type=float, metavar="R", help="of the K, drawn uniformly in training")
     add("--learning", nargs="+", choices=LEARNING_ROUTES, help="how the sketch learns")
+    add("--distill-weight", type=float, metavar="W", help="factor of the sketch's loss")
+    add("--distill-temperature", type=float, metavar="T", help="of the attention it learns from")
+    add("--distill-correction", action=switch, help="it learns from an estimate of dense attention")
     add("--dense-warmup", type=int, metavar="STEPS", help="attend densely for so many steps first")
+    add("--anneal-samples", type=int, metavar="K", help="keys at the first step, more than later")
+    add("--anneal-steps", type=int, metavar="STEPS", help="steps until there are K")
+    add("--reuse", type=int, metavar="L", help="draw keys in every L-th layer only")
     add("--layers", type=int, help="encoder layers")
     add("--dim", type=int, help="model width")
     add("--heads", type=int, help="attention heads per layer")

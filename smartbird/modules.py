@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypedDict
@@ -11,11 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smartbird import ops
-from smartbird.functional import dense_attention, needs_grad, sample_keys
+from smartbird.functional import (
+    METHODS,
+    add_uniform_keys,
+    dense_attention,
+    needs_grad,
+    sample_keys,
+)
 from smartbird.ops import check_key_mask
 
 __all__ = [
     "DenseWarmup",
+    "SampleAnneal",
     "SmartBirdAttention",
     "SmartBirdEncoderLayer",
     "seed_evaluation",
@@ -52,7 +60,8 @@ class SmartBirdAttention(nn.Module):
 
     In training mode each call draws from PyTorch's global generator. In evaluation mode the draw is
     a function of the input: it uses the seed held in the buffer ``eval_seed`` (not part of the
-    ``state_dict``), which :func:`seed_evaluation` sets.
+    ``state_dict``), which :func:`seed_evaluation` sets. ``temperature`` and ``uniform_share`` make
+    training explore keys that the sketch does not favour; evaluation draws without them.
 
     Under ``torch.utils.checkpoint`` take ``use_reentrant=False``; the reentrant kind runs the
     forward pass without gradients, so no sketch loss can be collected from it.
@@ -64,9 +73,16 @@ class SmartBirdAttention(nn.Module):
         sketch_dim: S, width of the sketch.
         num_kv_heads: H_kv, divides H. None: H.
         num_index_heads: H_i, sets of keys drawn per query, divides H. None: H.
-        method: how keys are drawn, see ``smartbird.ops.sketch_sample``.
+        method: how keys are drawn, one of ``smartbird.functional.METHODS``.
+        eval_method: how they are drawn in evaluation mode. None: ``method``.
         correction: estimate dense attention from the sample, see
             ``smartbird.functional.smart_bird_attention``.
+        temperature: keys are drawn from the softmax of the sketch scores divided by it in training;
+            above 1 it flattens. The sketch's loss does not divide by it.
+        uniform_share: share of the K places, rounded down, that keys drawn uniformly take in
+            training, in [0, 1); forced keys need room among the others. A place whose key the
+            sketch draws as well stays empty. The inclusion probabilities of the two draws together
+            are not known, so no correction goes with it.
         is_causal: key j is seen by query i if ``j <= i + (M - N)``.
         window: keys nearest the query that are always among its K.
         num_sinks: leading valid keys that are always among the K.
@@ -74,11 +90,16 @@ class SmartBirdAttention(nn.Module):
         bias: whether projections have one. That of the sketch is on its query side only: on the key
             side it would add the same to a whole row.
         learning: any of the routes above; empty leaves the sketch as it is.
+        distill_temperature: the distilled attention is the softmax of q . k * scale divided by it;
+            below 1 it sharpens.
+        distill_correction: distil the estimate of dense attention, as ``correction`` makes it,
+            instead of attention restricted to the sample. None: ``correction``.
         batch_first: tokens are [B, N, E]; otherwise [N, B, E].
         device: of the parameters.
         dtype: of the parameters.
 
     Attributes:
+        num_samples: K as above; :class:`SampleAnneal` changes it.
         dense: attend to every valid key instead of a sample; :class:`DenseWarmup` sets it.
 
     Raises:
@@ -102,13 +123,18 @@ class SmartBirdAttention(nn.Module):
         num_kv_heads: int | None = None,
         num_index_heads: int | None = None,
         method: str = "gumbel",
+        eval_method: str | None = None,
         correction: bool = False,
+        temperature: float = 1.0,
+        uniform_share: float = 0.0,
         is_causal: bool = False,
         window: int = 0,
         num_sinks: int = 0,
         dropout: float = 0.0,
         bias: bool = True,
         learning: Collection[str] = ("distill",),
+        distill_temperature: float = 1.0,
+        distill_correction: bool | None = None,
         batch_first: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -133,12 +159,15 @@ class SmartBirdAttention(nn.Module):
         }.items():
             if num_heads % heads:
                 raise ValueError(f"{name} must divide num_heads {num_heads}, got {heads}")
+        if not 0.0 <= uniform_share < 1.0:
+            raise ValueError(f"uniform_share must be in [0, 1), got {uniform_share}")
         # An empty draw has the op itself judge what it will be given.
         empty = torch.empty(1, 0, sketch_dim, device="cpu")
-        ops.sketch_sample(
+        sample_keys(
             empty,
             empty,
-            num_samples,
+            num_samples - int(uniform_share * num_samples),
+            correction=False,
             num_index_heads=num_index_heads,
             method=method,
             is_causal=is_causal,
@@ -146,10 +175,26 @@ class SmartBirdAttention(nn.Module):
             num_sinks=num_sinks,
             seed=torch.zeros(2, dtype=torch.int64, device="cpu"),
         )
+        if eval_method is not None and eval_method not in METHODS:
+            raise ValueError(
+                f"eval_method must be None or one of {', '.join(METHODS)}, got {eval_method!r}"
+            )
+        for name, value in {
+            "temperature": temperature,
+            "distill_temperature": distill_temperature,
+        }.items():
+            if not (math.isfinite(value) and value > 0.0):
+                raise ValueError(f"{name} must be positive and finite, got {value}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         if isinstance(learning, str) or not set(learning) <= set(LEARNING_ROUTES):
             raise ValueError(f"learning must be a subset of {LEARNING_ROUTES}, got {learning!r}")
+        distill_correction = correction if distill_correction is None else distill_correction
+        if uniform_share > 0.0 and (correction or distill_correction):
+            raise ValueError(
+                "uniform_share must be 0 with correction or distill_correction, as uniform keys "
+                f"have no inclusion probabilities, got {uniform_share}"
+            )
 
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -159,12 +204,17 @@ class SmartBirdAttention(nn.Module):
         self.num_samples = num_samples
         self.sketch_dim = sketch_dim
         self.method = method
+        self.eval_method = eval_method
         self.correction = correction
+        self.temperature = temperature
+        self.uniform_share = uniform_share
         self.is_causal = is_causal
         self.window = window
         self.num_sinks = num_sinks
         self.dropout = dropout
         self.learning = tuple(route for route in LEARNING_ROUTES if route in learning)
+        self.distill_temperature = distill_temperature
+        self.distill_correction = distill_correction
         self.batch_first = batch_first
         self.dense = False
         self._sketch_loss: Tensor | None = None
@@ -212,6 +262,7 @@ class SmartBirdAttention(nn.Module):
         *,
         key_mask: Tensor | None = None,
         is_causal: bool | None = None,
+        indices: Tensor | None = None,
         return_indices: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from ``query`` to ``key`` and ``value``.
@@ -223,15 +274,28 @@ class SmartBirdAttention(nn.Module):
             key_mask: bool [B, M], or [M] for one sequence, True where a key may be attended. (The
                 ``key_padding_mask`` of ``nn.MultiheadAttention`` has the opposite sense.)
             is_causal: in place of the layer's own setting. None: that setting.
-            return_indices: also return the sampled keys.
+            indices: keys to attend to, int32 [B, H_i, N, K] with any H_i that divides H and any K,
+                -1 in unused places, such as those that another layer has drawn. The masks are not
+                applied to them, and this layer neither draws nor leaves a sketch loss. None: drawn.
+            return_indices: also return the keys attended to.
 
         Returns:
             The shape and layout of ``query``; with ``return_indices`` also the indices, int32
-            [B, H_i, N, K], ascending, -1 in unused places, batch first and batched always.
+            [B, H_i, N, K], batch first and batched always; drawn ones are ascending, -1 in unused
+            places.
 
         Raises:
             ValueError, TypeError: an argument that does not fit, by name.
         """
+        if indices is not None and self.correction:
+            raise ValueError(
+                "indices must be None with correction=True: how likely each was to be drawn is not "
+                "known, got a Tensor"
+            )
+        if self.dense and (indices is not None or return_indices):
+            raise ValueError(
+                "indices must be None and return_indices False while dense: no keys are sampled"
+            )
         tokens, keys, values, key_mask = self._inputs(query, key, value, key_mask)
         masks: _Masks = {
             "is_causal": self.is_causal if is_causal is None else is_causal,
@@ -245,19 +309,19 @@ class SmartBirdAttention(nn.Module):
             learned_sketch = self._sketch(tokens, keys)
         scored_sketch = learned_sketch if "bias" in self.learning else None
 
-        distills = self.training and "distill" in self.learning
-        indices = log_inclusion = None
+        distills = self.training and "distill" in self.learning and indices is None
+        log_inclusion = None
         dropout_p = self.dropout if self.training else 0.0
         if self.dense:
-            if return_indices:
-                raise ValueError("return_indices must be False while dense: no keys are sampled")
             out = _dense_attention(q, k, v, scored_sketch, dropout_p, masks)
         else:
             seed = ops.draw_seed(query.device) if self.training else self.eval_seed
+            temperature = self.temperature if self.training else 1.0
+            sketch_scale = 1 / (math.sqrt(self.sketch_dim) * temperature)
+            num_uniform = int(self.uniform_share * self.num_samples) if self.training else 0
             sampling: dict[str, Any] = {
-                "correction": self.correction,
                 "num_index_heads": self.num_index_heads,
-                "method": self.method,
+                "method": self.method if self.training else self.eval_method or self.method,
                 "window": self.window,
                 "num_sinks": self.num_sinks,
                 "seed": seed,
@@ -265,23 +329,48 @@ class SmartBirdAttention(nn.Module):
             }
             # The projection interleaves heads; rows of one head side by side are faster to gather.
             q, k, v = (x.contiguous() for x in (q, k, v))
-            if distills or return_indices or scored_sketch is not None or needs_grad(q, k, v):
+            if indices is None and (
+                distills
+                or return_indices
+                or scored_sketch is not None
+                or num_uniform > 0
+                or sampling["method"] == "dealt"
+                or needs_grad(q, k, v)
+            ):
                 indices, log_inclusion = sample_keys(
-                    q_sketch, k_sketch, self.num_samples, **sampling
+                    q_sketch,
+                    k_sketch,
+                    self.num_samples - num_uniform,
+                    correction=self.correction or (distills and self.distill_correction),
+                    scale=sketch_scale,
+                    **sampling,
                 )
-                bias = _logit_bias(scored_sketch, indices, log_inclusion)
+                if num_uniform > 0:
+                    num_keys = k_sketch.shape[1]
+                    indices = add_uniform_keys(indices, num_keys, num_uniform, **masks)
+            if indices is None:
+                out = ops.sampled_attention(
+                    q,
+                    k,
+                    v,
+                    q_sketch,
+                    k_sketch,
+                    self.num_samples,
+                    correction=self.correction,
+                    dropout_p=dropout_p,
+                    sketch_scale=sketch_scale,
+                    **sampling,
+                )
+            else:
+                correction = log_inclusion if self.correction else None
+                bias = _logit_bias(scored_sketch, indices, correction)
                 out = ops.gather_attention(
                     q, k, v, indices, bias=bias, dropout_p=dropout_p, seed=seed
                 )
-            else:
-                out = ops.sampled_attention(
-                    q, k, v, q_sketch, k_sketch, self.num_samples, dropout_p=dropout_p, **sampling
-                )
         if distills:
+            correction = log_inclusion if self.distill_correction else None
             self._keep_loss(
-                ops.distill_loss(
-                    q, k, q_sketch, k_sketch, indices=indices, log_inclusion=log_inclusion, **masks
-                )
+                self._distill_loss(q, k, q_sketch, k_sketch, indices, correction, masks)
             )
 
         out = self.out_proj(out.transpose(1, 2).flatten(2))
@@ -360,6 +449,28 @@ class SmartBirdAttention(nn.Module):
         v_sketch = F.linear(value, self.sketch_value_weight)
         q, k, v = (x.unsqueeze(1) for x in (q_sketch, k_sketch, v_sketch))
         return F.linear(dense_attention(q, k, v, **masks).squeeze(1), self.sketch_out_weight)
+
+    def _distill_loss(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_sketch: Tensor,
+        k_sketch: Tensor,
+        indices: Tensor | None,
+        log_inclusion: Tensor | None,
+        masks: _Masks,
+    ) -> Tensor:
+        """What the route "distill" minimises; ``indices`` are None while dense."""
+        return ops.distill_loss(
+            q,
+            k,
+            q_sketch,
+            k_sketch,
+            indices=indices,
+            log_inclusion=log_inclusion,
+            scale=1 / (math.sqrt(self.head_dim) * self.distill_temperature),
+            **masks,
+        )
 
     def _keep_loss(self, loss: Tensor) -> None:
         # Inside backward a checkpoint recomputes this call, whose loss was collected before.
@@ -558,20 +669,8 @@ def _kept_keys(padding_mask: Tensor) -> Tensor:
     return kept
 
 
-class DenseWarmup:
-    """Dense attention for the first steps of a training, then sampling.
-
-    Every :class:`SmartBirdAttention` of ``model`` attends to all valid keys, in training and in
-    evaluation, and distils that dense attention into its sketch, until :meth:`step` was called
-    ``steps`` times. Like a learning rate scheduler it has a ``state_dict`` to save and load.
-
-    Args:
-        model: holds the layers.
-        steps: training steps to stay dense, at least 0.
-
-    Raises:
-        ValueError: ``steps`` is negative.
-    """
+class _Schedule:
+    """What changes in the layers of ``model`` over the first ``steps`` steps of a training."""
 
     def __init__(self, model: nn.Module, steps: int) -> None:
         if steps < 0:
@@ -595,8 +694,66 @@ class DenseWarmup:
         self._apply()
 
     def _apply(self) -> None:
+        """Set the layers to what they are after ``_steps_done`` steps."""
+        raise NotImplementedError
+
+
+class DenseWarmup(_Schedule):
+    """Dense attention for the first steps of a training, then sampling.
+
+    Every :class:`SmartBirdAttention` of ``model`` attends to all valid keys, in training and in
+    evaluation, and distils that dense attention into its sketch, until :meth:`step` was called
+    ``steps`` times. Like a learning rate scheduler it has a ``state_dict`` to save and load.
+
+    Args:
+        model: holds the layers.
+        steps: training steps to stay dense, at least 0.
+
+    Raises:
+        ValueError: ``steps`` is negative.
+    """
+
+    def _apply(self) -> None:
         for _, layer in _attention_layers(self.model):
             layer.dense = self._steps_done < self.steps
+
+
+class SampleAnneal(_Schedule):
+    """Many sampled keys at first, fewer with each step of a training.
+
+    After t calls of :meth:`step` every :class:`SmartBirdAttention` of ``model`` draws, in training
+    and in evaluation, ``start * (K / start) ** (t / steps)`` keys, rounded, and from step ``steps``
+    on K, the ``num_samples`` it had when this was made. Like a learning rate scheduler it has a
+    ``state_dict`` to save and load.
+
+    Args:
+        model: holds the layers.
+        start: ``num_samples`` of the first step, at least that of every layer.
+        steps: training steps until every layer draws its own K, at least 0.
+
+    Raises:
+        ValueError: ``steps`` is negative, or ``start`` less than the ``num_samples`` of a layer.
+    """
+
+    def __init__(self, model: nn.Module, start: int, steps: int) -> None:
+        self._ends = [(layer, layer.num_samples) for _, layer in _attention_layers(model)]
+        most = max((end for _, end in self._ends), default=start)
+        if start < most:
+            raise ValueError(f"start must be at least num_samples={most}, got {start}")
+        self.start = start
+        super().__init__(model, steps)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"start": self.start, **super().state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.start = state_dict["start"]
+        super().load_state_dict(state_dict)
+
+    def _apply(self) -> None:
+        left = max(1 - self._steps_done / self.steps, 0.0) if self.steps else 0.0
+        for layer, end in self._ends:
+            layer.num_samples = round(end * (self.start / end) ** left)
 
 
 def sketch_loss(model: nn.Module) -> Tensor:

@@ -214,12 +214,7 @@ def _sampling_arguments(
     _check_flag("is_causal", is_causal)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    forced = num_sinks + (window if is_causal or window == 0 else 2 * (window // 2) + 1)
-    if forced > num_samples:
-        raise ValueError(
-            f"num_samples must be at least the number of forced keys: window={window} and "
-            f"num_sinks={num_sinks} force {forced}, got num_samples={num_samples}"
-        )
+    check_room(num_samples, window, num_sinks, is_causal)
     _check_key_mask(key_mask, k_sketch)
     return (
         q_sketch.detach(),
@@ -474,6 +469,12 @@ def _sampled_distill(
     return loss
 
 
+def ascending(keys: Tensor, valid: Tensor, num_keys: int) -> Tensor:
+    """The valid keys, each below ``num_keys``, of every row in ascending order, then -1; int32."""
+    ordered = keys.masked_fill(~valid, num_keys).sort(-1).values
+    return ordered.masked_fill(ordered == num_keys, -1).int()
+
+
 # ---- checks ---------------------------------------------------------------------------------
 
 
@@ -598,6 +599,20 @@ def _check_indices(indices: Tensor, q: Tensor) -> None:
         raise ValueError("indices must hold at least one slot per query (K >= 1), got K = 0")
     if indices.device != q.device:
         raise ValueError(f"indices must be on {q.device}, got {indices.device}")
+
+
+def check_room(num_samples: int, window: int, num_sinks: int, is_causal: bool) -> None:
+    """Refuse more forced keys than ``num_samples``.
+
+    Raises:
+        ValueError: says how many are forced, and by what.
+    """
+    forced = num_sinks + (window if is_causal or window == 0 else 2 * (window // 2) + 1)
+    if forced > num_samples:
+        raise ValueError(
+            f"num_samples must be at least the number of forced keys: window={window} and "
+            f"num_sinks={num_sinks} force {forced}, got num_samples={num_samples}"
+        )
 
 
 def check_index_heads(num_index_heads: int, q: Tensor) -> None:

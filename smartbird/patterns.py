@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smartbird import ops
-from smartbird.ops import check_key_mask
+from smartbird.ops import ascending, check_key_mask
 
 __all__ = [
     "bigbird_indices",
@@ -70,7 +70,7 @@ def window_indices(
     valid = ((keys >= 0) & (keys < num_keys))[None]
     if key_mask is not None:
         valid = valid & key_mask[:, keys.clamp(0, max(num_keys - 1, 0))]
-    return _ascending(keys, valid, num_keys)[:, None]
+    return ascending(keys, valid, num_keys)[:, None]
 
 
 def strided_indices(
@@ -150,7 +150,7 @@ def strided_indices(
         valid = valid & (keys <= position)
     if key_mask is not None:
         valid = valid & key_mask[:, keys.clamp(0, max(num_keys - 1, 0))]
-    return _ascending(keys, valid, num_keys)
+    return ascending(keys, valid, num_keys)
 
 
 def random_indices(
@@ -300,7 +300,7 @@ def oracle_indices(
             valid = valid & key_mask[:, None, None, :]
         top = scores.masked_fill(~valid, -torch.inf).topk(num_kept, dim=-1).indices
         top_valid = valid.expand(scores.shape).gather(-1, top)
-        indices[:, :, rows, :num_kept] = _ascending(top, top_valid, num_keys)
+        indices[:, :, rows, :num_kept] = ascending(top, top_valid, num_keys)
     return indices
 
 
@@ -379,7 +379,7 @@ def routing_indices(
         own_valid = own_valid & key_mask[:, position.clamp(min=0)][:, None]
     missing = own_valid & (ranked != own).all(-1, keepdim=True)
     ranked[..., -1:] = torch.where(missing, own, ranked[..., -1:])
-    return _ascending(ranked, ranked >= 0, num_keys)
+    return ascending(ranked, ranked >= 0, num_keys)
 
 
 @torch.no_grad()
@@ -462,9 +462,3 @@ def _check_centroids(centroids: Tensor, x: Tensor) -> None:
             "centroids must be [H, C, D] with at least one for each head of vectors [B, H, N, D], "
             f"got {list(sizes)} and {list(x.shape)}"
         )
-
-
-def _ascending(keys: Tensor, valid: Tensor, num_keys: int) -> Tensor:
-    """The valid keys of each row in ascending order, then -1."""
-    ordered = keys.masked_fill(~valid, num_keys).sort(-1).values
-    return ordered.masked_fill(ordered == num_keys, -1).int()

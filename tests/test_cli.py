@@ -56,6 +56,36 @@ def test_train_writes_metrics_and_says_what_came_out(capsys, tmp_path):
     )
 
 
+def test_switches_and_options_of_the_attention(capsys, tmp_path):
+    out = str(tmp_path / "run")
+    options = {
+        "attention": "smartbird",
+        "window": 1,
+        "num_sinks": 1,
+        "num_index_heads": 1,
+        "method": "systematic",
+        "eval_method": "dealt",
+        "correction": True,
+        "temperature": 2.0,
+        "distill_weight": 0.5,
+        "distill_temperature": 0.5,
+        "distill_correction": False,
+        "anneal_samples": 8,
+        "anneal_steps": 2,
+    }
+    flags = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", str(value)]
+    code, _, errors = run(capsys, *SMALL, *flags, "--out", out)
+    assert (code, errors) == (0, "")
+    saved = tasks.saved_config(out)
+    assert {name: getattr(saved, name) for name in options} == options
+
+
 def test_resume_takes_the_settings_of_the_run(capsys, tmp_path):
     out = str(tmp_path / "run")
     run(capsys, *SMALL, "--out", out)
@@ -80,6 +110,10 @@ def test_a_moved_run_resumes(capsys, tmp_path):
         (["--task", "mqar", "--attention", "nothing"], "nothing"),
         (["--task", "mqar", "--steps", "many"], "--steps"),
         (["--task", "mqar", "--steps", "0"], "steps"),
+        (["--task", "mqar", "--eval-method", "nothing"], "--eval-method"),
+        (["--task", "mqar", "--uniform-share", "1"], "uniform_share"),
+        (["--task", "mqar", "--uniform-share", "0.5", "--correction"], "uniform_share"),
+        (["--task", "mqar", "--reuse", "2", "--correction"], "reuse"),
         (["--task", "mqar", "--heads", "3"], "heads"),
         (["--task", "mqar", "--lr", "nan"], "lr"),
         (["--task", "mqar", "--num-pairs", "1000"], "num_pairs"),

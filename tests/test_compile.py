@@ -106,6 +106,22 @@ def test_compiled_layer_with_every_option(dense: bool) -> None:
         )
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_layer_that_explores_and_deals(training: bool) -> None:
+    layer = make_layer(
+        num_index_heads=2, eval_method="dealt", temperature=2.0, uniform_share=0.5, num_sinks=1
+    ).train(training)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (17, 33, 5):
+            mask = torch.rand(2, length) < 0.7
+            x = torch.randn(2, length, E)
+            torch.testing.assert_close(
+                step(lambda x, mask=mask: compiled(x, key_mask=mask), layer, x),
+                step(lambda x, mask=mask: layer(x, key_mask=mask), layer, x),
+            )
+
+
 def test_compiled_cross_attention_and_indices() -> None:
     layer = make_layer(num_samples=3).eval()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")

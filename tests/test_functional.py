@@ -11,7 +11,12 @@ from cases import METHODS
 from torch import Tensor
 
 from smartbird import ops, reference
-from smartbird.functional import dense_attention, smart_bird_attention
+from smartbird.functional import (
+    add_uniform_keys,
+    deal_keys,
+    dense_attention,
+    smart_bird_attention,
+)
 
 
 def make_inputs(
@@ -54,7 +59,7 @@ def half_mask(num_keys: int) -> Tensor:
 
 
 @pytest.mark.parametrize("correction", [False, True])
-@pytest.mark.parametrize("method", ["gumbel", "systematic", "multinomial", "topk"])
+@pytest.mark.parametrize("method", [*METHODS, "dealt"])
 def test_every_key_sampled_is_dense_attention(method: str, correction: bool) -> None:
     x = make_inputs()
     out = smart_bird_attention(**x, num_samples=13, method=method, correction=correction)
@@ -260,3 +265,129 @@ def test_without_gradients_the_result_is_the_same(
     assert recorded.requires_grad
     with torch.no_grad():
         assert torch.equal(attention(q), recorded)
+
+
+# --- Keys dealt out by rank, and uniform ones added ---
+
+
+def dealt(
+    scores: Tensor, valid: list[int], forced: set[int], num_samples: int, num_index_heads: int
+) -> list[list[int]]:
+    """The rule of deal_keys for one row, card by card."""
+    ranked = sorted((j for j in valid if j not in forced), key=lambda j: -scores[j].item())
+    hands = [sorted(forced) for _ in range(num_index_heads)]
+    for rank, key in enumerate(ranked):
+        hand = hands[rank % num_index_heads]
+        if len(hand) < num_samples:
+            hand.append(key)
+    for hand in hands:
+        hand += [key for key in ranked if key not in hand][: num_samples - len(hand)]
+    return [sorted(hand) + [-1] * (num_samples - len(hand)) for hand in hands]
+
+
+@pytest.mark.parametrize("num_index_heads", [1, 2, 3, 4])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("window", "num_sinks"), [(0, 0), (3, 0), (0, 2), (2, 2), (1, 1)])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(23, 23), (5, 40), (9, 4), (3, 0)])
+def test_dealt_keys_follow_the_rule(
+    num_queries: int,
+    num_keys: int,
+    window: int,
+    num_sinks: int,
+    is_causal: bool,
+    masked: bool,
+    num_index_heads: int,
+) -> None:
+    x = make_inputs(num_queries=num_queries, num_keys=num_keys, dtype=torch.float64)
+    key_mask = half_mask(num_keys) if masked else None
+    num_samples, scale = 5, -0.3
+    indices = deal_keys(
+        x["q_sketch"],
+        x["k_sketch"],
+        num_samples,
+        num_index_heads=num_index_heads,
+        scale=scale,
+        is_causal=is_causal,
+        key_mask=key_mask,
+        window=window,
+        num_sinks=num_sinks,
+    )
+    assert indices.dtype == torch.int32
+    assert indices.shape == (2, num_index_heads, num_queries, num_samples)
+    scores = x["q_sketch"] @ x["k_sketch"].mT * scale
+    allowed = valid_keys(num_queries, num_keys, is_causal, key_mask)
+    allowed = allowed.expand(2, 1, num_queries, num_keys)[:, 0]
+    for b in range(2):
+        for i in range(num_queries):
+            valid = allowed[b, i].nonzero().flatten().tolist()
+            position = i + num_keys - num_queries
+            before, after = (window - 1, 0) if is_causal else (window // 2, window // 2)
+            near = range(position - before, position + after + 1) if window else ()
+            forced = set(valid[:num_sinks]) | {j for j in valid if j in near}
+            expected = dealt(scores[b, i], valid, forced, num_samples, num_index_heads)
+            assert indices[b, :, i].tolist() == expected, (b, i)
+
+
+def test_dealt_keys_of_equal_scores_go_by_index() -> None:
+    sketch = torch.zeros(1, 12, 2)
+    indices = deal_keys(sketch, sketch, 3, num_index_heads=2)
+    assert indices[0, :, 5].tolist() == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_dealing_leaves_the_generator_alone() -> None:
+    x = make_inputs()
+    state = torch.get_rng_state()
+    deal_keys(x["q_sketch"].requires_grad_(), x["k_sketch"], 3, num_index_heads=2)
+    assert torch.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"window": 4}, "num_samples must be at least the number of forced keys"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"num_index_heads": 0}, "num_index_heads"),
+    ],
+)
+def test_bad_deals_are_named(change: dict[str, int], said: str) -> None:
+    x = make_inputs()
+    options = {"num_samples": 4, "num_index_heads": 2, **change}
+    with pytest.raises(ValueError, match=said):
+        deal_keys(x["q_sketch"], x["k_sketch"], **options)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_added_keys_are_valid_and_new(method: str, is_causal: bool) -> None:
+    x, key_mask = make_inputs(num_queries=30, num_keys=30), half_mask(30)
+    masks: dict[str, Any] = {"is_causal": is_causal, "key_mask": key_mask}
+    held, _ = ops.sketch_sample(
+        x["q_sketch"], x["k_sketch"], 6, num_index_heads=3, method=method, **masks
+    )
+    seed = torch.tensor([1, 2])
+    indices = add_uniform_keys(held, 30, 4, seed=seed, **masks)
+    assert indices.dtype == torch.int32
+    assert indices.shape == (2, 3, 30, 10)
+    assert indices.equal(add_uniform_keys(held, 30, 4, seed=seed, **masks))
+    valid = valid_keys(30, 30, is_causal, key_mask).expand(2, 1, 30, 30)[:, 0]
+    for b, h, i in torch.cartesian_prod(*map(torch.arange, (2, 3, 30))).tolist():
+        before = [j for j in held[b, h, i].tolist() if j >= 0]
+        after = [j for j in indices[b, h, i].tolist() if j >= 0]
+        assert indices[b, h, i].tolist() == sorted(after) + [-1] * (10 - len(after))
+        assert all(valid[b, i, j] for j in after)
+        added = list(after)
+        for j in before:  # all there as often as before
+            added.remove(j)
+        assert len(set(added)) == len(added) <= 4
+        assert not set(added) & set(before)
+
+
+def test_added_keys_are_uniform() -> None:
+    held = torch.tensor([2, 5, -1], dtype=torch.int32).expand(1, 1, 4000, 3)
+    indices = add_uniform_keys(held, 10, 3)
+    counts = torch.bincount(indices[indices >= 0], minlength=10).double()
+    assert (counts[[2, 5]] == 4000).all()
+    # Each of the others is among 3 distinct of 10 with probability 0.3: five standard deviations.
+    others = counts[[0, 1, 3, 4, 6, 7, 8, 9]]
+    assert ((others - 1200).abs() < 5 * (4000 * 0.3 * 0.7) ** 0.5).all()

@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from smartbird import ops
+from smartbird.functional import deal_keys, smart_bird_attention
 from smartbird.modules import (
     DenseWarmup,
+    SampleAnneal,
     SmartBirdAttention,
     SmartBirdEncoderLayer,
     seed_evaluation,
@@ -199,6 +202,153 @@ def test_seed_evaluation() -> None:
     assert not first[0].equal(first[1])
 
 
+@pytest.mark.parametrize("method", ["systematic", "topk", "dealt"])
+def test_eval_method_draws_in_evaluation_only(method: str) -> None:
+    layer, plain = make_layer(eval_method=method), make_layer()
+    plain.load_state_dict(layer.state_dict())
+    same = make_layer(method=method).eval()
+    same.load_state_dict(layer.state_dict())
+    x = torch.randn(2, N, E)
+    outs = []
+    for one in (layer, plain):
+        torch.manual_seed(1)
+        outs.append(one(x))
+    assert outs[0].equal(outs[1])
+    out, indices = layer.eval()(x, return_indices=True)
+    assert out.equal(same(x))
+    assert indices.equal(same(x, return_indices=True)[1])
+    assert not out.equal(plain.eval()(x))
+    with torch.no_grad():
+        assert layer(x).equal(out)
+
+
+def test_dealt_evaluation() -> None:
+    layer = make_layer(
+        num_index_heads=2, eval_method="dealt", window=2, num_sinks=1, is_causal=True
+    ).eval()
+    x = torch.randn(2, N, E)
+    indices = layer(x, key_mask=~padding_mask(), return_indices=True)[1]
+    expected = deal_keys(
+        *layer._sketch(x, x),
+        4,
+        num_index_heads=2,
+        window=2,
+        num_sinks=1,
+        is_causal=True,
+        key_mask=~padding_mask(),
+    )
+    assert indices.equal(expected)
+
+
+# --- Exploration ---
+
+
+def test_temperature_flattens_the_draws_of_training_only() -> None:
+    # Scores that leave a draw no choice, and a temperature that leaves it every choice.
+    layer, plain = make_layer(temperature=1e9), make_layer()
+    with torch.no_grad():
+        layer.sketch_proj_weight.mul_(1e4)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 50, E).expand(40, -1, -1)
+    assert layer.eval()(x).equal(plain.eval()(x))
+    indices = layer.train()(x, return_indices=True)[1]
+    # 160 draws of 4 of 50 keys: each is drawn 12.8 times on average in a row.
+    counts = torch.stack([torch.bincount(i.flatten(), minlength=50) for i in indices.unbind(2)])
+    assert counts.max() < 40
+    assert counts.float().mean() == 4 * 160 / 50
+    counts = torch.bincount(plain.train()(x, return_indices=True)[1][:, :, 0].flatten())
+    assert counts.max() == 160
+
+
+def test_log_inclusion_is_that_of_the_tempered_draw() -> None:
+    layer = make_layer(temperature=3.0, correction=True, num_index_heads=H)
+    x = torch.randn(2, N, E)
+    torch.manual_seed(1)
+    out = layer(x)
+    torch.manual_seed(1)
+    expected = smart_bird_attention(
+        *layer._project(x, x, x),
+        *layer._sketch(x, x),
+        4,
+        correction=True,
+        sketch_scale=4**-0.5 / 3.0,
+    )
+    torch.testing.assert_close(out, layer.out_proj(expected.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize(("num_samples", "share", "num_uniform"), [(4, 0.5, 2), (5, 0.5, 2)])
+def test_uniform_keys_take_their_share_in_training(
+    num_samples: int, share: float, num_uniform: int
+) -> None:
+    layer = make_layer(num_samples=num_samples, uniform_share=share, method="topk", learning=())
+    x = torch.randn(2, 40, E)
+    favoured = ops.sketch_sample(
+        *layer._sketch(x, x), num_samples - num_uniform, method="topk", num_index_heads=H
+    )[0]
+    with torch.no_grad():
+        layer(x)  # also where nothing else needs indices
+        indices = layer(x, return_indices=True)[1]
+    assert indices.shape == (2, H, 40, num_samples)
+    among = (indices.unsqueeze(-1) == favoured.unsqueeze(-2)).any(-1)
+    assert (among.sum(-1) == num_samples - num_uniform).all()
+    assert among.logical_not().logical_and(indices >= 0).sum(-1).max() == num_uniform
+    plain = make_layer(num_samples=num_samples, method="topk", learning=()).eval()
+    plain.load_state_dict(layer.state_dict())
+    assert layer.eval()(x).equal(plain(x))
+
+
+def test_uniform_keys_are_drawn_anew_and_follow_the_seed() -> None:
+    layer = make_layer(uniform_share=0.5, method="topk")
+    x = torch.randn(2, 40, E)
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(layer(x))
+    assert outs[0].equal(outs[1])
+    assert not outs[0].equal(outs[2])
+
+
+# --- Keys of another layer ---
+
+
+@pytest.mark.parametrize("learning", [("distill",), ROUTES])
+def test_given_indices_are_attended_to(learning: tuple[str, ...]) -> None:
+    layer = make_layer(learning=learning).eval()
+    x = torch.randn(2, N, E)
+    expected, indices = layer(x, return_indices=True)
+    layer.eval_seed.add_(1)
+    assert not layer(x).equal(expected)
+    out, same = layer(x, indices=indices, return_indices=True)
+    assert out.equal(expected)
+    assert same is indices
+    layer.train()(x, indices=indices)
+    assert sketch_loss(layer).item() == 0.0
+
+
+def test_given_indices_may_be_fewer_and_shared() -> None:
+    layer = make_layer()
+    x = torch.randn(2, N, E)
+    own = torch.arange(N, dtype=torch.int32).view(1, 1, N, 1).expand(2, 1, N, 1)
+    torch.testing.assert_close(
+        layer(x, indices=own), layer.out_proj(layer._project(x, x, x)[2].transpose(1, 2).flatten(2))
+    )
+
+
+def test_given_indices_that_cannot_be_used_are_refused() -> None:
+    x = torch.randn(2, N, E)
+    indices = make_layer()(x, return_indices=True)[1]
+    with pytest.raises(ValueError, match="indices must be None with correction"):
+        make_layer(correction=True)(x, indices=indices)
+    dense = make_layer()
+    dense.dense = True
+    with pytest.raises(ValueError, match="indices must be None"):
+        dense(x, indices=indices)
+    with pytest.raises(ValueError, match="indices"):
+        make_layer()(x, indices=indices[:, :, 1:])
+    with pytest.raises(TypeError, match="indices"):
+        make_layer()(x, indices=indices.long())
+
+
 # --- How the sketch learns ---
 
 
@@ -291,6 +441,45 @@ def test_distilled_sketch_finds_what_attention_looks_at(dense_steps: int, correc
     assert mass_drawn() > 2 * before
 
 
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_distill_temperature(temperature: float, dense: bool) -> None:
+    layer = make_layer(distill_temperature=temperature, correction=not dense)
+    layer.dense = dense
+    x = torch.randn(2, N, E)
+    torch.manual_seed(1)
+    layer(x)
+    q, k, _ = layer._project(x, x, x)
+    drawn: dict[str, Any] = {}
+    if not dense:
+        torch.manual_seed(1)
+        indices, log_inclusion = ops.sketch_sample(*layer._sketch(x, x), 4, num_index_heads=H)
+        drawn = {"indices": indices, "log_inclusion": log_inclusion}
+    expected = ops.distill_loss(q / temperature, k, *layer._sketch(x, x), **drawn)
+    torch.testing.assert_close(sketch_loss(layer), expected)
+
+
+@pytest.mark.parametrize("correction", [False, True])
+@pytest.mark.parametrize("distill_correction", [None, False, True])
+def test_distill_correction(distill_correction: bool | None, correction: bool) -> None:
+    layer = make_layer(correction=correction, distill_correction=distill_correction)
+    x = torch.randn(2, N, E)
+    torch.manual_seed(1)
+    out = layer(x)
+    q, k, v = layer._project(x, x, x)
+    sketch = layer._sketch(x, x)
+    torch.manual_seed(1)
+    indices, log_inclusion = ops.sketch_sample(*sketch, 4, num_index_heads=H)
+    corrected = correction if distill_correction is None else distill_correction
+    expected = ops.distill_loss(
+        q, k, *sketch, indices=indices, log_inclusion=log_inclusion if corrected else None
+    )
+    torch.testing.assert_close(sketch_loss(layer), expected)
+    bias = -log_inclusion if correction else None
+    attended = ops.gather_attention(q, k, v, indices, bias=bias)
+    torch.testing.assert_close(out, layer.out_proj(attended.transpose(1, 2).flatten(2)))
+
+
 def test_sketch_loss_sums_layers_and_clears() -> None:
     model = nn.Sequential(make_layer(), make_layer())
     x = torch.randn(2, N, E)
@@ -374,6 +563,47 @@ def test_dense_layer_has_no_indices_to_return() -> None:
     DenseWarmup(layer, steps=1)
     with pytest.raises(ValueError, match="return_indices"):
         layer(torch.randn(2, N, E), return_indices=True)
+
+
+# --- Annealed samples ---
+
+
+def test_sample_anneal() -> None:
+    model = nn.Sequential(make_layer(num_samples=4), make_layer(num_samples=1))
+    anneal = SampleAnneal(model, start=64, steps=4)
+    counts = []
+    for _ in range(6):
+        counts.append([layer.num_samples for layer in model])
+        anneal.step()
+    assert counts == [[64, 64], [32, 23], [16, 8], [8, 3], [4, 1], [4, 1]]
+
+
+def test_sample_anneal_reaches_the_draw() -> None:
+    layer = make_layer(uniform_share=0.5)
+    x = torch.randn(2, 20, E)
+    SampleAnneal(layer, start=10, steps=1)
+    assert layer(x, return_indices=True)[1].shape[-1] == 10
+    assert layer.eval()(x, return_indices=True)[1].shape[-1] == 10
+
+
+def test_sample_anneal_goes_on_where_it_was_saved() -> None:
+    layer = make_layer()
+    anneal = SampleAnneal(layer, start=16, steps=2)
+    anneal.step()
+    other_layer = make_layer()
+    other = SampleAnneal(other_layer, start=4, steps=0)
+    assert other_layer.num_samples == 4
+    other.load_state_dict(pickle.loads(pickle.dumps(anneal.state_dict())))
+    assert other_layer.num_samples == layer.num_samples == 8
+    other.step()
+    assert other_layer.num_samples == 4
+
+
+def test_sample_anneal_refuses_to_rise() -> None:
+    with pytest.raises(ValueError, match="start must be at least num_samples=4, got 3"):
+        SampleAnneal(make_layer(), start=3, steps=1)
+    with pytest.raises(ValueError, match="steps"):
+        SampleAnneal(make_layer(), start=8, steps=-1)
 
 
 # --- nn.TransformerEncoderLayer ---
@@ -542,6 +772,15 @@ def test_layers_can_be_made_without_memory_and_drawn_later() -> None:
         ({"learning": "distill"}, "learning"),
         ({"learning": ("distil",)}, "learning"),
         ({"method": "best"}, "method"),
+        ({"eval_method": "best"}, "eval_method"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"distill_temperature": -1.0}, "distill_temperature"),
+        ({"uniform_share": 1.0}, "uniform_share"),
+        ({"uniform_share": -0.1}, "uniform_share"),
+        ({"uniform_share": 0.5, "correction": True}, "uniform_share"),
+        ({"uniform_share": 0.5, "distill_correction": True}, "uniform_share"),
+        ({"uniform_share": 0.5, "window": 3, "is_causal": True}, "num_samples"),
         ({"window": -1}, "window"),
         ({"num_sinks": -1}, "num_sinks"),
         ({"num_samples": 4, "window": 4, "num_sinks": 1, "is_causal": True}, "num_samples"),

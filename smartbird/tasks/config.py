@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+from smartbird.functional import METHODS
 from smartbird.modules import LEARNING_ROUTES
 
 LARGEST_COUNT = 2**31 - 1  # of int32, as are the indices of keys and the threads of PyTorch
@@ -22,7 +23,10 @@ class Config:
     Two runs with equal configurations on one machine give equal weights, bit for bit. `threads`,
     `out` and the three intervals (`log_every`, `eval_every`, `checkpoint_every`) say how a run is
     carried out; see `RESUMABLE` for those that may change when it is resumed. The defaults of a
-    task are those of `default_config(task)`.
+    task are those of `default_config(task)`. A field that has a default here came later than the
+    first checkpoints: those that lack it were trained as the default says.
+
+    What is listed from `num_sinks` to `reuse` concerns `smartbird`; other attentions ignore it.
 
     Args:
         task: a name in `smartbird.tasks.TASKS`.
@@ -30,9 +34,24 @@ class Config:
         seq_len: longest sequence, in tokens (N).
         num_samples: keys per query and head (K), forced keys included; dense attention ignores it.
         window: nearest keys that are always among the K of `smartbird` and `random`.
-        sketch_dim: width of the sketch (S) of `smartbird`.
+        num_sinks: leading keys that are always among the K.
+        num_index_heads: sets of keys per query (H_i), divides `heads`; None: `heads`.
+        sketch_dim: width of the sketch (S).
+        method: how keys are drawn, of `METHODS`.
+        eval_method: how they are drawn in evaluation, likewise; None: `method`.
+        correction: whether the sample estimates dense attention.
+        temperature: keys are drawn in training from sketch scores divided by it.
+        uniform_share: share of the K that is drawn uniformly in training, in [0, 1).
         learning: how the sketch learns, of `LEARNING_ROUTES`.
-        dense_warmup: steps that `smartbird` attends densely before it samples.
+        distill_weight: factor of the sketch's own loss.
+        distill_temperature: of the attention that is distilled.
+        distill_correction: whether that is an estimate of dense attention; None: `correction`.
+        dense_warmup: steps that attend densely before keys are sampled.
+        anneal_samples: keys per query and head at the first step, at least `num_samples`, which
+            they fall to geometrically over `anneal_steps` steps; both 0: `num_samples` throughout.
+        anneal_steps: see `anneal_samples`.
+        reuse: of every so many layers the first draws keys, and the others attend to the same; not
+            with `correction`. Dense warm-up has no keys to reuse.
         layers: encoder layers.
         dim: model width.
         heads: attention heads per layer; must divide `dim`.
@@ -77,12 +96,25 @@ class Config:
     checkpoint_every: int
     out: str
     threads: int | None
+    num_sinks: int = 0
+    num_index_heads: int | None = None
+    method: str = "gumbel"
+    eval_method: str | None = None
+    correction: bool = False
+    temperature: float = 1.0
+    uniform_share: float = 0.0
+    distill_weight: float = 1.0
+    distill_temperature: float = 1.0
+    distill_correction: bool | None = None
+    anneal_samples: int = 0
+    anneal_steps: int = 0
+    reuse: int = 1
 
     def __post_init__(self) -> None:
         for name in (
             *("seq_len", "num_samples", "sketch_dim", "layers", "dim", "heads", "steps"),
             *("batch_size", "log_every", "eval_every", "checkpoint_every", "threads"),
-            *("vocab_size", "num_pairs"),
+            *("vocab_size", "num_pairs", "num_index_heads", "reuse"),
         ):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= LARGEST_COUNT:
@@ -92,14 +124,36 @@ class Config:
                 f"window must leave its keys room among num_samples={self.num_samples}, "
                 f"got {self.window}"
             )
-        for name in ("window", "dense_warmup"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("window", "dense_warmup", "num_sinks", "anneal_samples", "anneal_steps"):
+            value = getattr(self, name)
+            if not 0 <= value <= LARGEST_COUNT:
+                raise ValueError(f"{name} must be from 0 to {LARGEST_COUNT}, got {value}")
+        if self.anneal_samples and self.anneal_samples < self.num_samples:
+            raise ValueError(
+                f"anneal_samples must be 0 or at least num_samples={self.num_samples}, "
+                f"got {self.anneal_samples}"
+            )
+        if bool(self.anneal_samples) != bool(self.anneal_steps):
+            raise ValueError(
+                "anneal_samples and anneal_steps must both be 0 or both not, "
+                f"got {self.anneal_samples} and {self.anneal_steps}"
+            )
+        if self.reuse > 1 and self.correction:
+            raise ValueError(f"reuse must be 1 with correction, got {self.reuse}")
+        for name in ("method", "eval_method"):
+            value = getattr(self, name)
+            if value not in METHODS and (name, value) != ("eval_method", None):
+                raise ValueError(f"{name} must be one of {', '.join(METHODS)}, got {value!r}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        for name in ("lr", "embedding_std"):
+        for name in ("dropout", "uniform_share"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not (math.isfinite(self.distill_weight) and self.distill_weight >= 0.0):
+            raise ValueError(
+                f"distill_weight must be finite and not negative, got {self.distill_weight}"
+            )
+        for name in ("lr", "embedding_std", "temperature", "distill_temperature"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0.0):
                 raise ValueError(f"{name} must be positive and finite, got {value}")

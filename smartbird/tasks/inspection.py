@@ -220,7 +220,9 @@ def _choice(
     (x,) = args
     if isinstance(layer, SmartBirdAttention):
         q, k, _ = layer._project(x, x, x)
-        return q, k, None if layer.dense else layer(*args, **kwargs, return_indices=True)[1]
+        if layer.dense:
+            return q, k, None
+        return q, k, layer(*args, **kwargs | {"return_indices": True})[1]
     assert isinstance(layer, ProjectedAttention)
     q, k, _ = layer.project(x)
     if not isinstance(layer, PatternAttention):

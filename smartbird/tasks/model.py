@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from smartbird.modules import SmartBirdAttention
 from smartbird.tasks.attention import ATTENTIONS
 from smartbird.tasks.config import Config
 from smartbird.tasks.data import Task
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer layer: attention, then a feed-forward of four times the width."""
+    """Pre-norm Transformer layer: attention, then a feed-forward of four times the width.
+
+    Called with x [B, N, dim], key_mask, and, with `Config.reuse` above 1, the keys of the layer
+    before to attend to (None: it draws); gives x and the keys attended to, if they can be reused.
+    """
 
     def __init__(self, config: Config, is_causal: bool) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.dim)
         self.attention = ATTENTIONS[config.attention](config, is_causal)
+        self.reuses = config.reuse > 1 and isinstance(self.attention, SmartBirdAttention)
         self.feed_forward = nn.Sequential(
             nn.LayerNorm(config.dim),
             nn.Linear(config.dim, 4 * config.dim),
@@ -25,10 +31,19 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), key_mask=key_mask))
+    def forward(
+        self, x: Tensor, key_mask: Tensor | None, indices: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        normed = self.attention_norm(x)
+        if self.reuses and not self.attention.dense:
+            attended, indices = self.attention(
+                normed, key_mask=key_mask, indices=indices, return_indices=True
+            )
+        else:
+            attended = self.attention(normed, key_mask=key_mask)
+        x = x + self.dropout(attended)
         x = x + self.feed_forward(x)
-        return x
+        return x, indices
 
 
 class Encoder(nn.Module):
@@ -43,6 +58,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.per_position = task.per_position
+        self.reuse = config.reuse
         self.tokens = nn.Embedding(task.vocab_size, config.dim)
         self.positions = nn.Embedding(config.seq_len, config.dim)
         nn.init.normal_(self.tokens.weight, std=config.embedding_std)
@@ -59,8 +75,11 @@ class Encoder(nn.Module):
         """
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         x = self.dropout(x)
-        for layer in self.layers:
-            x = layer(x, key_mask)
+        indices = None
+        for position, layer in enumerate(self.layers):
+            if position % self.reuse == 0:
+                indices = None
+            x, indices = layer(x, key_mask, indices)
         x = self.norm(x)
         if not self.per_position:
             x = _mean(x, key_mask)

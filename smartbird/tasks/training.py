@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from smartbird.modules import DenseWarmup, seed_evaluation, sketch_loss
+from smartbird.modules import DenseWarmup, SampleAnneal, seed_evaluation, sketch_loss
 from smartbird.tasks.config import RESUMABLE, Config, RunError
 from smartbird.tasks.data import IGNORED, Batch, Task
 from smartbird.tasks.files import (
@@ -79,7 +79,7 @@ def train(
 
     The learning rate rises linearly over the first 5 % of the steps and falls to 0 as a half
     cosine; the optimizer is AdamW, gradients are clipped to norm 1. The sketch's own loss is added
-    to the task's.
+    to the task's, times `config.distill_weight`.
 
     Args:
         config: the run; see `default_config`.
@@ -145,6 +145,8 @@ class _Run:
         self.task, self.model = _build(config)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr)
         self.warmup = DenseWarmup(self.model, config.dense_warmup)
+        most = config.anneal_samples or config.num_samples
+        self.anneal = SampleAnneal(self.model, most, config.anneal_steps)
         self.step = 0
         self.evaluated_at = 0
         self.valid: list[float] = []
@@ -225,7 +227,7 @@ class _Run:
         batch = self.task.train_batch(self.step)
         self.model.train()
         loss_sum, correct, count = _score(self.model, batch)
-        loss = loss_sum / count + sketch_loss(self.model)
+        loss = loss_sum / count + self.config.distill_weight * sketch_loss(self.model)
         if not math.isfinite(loss.item()):
             raise RunError(
                 f"the loss became {loss.item()} at step {self.step + 1}; "
@@ -236,6 +238,7 @@ class _Run:
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
         self.optimizer.step()
         self.warmup.step()
+        self.anneal.step()
         self.step += 1
         task_loss = loss_sum.item()
         for place, part in enumerate((task_loss, correct, count)):
@@ -291,6 +294,7 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "warmup": self.warmup.state_dict(),
+            "anneal": self.anneal.state_dict(),
             "random": torch.get_rng_state(),
         }
         save_checkpoint(self.checkpoint, state)
@@ -306,7 +310,14 @@ class _Run:
         return state
 
     def _load(self, state: dict[str, Any]) -> None:
-        parts = {"model": self.model, "optimizer": self.optimizer, "warmup": self.warmup}
+        parts = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "warmup": self.warmup,
+            "anneal": self.anneal,
+        }
+        # Checkpoints from before there was one to load.
+        state.setdefault("anneal", self.anneal.state_dict())
         _restore(self.checkpoint, state, self.task, parts)
         self.step, self.evaluated_at = state["step"], state["evaluated_at"]
         self.valid, self.test, self.pending = state["valid"], state["test"], state["pending"]
