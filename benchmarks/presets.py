@@ -56,6 +56,8 @@ WHOLE_STEP = (GUMBEL + DISTILL, SYSTEMATIC + DISTILL)
 SPARSE_RIVALS = (*FLEX_WINDOWS, FLEX_BLOCKS, LONGFORMER)
 SLOW_RIVALS = (BIGBIRD, COMPOSITION, EXACT_TOPK)
 BEST_WINDOW = FLEX_WINDOWS[1]
+# Where the slow rivals stop: beyond, one call takes a minute, or N x N numbers of each head.
+SLOW_LENGTH = 4096
 
 
 def quick(threads: int) -> Preset:
@@ -90,7 +92,7 @@ def floors(threads: int) -> Preset:
 
 def standard(threads: int) -> Preset:
     return Preset(
-        seconds=2.0,
+        seconds=1.0,
         cases=[
             *_lengths([256, 1024, 4096, 16384], threads),
             *_long(threads),
@@ -125,7 +127,9 @@ def _lengths(lengths: Sequence[int], threads: int) -> list[tuple[Case, Contender
     return [
         (
             Case(length, backward, threads),
-            _in(FLOAT32, SDPA, *SPARSE_RIVALS, *SLOW_RIVALS, *OURS)
+            _in(FLOAT32, SDPA, *SPARSE_RIVALS)
+            + (_in(FLOAT32, *SLOW_RIVALS) if length <= SLOW_LENGTH else ())
+            + _in(FLOAT32, *OURS)
             + (_in(FLOAT32, *WHOLE_STEP) if backward else ())
             # Without instructions for bfloat16 SDPA's backward pass takes minutes beyond N = 4096.
             + (_in(BFLOAT16, SDPA) if length <= 4096 or not backward else ())
@@ -187,6 +191,7 @@ def _memory(lengths: Sequence[int]) -> list[MemoryCase]:
         for attention in attentions
         for length in lengths
         for backward in (False, True)
+        if not (attention in SLOW_RIVALS and length > SLOW_LENGTH)
         # SDPA's backward pass takes minutes beyond that.
         if not (attention == SDPA and backward and length > 16384)
         if backward or not attention.endswith(DISTILL)
