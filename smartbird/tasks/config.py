@@ -40,6 +40,8 @@ class Config:
         embedding_std: standard deviation of new token and position embeddings.
         vocab_size: tokens the task knows; only for tasks that have such a choice.
         num_pairs: key-value pairs per sequence; only for `mqar`.
+        curriculum: share of the steps, in [0, 1], in which sequences grow to their full size; 0 for
+            tasks that have no such choice.
         steps: optimizer steps.
         batch_size: sequences per step.
         lr: peak learning rate.
@@ -68,6 +70,7 @@ class Config:
     embedding_std: float
     vocab_size: int | None
     num_pairs: int | None
+    curriculum: float
     steps: int
     batch_size: int
     lr: float
@@ -97,6 +100,8 @@ class Config:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+        if not 0.0 <= self.curriculum <= 1.0:
+            raise ValueError(f"curriculum must be in [0, 1], got {self.curriculum}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         for name in ("lr", "embedding_std"):
