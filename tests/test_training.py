@@ -170,7 +170,7 @@ def wait_for_step(config, step, process):
 @pytest.mark.parametrize("attention", ["dense", "smartbird"])
 def test_a_killed_run_resumes_bit_for_bit(attention, config, tmp_path):
     config = dataclasses.replace(
-        config, attention=attention, steps=200, eval_every=60, dense_warmup=20
+        config, attention=attention, steps=200, eval_every=60, dense_warmup=20, curriculum=0.3
     )
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     tasks.train(whole)
@@ -182,6 +182,8 @@ def test_a_killed_run_resumes_bit_for_bit(attention, config, tmp_path):
         assert process.returncode == -signal.SIGKILL
         left = files.load_checkpoint(Path(config.out) / files.CHECKPOINT)
         assert 0 < left["step"] < config.steps
+        grows_at = 60  # the end of the curriculum lies between the two kills
+        assert (left["step"] < grows_at) == (kill_at < grows_at)
     result = tasks.train(config, resume=True)
     assert_same_outcome(config.out, outcome(whole.out))
     finished = tasks.train(config, resume=True)
@@ -355,6 +357,8 @@ def test_sizes_that_do_not_fit_leave_nothing_behind(config):
         ("learning", ("nothing",)),
         ("dense_warmup", -1),
         ("heads", 3),
+        ("curriculum", 1.1),
+        ("curriculum", float("nan")),
         ("dropout", 1.0),
         ("dropout", float("nan")),
         ("lr", 0.0),
@@ -374,6 +378,8 @@ def test_a_field_out_of_its_range_is_named(field, value):
 def test_a_field_that_the_task_has_no_use_for_is_refused():
     with pytest.raises(ValueError, match="num_pairs means nothing"):
         tasks.default_config("sotu", attention="dense", num_pairs=4)
+    with pytest.raises(ValueError, match="curriculum means nothing"):
+        tasks.default_config("sotu", attention="dense", curriculum=0.5)
 
 
 def test_learning_rate_rises_then_falls_to_nothing(config):
@@ -405,7 +411,7 @@ def test_padding_changes_no_answer(attention_config):
     model.per_position = False
     for layer in model.layers:
         layer.attention.is_causal = False
-    tokens = task.train_batch(0).tokens[:8, :9]
+    tokens = task.train_batch(attention_config.steps - 1).tokens[:8, :9]
     key_mask = torch.arange(16) < 9
     padded = torch.cat([tokens, torch.full((8, 7), 3)], dim=1)
     with torch.inference_mode():

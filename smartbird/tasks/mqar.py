@@ -107,9 +107,7 @@ class Mqar:
             rows = slice(start, start + self.batch_size)
             yield Batch(whole.tokens[rows], whole.targets[rows])
 
-    def _generate(
-        self, random: np.random.Generator, count: int, seq_len: int, pairs: int
-    ) -> Batch:
+    def _generate(self, random: np.random.Generator, count: int, seq_len: int, pairs: int) -> Batch:
         first_value = self.vocab_size // 2
         tokens = random.integers(0, self.vocab_size, (count, seq_len))
         targets = np.full((count, seq_len), IGNORED, dtype=np.int64)
