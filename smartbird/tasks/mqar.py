@@ -45,8 +45,8 @@ class Mqar:
     """
 
     defaults: ClassVar[dict[str, Any]] = {
-        "seq_len": 128,
-        "num_samples": 8,
+        "seq_len": 256,
+        "num_samples": 16,
         "window": 2,  # itself and the one before: a value sees its key
         "layers": 2,
         "dim": 64,
@@ -54,11 +54,11 @@ class Mqar:
         "dropout": 0.0,
         # From 0.02, recall stays at guessing among the values for thousands of steps.
         "embedding_std": 0.5,
-        "vocab_size": 64,
-        "num_pairs": 8,
-        "curriculum": 0.5,
-        "steps": 1200,
-        "batch_size": 64,
+        "vocab_size": 128,
+        "num_pairs": 32,
+        "curriculum": 0.8,
+        "steps": 1000,
+        "batch_size": 16,
         "lr": 3e-3,
         "eval_every": 200,
     }
