@@ -37,8 +37,9 @@ class Mqar:
 
     Recall is found soonest among few pairs. Over the first `curriculum` of the steps N and P double
     from stage to stage, from one pair up, in stages of equally many steps; B sequences of N tokens
-    become 2 B of N / 2, so that a step costs the same, and begin at random positions, so that all
-    positions are learned from the first stage on. Evaluation is at full size always.
+    become 2 B of N / 2, so that no step costs more than a full one, and begin at random positions,
+    so that all positions are learned from the first stage on: without that, recall from those that
+    a stage adds starts at guessing again. Evaluation is at full size always.
 
     Raises:
         ValueError: `seq_len`, `num_pairs` and `vocab_size` do not fit together.
