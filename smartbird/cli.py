@@ -95,6 +95,7 @@ def _add_train(commands: _Commands) -> argparse.ArgumentParser:
     add("--embedding-std", type=float, metavar="STD", help="of new embeddings")
     add("--vocab-size", type=int, metavar="V", help="tokens (sotu, mqar)")
     add("--num-pairs", type=int, metavar="P", help="key-value pairs per sequence (mqar)")
+    add("--curriculum", type=float, metavar="SHARE", help="of the steps, on shorter data (mqar)")
     add("--steps", type=int, help="optimizer steps")
     add("--batch-size", type=int, metavar="B", help="sequences per step")
     add("--lr", type=float, help="peak learning rate")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,7 @@ from smartbird.tasks import ATTENTIONS, TASKS, default_config
 from smartbird.tasks import listops as listops_module
 from smartbird.tasks import sotu as sotu_module
 from smartbird.tasks.data import IGNORED, SPLITS, pad
+from smartbird.tasks.model import Encoder
 
 
 class TinyListOps(listops_module.ListOps):
@@ -66,6 +70,8 @@ def test_training_batches_depend_on_the_step_alone(name, request):
     again = task.train_batch(7)
     assert first.tokens.equal(again.tokens)
     assert first.targets.equal(again.targets)
+    if first.start is not None:
+        assert first.start.equal(again.start)
     assert first.tokens.shape != second.tokens.shape or not first.tokens.equal(second.tokens)
 
 
@@ -102,9 +108,12 @@ def test_pad_masks_what_it_adds():
 # mqar
 
 
-def test_mqar_asks_for_the_value_that_stood_beside_the_key(mqar):
-    batch = mqar.train_batch(3)
-    pairs = mqar.num_pairs
+@pytest.mark.parametrize("halvings", [0, 2])
+def test_mqar_asks_for_the_value_that_stood_beside_the_key(halvings, mqar):
+    step = next(step for step in itertools.count() if mqar.halvings(step) == halvings)
+    batch = mqar.train_batch(step)
+    pairs = mqar.num_pairs >> halvings
+    assert batch.tokens.shape == (mqar.batch_size << halvings, mqar.seq_len >> halvings)
     for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
         value_of = dict(zip(tokens[0 : 2 * pairs : 2], tokens[1 : 2 * pairs : 2], strict=True))
         asked = [i for i, target in enumerate(targets) if target != IGNORED]
@@ -113,6 +122,47 @@ def test_mqar_asks_for_the_value_that_stood_beside_the_key(mqar):
         assert {tokens[i] for i in asked} == set(value_of)
         assert all(targets[i] == value_of[tokens[i]] for i in asked)
         assert all(key < mqar.vocab_size // 2 <= value for key, value in value_of.items())
+
+
+def test_mqar_grows_in_equal_stages_to_its_full_size():
+    sizes = {"seq_len": 48, "num_pairs": 9, "vocab_size": 32, "batch_size": 2}
+    config = default_config("mqar", attention="dense", **sizes, steps=16, curriculum=0.75)
+    task = TASKS["mqar"](config)
+    shapes = [tuple(task.train_batch(step).tokens.shape) for step in range(16)]
+    assert shapes == [(16, 6)] * 4 + [(8, 12)] * 4 + [(4, 24)] * 4 + [(2, 48)] * 4
+    pairs = [(task.train_batch(step).targets != IGNORED).sum(dim=1) for step in range(0, 16, 4)]
+    assert [count.unique().tolist() for count in pairs] == [[1], [2], [4], [9]]
+    assert next(task.eval_batches("test")).tokens.shape == (2, 48)
+
+
+def test_mqar_without_a_curriculum_is_at_full_size_from_the_first_step():
+    task = TASKS["mqar"](default_config("mqar", attention="dense", curriculum=0.0))
+    assert task.train_batch(0).tokens.shape == (task.batch_size, task.seq_len)
+
+
+def test_mqar_trains_every_position_from_the_first_stage_on():
+    config = default_config(
+        "mqar", attention="dense", seq_len=32, num_pairs=8, batch_size=64, curriculum=0.5
+    )
+    task = TASKS["mqar"](config)
+    short = task.train_batch(0)
+    # 512 sequences of 4 tokens in 32 places: each of the 29 starts is missed with probability
+    # (28 / 29)^512 < 2e-8.
+    assert short.start.unique().tolist() == list(range(29))
+    assert not task.train_batch(config.steps - 1).start.any()
+    assert next(task.eval_batches("test")).start is None
+
+
+def test_start_moves_tokens_to_later_positions(mqar):
+    torch.manual_seed(0)
+    encoder = Encoder(default_config("mqar", attention="dense", dim=16, heads=2), mqar).eval()
+    tokens, start = torch.randint(0, 16, (3, 8)), torch.tensor([0, 5, 9])
+    moved = encoder(tokens, start=start)
+    for row in range(3):
+        with torch.no_grad():
+            rolled = copy.deepcopy(encoder)
+            rolled.positions.weight.copy_(encoder.positions.weight.roll(-int(start[row]), 0))
+        torch.testing.assert_close(moved[row], rolled(tokens)[row])
 
 
 def test_mqar_splits_differ(mqar):

@@ -59,6 +59,8 @@ class Config:
         embedding_std: standard deviation of new token and position embeddings.
         vocab_size: tokens the task knows; only for tasks that have such a choice.
         num_pairs: key-value pairs per sequence; only for `mqar`.
+        curriculum: share of the steps, in [0, 1], in which sequences grow to their full size; 0 for
+            tasks that have no such choice.
         steps: optimizer steps.
         batch_size: sequences per step.
         lr: peak learning rate.
@@ -96,6 +98,7 @@ class Config:
     checkpoint_every: int
     out: str
     threads: int | None
+    curriculum: float = 0.0
     num_sinks: int = 0
     num_index_heads: int | None = None
     method: str = "gumbel"
@@ -146,6 +149,8 @@ class Config:
                 raise ValueError(f"{name} must be one of {', '.join(METHODS)}, got {value!r}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+        if not 0.0 <= self.curriculum <= 1.0:
+            raise ValueError(f"curriculum must be in [0, 1], got {self.curriculum}")
         for name in ("dropout", "uniform_share"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from smartbird.modules import SmartBirdAttention
@@ -68,13 +69,18 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(config.dim)
         self.head = nn.Linear(config.dim, task.num_classes)
 
-    def forward(self, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, key_mask: Tensor | None = None, start: Tensor | None = None
+    ) -> Tensor:
         """Logits of `tokens` (int64 [B, N]): [B, N, classes] per position, else [B, classes].
 
         `key_mask` (bool [B, N], True = a token) keeps padding out of attention and of the mean.
+        `start` (int64 [B]) is the position of each row's first token, 0 without it.
         """
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        x = self.dropout(x)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        if start is not None:
+            positions = start.unsqueeze(1) + positions
+        x = self.dropout(self.tokens(tokens) + self.positions(positions))
         indices = None
         for position, layer in enumerate(self.layers):
             if position % self.reuse == 0:

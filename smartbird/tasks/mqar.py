@@ -6,6 +6,8 @@ The task of Arora et al., "Zoology: Measuring and Improving Recall in Efficient 
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -33,13 +35,19 @@ class Mqar:
     whole vocabulary. Ids below V / 2 are keys, the others values. Loss and accuracy are those of
     the P positions that ask. The model is causal.
 
+    Recall is found soonest among few pairs. Over the first `curriculum` of the steps N and P double
+    from stage to stage, from one pair up, in stages of equally many steps; B sequences of N tokens
+    become 2 B of N / 2, so that no step costs more than a full one, and begin at random positions,
+    so that all positions are learned from the first stage on: without that, recall from those that
+    a stage adds starts at guessing again. Evaluation is at full size always.
+
     Raises:
         ValueError: `seq_len`, `num_pairs` and `vocab_size` do not fit together.
     """
 
     defaults: ClassVar[dict[str, Any]] = {
-        "seq_len": 128,
-        "num_samples": 8,
+        "seq_len": 256,
+        "num_samples": 16,
         "window": 2,  # itself and the one before: a value sees its key
         "layers": 2,
         "dim": 64,
@@ -47,10 +55,11 @@ class Mqar:
         "dropout": 0.0,
         # From 0.02, recall stays at guessing among the values for thousands of steps.
         "embedding_std": 0.5,
-        "vocab_size": 64,
-        "num_pairs": 8,
-        "steps": 1200,
-        "batch_size": 64,
+        "vocab_size": 128,
+        "num_pairs": 32,
+        "curriculum": 0.8,
+        "steps": 1000,
+        "batch_size": 16,
         "lr": 3e-3,
         "eval_every": 200,
     }
@@ -74,17 +83,27 @@ class Mqar:
             )
         self.majority_accuracy = 1.0 / (self.vocab_size - self.vocab_size // 2)
         self.fingerprint = f"mqar-1 {self.seq_len} {self.num_pairs} {self.vocab_size}"
-        gaps = np.arange(1.0, (self.seq_len - 2 * self.num_pairs) // 2 + 1)
-        self._slot_weights: npt.NDArray[np.float64] = gaps ** (GAP_POWER - 1.0)
+        self._growing_steps = config.curriculum * config.steps
 
     def train_batch(self, step: int) -> Batch:
-        """Fresh sequences for every step."""
-        return self._generate(stream(TRAIN, self.seed, step), self.batch_size)
+        """Fresh sequences for every step, shorter while the curriculum lasts."""
+        random, halvings = stream(TRAIN, self.seed, step), self.halvings(step)
+        count, seq_len = self.batch_size << halvings, self.seq_len >> halvings
+        batch = self._generate(random, count, seq_len, self.num_pairs >> halvings)
+        start = random.integers(0, self.seq_len - seq_len, count, endpoint=True)
+        return dataclasses.replace(batch, start=torch.from_numpy(start))
+
+    def halvings(self, step: int) -> int:
+        """How often N and P are halved in training step `step`."""
+        if step >= self._growing_steps:
+            return 0
+        return math.ceil((1.0 - step / self._growing_steps) * (self.num_pairs.bit_length() - 1))
 
     def eval_batches(self, split: str) -> Iterator[Batch]:
         """`EVAL_EXAMPLES` sequences, the same for every seed and batch size."""
         first_word = {"valid": VALID, "test": TEST}[split]
-        whole = self._generate(stream(first_word, 0), EVAL_EXAMPLES)
+        random = stream(first_word, 0)
+        whole = self._generate(random, EVAL_EXAMPLES, self.seq_len, self.num_pairs)
         for start in range(0, EVAL_EXAMPLES, self.batch_size):
             rows = slice(start, start + self.batch_size)
             yield Batch(whole.tokens[rows], whole.targets[rows])
@@ -94,15 +113,16 @@ class Mqar:
         first_value = self.vocab_size // 2
         return f"k{token}" if token < first_value else f"v{token - first_value}"
 
-    def _generate(self, random: np.random.Generator, count: int) -> Batch:
-        first_value, pairs = self.vocab_size // 2, self.num_pairs
-        tokens = random.integers(0, self.vocab_size, (count, self.seq_len))
-        targets = np.full((count, self.seq_len), IGNORED, dtype=np.int64)
+    def _generate(self, random: np.random.Generator, count: int, seq_len: int, pairs: int) -> Batch:
+        first_value = self.vocab_size // 2
+        tokens = random.integers(0, self.vocab_size, (count, seq_len))
+        targets = np.full((count, seq_len), IGNORED, dtype=np.int64)
         keys = _draw_distinct(random, np.ones(first_value), count, pairs)
         values = random.integers(first_value, self.vocab_size, (count, pairs))
         tokens[:, 0 : 2 * pairs : 2] = keys
         tokens[:, 1 : 2 * pairs : 2] = values
-        slots = _draw_distinct(random, self._slot_weights, count, pairs)
+        gaps = np.arange(1.0, (seq_len - 2 * pairs) // 2 + 1)
+        slots = _draw_distinct(random, gaps ** (GAP_POWER - 1.0), count, pairs)
         asked = 2 * pairs + 2 * slots
         np.put_along_axis(tokens, asked, keys, axis=1)
         np.put_along_axis(targets, asked, values, axis=1)

@@ -28,6 +28,7 @@ _DEFAULTS: dict[str, Any] = {
     "embedding_std": 0.02,
     "vocab_size": None,
     "num_pairs": None,
+    "curriculum": 0.0,
     "seed": 0,
     "log_every": 50,
     "checkpoint_every": 100,
@@ -52,8 +53,8 @@ def default_config(task: str, **changes: Any) -> Config:
         raise ValueError(
             f"attention must be one of {', '.join(ATTENTIONS)}, got {fields['attention']!r}"
         )
-    for name in ("vocab_size", "num_pairs"):
-        if fields[name] is not None and name not in TASKS[task].defaults:
+    for name in ("vocab_size", "num_pairs", "curriculum"):
+        if fields[name] != _DEFAULTS[name] and name not in TASKS[task].defaults:
             raise ValueError(f"{name} means nothing to task {task}, got {fields[name]}")
     fields.setdefault("out", f"runs/{task}-{fields['attention']}")
     return Config(task=task, **fields)

@@ -335,7 +335,7 @@ def learning_rate(config: Config, step: int) -> float:
 
 def _score(model: nn.Module, batch: Batch) -> tuple[Tensor, int, int]:
     """Summed cross-entropy, right answers, and number of targets of a batch."""
-    logits = model(batch.tokens, batch.key_mask).flatten(0, -2)
+    logits = model(batch.tokens, batch.key_mask, batch.start).flatten(0, -2)
     targets = batch.targets.flatten()
     asked = targets != IGNORED
     logits, targets = logits[asked], targets[asked]
