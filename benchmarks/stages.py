@@ -8,7 +8,7 @@ Stages are timed through the public operators:
 - *slot gradients*, the first part of its backward pass (scores, softmax and dout . v again): the
   gradient of a bias alone, which needs no more than that. *Gradient sums*: what the gradient of q,
   k and v takes beyond it, with the inversion of the indices.
-- *distillation*: ``distill_loss`` and its gradient.
+- *distillation*: ``distill_loss``, which makes its gradients with the loss.
 - *embedding_bag*, which is not ours: torch.nn.functional.embedding_bag sums the same rows of v with
   weights that are given. It is half of gather attention, by a well-tuned kernel.
 
@@ -41,8 +41,7 @@ GATHER = "gather attention"
 EMBEDDING_BAG = "(embedding_bag on v)"
 SLOT_GRADIENTS = "backward: slot gradients"
 GRADIENT_SUMS = "backward: gradient sums"
-DISTILL = "distillation, forward"
-DISTILL_BACKWARD = "distillation, backward"
+DISTILL = "distillation, with gradients"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,17 +79,10 @@ def work(widths: Widths, length: int, item_bytes: int) -> dict[str, Work]:
         ),
         # dq from rows of k, dk from rows of q, dv from rows of dout; two numbers per slot in
         GRADIENT_SUMS: Work(6 * slots * D, 3 * slots * row, table, 3 * heads + indices + slots * 8),
-        # sketch scores; q.k and sum t k_sketch of the sampled keys
+        # sketch scores and two products with p; q.k of the sampled keys and two sums with t
         DISTILL: Work(
-            2 * pairs * S + 2 * slots * (D + S),
-            slots * (row + 4 * S),
-            table,
-            heads + indices + 2 * sketch,
-        ),
-        # sketch scores again and two products with them; q.k again and a sum into dk_sketch
-        DISTILL_BACKWARD: Work(
-            6 * pairs * S + 2 * slots * (D + S),
-            slots * (row + 4 * S),
+            6 * pairs * S + 2 * slots * (D + 2 * S),
+            slots * (row + 2 * 4 * S),
             table,
             heads + indices + 4 * sketch,
         ),
@@ -145,7 +137,6 @@ def measure_stages(
         measured.setdefault(SCORES, one - per_head)
     measured[GRADIENT_SUMS] = median["backward"] - median[SLOT_GRADIENTS]
     measured[DISTILL] = median[DISTILL]
-    measured[DISTILL_BACKWARD] = median[DISTILL_BACKWARD]
 
     item_bytes = problem.q.element_size()
     rows = []
@@ -178,7 +169,6 @@ def _calls(p: Problem) -> dict[str, Callable[[], object]]:
     bias = torch.zeros(indices.shape, requires_grad=True)
     with_bias = gather_attention(q, k, v, indices, bias=bias)
     out = gather_attention(p.q, p.k, p.v, indices)
-    loss = distill_loss(q, k, p.q_sketch, p.k_sketch, indices=indices)
 
     def sample(method: str, index_heads: int) -> Callable[[], object]:
         return lambda: sample_indices(
@@ -191,8 +181,7 @@ def _calls(p: Problem) -> dict[str, Callable[[], object]]:
         )
 
     def gradient(of: Tensor, *inputs: Tensor) -> Callable[[], object]:
-        dout = p.dout if of.dim() else None
-        return lambda: torch.autograd.grad(of, inputs, dout, retain_graph=True)
+        return lambda: torch.autograd.grad(of, inputs, p.dout, retain_graph=True)
 
     calls: dict[str, Callable[[], object]] = {
         f"{method} {index_heads}": sample(method, index_heads)
@@ -214,6 +203,5 @@ def _calls(p: Problem) -> dict[str, Callable[[], object]]:
         )
     calls[SLOT_GRADIENTS] = gradient(with_bias, bias)
     calls["backward"] = gradient(out, p.q, p.k, p.v)
-    calls[DISTILL] = lambda: distill_loss(q, k, q_sketch, k_sketch, indices=indices)
-    calls[DISTILL_BACKWARD] = gradient(loss, p.q_sketch, p.k_sketch)
+    calls[DISTILL] = lambda: distill_loss(q, k, p.q_sketch, p.k_sketch, indices=indices)
     return calls

@@ -272,7 +272,7 @@ def test_bytes_are_those_of_the_tensors() -> None:
     assert stages[GATHER].table_bytes == k[0, 0].nbytes
     assert stages[GATHER].streamed_bytes == q.nbytes + v.nbytes + indices.nbytes
     assert stages[SCORES].streamed_bytes == q_sketch.nbytes + k_sketch.nbytes
-    assert stages[DISTILL_STAGE].gathered_bytes == rows[0].nbytes + indices.numel() * 8 * 4
+    assert stages[DISTILL_STAGE].gathered_bytes == rows[0].nbytes + indices.numel() * 2 * 8 * 4
 
 
 @pytest.mark.parametrize(

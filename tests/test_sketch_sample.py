@@ -598,3 +598,26 @@ def test_many_batch_elements_and_heads(backend: Backend) -> None:
     share = torch.bincount(indices.flatten(), minlength=3) / 66_000
     # Five standard deviations of a share of 1/3.
     assert (share - 1 / 3).abs().max() < 5 * math.sqrt(2 / 9 / 66_000)
+
+
+def test_the_last_draw_of_a_row_lies_within_it(backend: Backend) -> None:
+    """A last spacing far below the rounding of the sums could put a draw beyond their total."""
+    weights = [0.065, 0.0872, 0.0358, 0.0211, 0.1186, 0.0231, 0.0815, 0.0109, 0.0577, 0.0124]
+    weights += [0.0515, 0.0103, 0.064, 0.0473, 0.1117, 0.0162, 0.1207, 0.065]
+    q_sketch = torch.zeros(8, 18, 18)
+    q_sketch[7, 17] = torch.tensor(weights).log()
+    k_sketch = torch.eye(18).expand(8, 18, 18)
+    indices, _ = backend.ops.sketch_sample(
+        q_sketch.to(backend.device),
+        k_sketch.to(backend.device),
+        16,
+        num_index_heads=4,
+        scale=1.0,
+        is_causal=True,
+        window=2,
+        seed=torch.tensor([-5065813589958632775, 6018318063960025268], device=backend.device),
+    )
+    drawn = indices[7, :, 17]
+    assert (drawn[:, 1:] > drawn[:, :-1]).all()
+    assert drawn.min() >= 0
+    assert drawn.max() == 17

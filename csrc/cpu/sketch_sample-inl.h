@@ -368,7 +368,8 @@ inline void take_draws(ExponentialStream* spacings, int64_t n, float* spacing, i
   const double scale = (kWhole - 1.0) / total;
   double before = 0;
   for (int64_t i = 0; i < n; i += L) {
-    // Each lane's sum is rounded in an order of its own: a small spacing may leave it above the next.
+    // Each lane's sum is rounded in an order of its own: a small spacing may leave it above the
+    // next.
     Vec<float> sums = min(load(spacing + i), broadcast(spacing[i + L - 1]));
     if (__builtin_expect(any_greater(shift_up(sums), sums), 0))
       for (int l = 1; l < L; ++l) sums[l] = max_of(sums[l], sums[l - 1]);
