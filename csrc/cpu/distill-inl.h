@@ -113,14 +113,19 @@ inline void scatter(const A* __restrict weights, const int32_t* __restrict keys,
     q[v] = load(query + v * L);
     sum[0][v] = load(expected + v * L);
   }
-  for (int64_t j = 0; j < n; ++j) {
+  const auto add = [&](Vec<A>* to, int64_t j) __attribute__((always_inline)) {
     const int64_t row = keys[j] * ld;
     for (int v = 0; v < V; ++v) {
-      sum[1][v] += load(k + row + v * L) * weights[j];
+      to[v] += load(k + row + v * L) * weights[j];
       if (dk != nullptr) store(dk + row + v * L, load(dk + row + v * L) - q[v] * weights[j]);
     }
-    std::swap(sum[0], sum[1]);  // two sums hide the latency of FMA
+  };
+  int64_t j = 0;
+  for (; j + 2 <= n; j += 2) {  // two sums hide the latency of FMA
+    add(sum[0], j);
+    add(sum[1], j + 1);
   }
+  if (j < n) add(sum[0], j);
   for (int v = 0; v < V; ++v) store(expected + v * L, sum[0][v] + sum[1][v]);
 }
 
