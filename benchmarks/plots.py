@@ -177,6 +177,7 @@ def _draw_stages(results: Results) -> Figure:
                 va="center",
                 fontsize=8,
                 in_layout=False,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.set_xlim(0, 1.6)
