@@ -126,7 +126,7 @@ def _lines(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: format_value(y)))
         axes.yaxis.set_minor_locator(NullLocator())
-        _tidy(axes)
+        tidy(axes)
     both[0].set_ylabel(quantity)
     handles, labels = _legend(both)
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
@@ -184,13 +184,13 @@ def _draw_stages(results: Results) -> Figure:
         axes.set_xticks([0, 0.5, 1.0], ["0", "50 %", "limit"])
         axes.set_yticks(range(len(names)), names, fontsize=9)
         axes.set_title(f"N = {length}", fontsize=10)
-        _tidy(axes, grid="x")
+        tidy(axes, grid="x")
     panels[0][0].invert_yaxis()
     _title(figure, "Part of the machine's limit that each stage reaches", results)
     return figure
 
 
-def _tidy(axes: Axes, grid: str = "both") -> None:
+def tidy(axes: Axes, grid: str = "both") -> None:
     axes.grid(axis=grid, color="#dddddd", linewidth=0.6)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

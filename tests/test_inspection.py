@@ -23,6 +23,7 @@ SMALL = {
     "num_samples": 5,
     "window": 1,
     "num_pairs": 3,
+    "curriculum": 0.0,
     "vocab_size": 16,
     "layers": 2,
     "dim": 16,
