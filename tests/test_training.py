@@ -565,11 +565,14 @@ def test_a_checkpoint_from_before_the_options_resumes(config, tmp_path):
     config = dataclasses.replace(config, attention="smartbird", dense_warmup=4, curriculum=0.0)
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     tasks.train(whole)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)  # as train() does: PyTorch's own sums depend on it
     run = training._Run(config, False, training._ignore)
     with contextlib.closing(run):
         for _ in range(5):
             run._train_step()
         run._save()
+    torch.set_num_threads(threads)
     path = Path(config.out) / files.CHECKPOINT
     state = files.load_checkpoint(path)
     del state["anneal"]
