@@ -207,7 +207,12 @@ def deal_keys(
         **options,
     )
     forced = _forced_keys(best, num_keys, **options)
-    scores = ops.gather_scores(q_sketch.unsqueeze(1), k_sketch.unsqueeze(1), best, scale=scale)
+    # In float32 at least, as topk chose them: rounded to 16 bits, different scores would tie.
+    queries, key_rows = (
+        x.unsqueeze(1).to(torch.promote_types(x.dtype, torch.float32)) for x in (q_sketch, k_sketch)
+    )
+    with torch.autocast(device.type, enabled=False):
+        scores = ops.gather_scores(queries, key_rows, best, scale=scale)
     scores = scores.masked_fill(forced, torch.inf)
     ranked = best.gather(-1, scores.sort(dim=-1, descending=True, stable=True).indices)
 

@@ -159,6 +159,9 @@ class SmartBirdAttention(nn.Module):
         }.items():
             if num_heads % heads:
                 raise ValueError(f"{name} must divide num_heads {num_heads}, got {heads}")
+        for name, method_ in {"method": method, "eval_method": eval_method or method}.items():
+            if method_ not in METHODS:
+                raise ValueError(f"{name} must be one of {', '.join(METHODS)}, got {method_!r}")
         if not 0.0 <= uniform_share < 1.0:
             raise ValueError(f"uniform_share must be in [0, 1), got {uniform_share}")
         # An empty draw has the op itself judge what it will be given.
@@ -166,7 +169,7 @@ class SmartBirdAttention(nn.Module):
         sample_keys(
             empty,
             empty,
-            num_samples - int(uniform_share * num_samples),
+            num_samples - _num_uniform(uniform_share, num_samples),
             correction=False,
             num_index_heads=num_index_heads,
             method=method,
@@ -175,10 +178,6 @@ class SmartBirdAttention(nn.Module):
             num_sinks=num_sinks,
             seed=torch.zeros(2, dtype=torch.int64, device="cpu"),
         )
-        if eval_method is not None and eval_method not in METHODS:
-            raise ValueError(
-                f"eval_method must be None or one of {', '.join(METHODS)}, got {eval_method!r}"
-            )
         for name, value in {
             "temperature": temperature,
             "distill_temperature": distill_temperature,
@@ -310,6 +309,8 @@ class SmartBirdAttention(nn.Module):
         scored_sketch = learned_sketch if "bias" in self.learning else None
 
         distills = self.training and "distill" in self.learning and indices is None
+        if self.training and indices is not None:
+            self._keep_loss(None)
         log_inclusion = None
         dropout_p = self.dropout if self.training else 0.0
         if self.dense:
@@ -318,7 +319,9 @@ class SmartBirdAttention(nn.Module):
             seed = ops.draw_seed(query.device) if self.training else self.eval_seed
             temperature = self.temperature if self.training else 1.0
             sketch_scale = 1 / (math.sqrt(self.sketch_dim) * temperature)
-            num_uniform = int(self.uniform_share * self.num_samples) if self.training else 0
+            num_uniform = 0
+            if self.training:
+                num_uniform = _num_uniform(self.uniform_share, self.num_samples)
             sampling: dict[str, Any] = {
                 "num_index_heads": self.num_index_heads,
                 "method": self.method if self.training else self.eval_method or self.method,
@@ -472,7 +475,7 @@ class SmartBirdAttention(nn.Module):
             **masks,
         )
 
-    def _keep_loss(self, loss: Tensor) -> None:
+    def _keep_loss(self, loss: Tensor | None) -> None:
         # Inside backward a checkpoint recomputes this call, whose loss was collected before.
         if torch.compiler.is_compiling() or not _inside_backward():
             self._sketch_loss = loss
@@ -493,6 +496,11 @@ def _inside_backward() -> bool:
     # Private to torch. Without it a recomputed loss stays until the next pass replaces it.
     graph_task_id = getattr(torch._C, "_current_graph_task_id", lambda: -1)
     return bool(graph_task_id() != -1)
+
+
+def _num_uniform(share: float, num_samples: int) -> int:
+    """That share of the places, rounded down but for the rounding of the product."""
+    return math.floor(share * num_samples + 1e-9)
 
 
 def _logit_bias(

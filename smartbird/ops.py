@@ -19,6 +19,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from smartbird import _library as _library  # loads the compiled library
 
@@ -405,7 +406,7 @@ def distill_loss(
         k: [B, H_kv, M, D], dtype of ``q``.
         q_sketch: [B, N, S], dtype of ``q``.
         k_sketch: [B, M, S], dtype of ``q``.
-        indices: int32 [B, H_i, N, K] in [-1, M), as :func:`sketch_sample` gives.
+        indices: int32 [B, H_i, N, K], valid keys of their row or -1: see :func:`sketch_sample`.
         log_inclusion: float32 [B, H_i, N, K]; needs ``indices``.
         scale: of the attention logits; None: ``D ** -0.5``.
         sketch_scale: of the sketch scores; None: ``S ** -0.5``.
@@ -1003,6 +1004,7 @@ def _save_sampled_distill(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable
 def _sampled_distill_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
     gradients: list[Tensor | None] = [None, None]
     if dloss is not None:

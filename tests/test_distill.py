@@ -233,3 +233,20 @@ def test_number_of_threads_does_not_matter(backend: Backend, name: str, target: 
     for result in results[1:]:
         for a, b in zip(result, results[0], strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_row_without_a_valid_key_has_no_gradient_whatever_its_indices(backend: Backend) -> None:
+    """Causal with N > M: the first rows see nothing, yet their indices name keys."""
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 5, 8)
+    q_sketch, k_sketch = leaves(torch.randn(1, 9, 4), torch.randn(1, 5, 4))
+    indices = torch.zeros(1, 2, 9, 3, dtype=torch.int32)
+    indices[..., 1:] = -1
+    inputs = (x.to(backend.device) for x in (q, k))
+    loss = backend.ops.distill_loss(
+        *inputs, q_sketch, k_sketch, indices=indices.to(backend.device), is_causal=True
+    )
+    (dq,) = torch.autograd.grad(loss, q_sketch)
+    assert (dq[0, :4] == 0).all()
+    assert (dq[0, 4] == 0).all()  # its one key is the target and all it sees
+    assert (dq[0, 5:] != 0).any(-1).all()

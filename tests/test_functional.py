@@ -373,3 +373,10 @@ def test_added_keys_are_uniform() -> None:
     # Each of the others is among 3 distinct of 10 with probability 0.3: five standard deviations.
     others = counts[[0, 1, 3, 4, 6, 7, 8, 9]]
     assert ((others - 1200).abs() < 5 * (4000 * 0.3 * 0.7) ** 0.5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_keys_are_dealt_by_scores_that_are_not_rounded(dtype: torch.dtype) -> None:
+    q_sketch, k_sketch = torch.randn(2, 9, 16).to(dtype), torch.randn(2, 80, 16).to(dtype)
+    dealt = deal_keys(q_sketch, k_sketch, 8, num_index_heads=4)
+    assert dealt.equal(deal_keys(q_sketch.float(), k_sketch.float(), 8, num_index_heads=4))

@@ -852,3 +852,12 @@ def test_empty_input(shape: tuple[int, ...], dense: bool) -> None:
     assert out.shape == shape
     (out.sum() + sketch_loss(layer)).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_a_call_with_given_indices_leaves_no_sketch_loss() -> None:
+    layer = SmartBirdAttention(8, 2, num_samples=3).train()
+    tokens = torch.randn(1, 7, 8)
+    _, indices = layer(tokens, return_indices=True)
+    assert sketch_loss(layer) > 0
+    layer(tokens, indices=indices)
+    assert sketch_loss(layer) == 0

@@ -155,7 +155,7 @@ inline void add_targets(const DistillParams& P, Chunk at, acc_t<T>* dk, Scratch<
       int64_t& n = s->size[r];
       const A largest =
           finish_logits(G, {at.b, h, at.begin + r}, n, s->is_full[r], s->bias, weights);
-      if (largest == -static_cast<A>(__builtin_inff())) {
+      if (largest == -static_cast<A>(__builtin_inff()) || !has_valid_key(P, at.b, at.begin + r)) {
         n = 0;
         continue;
       }
@@ -236,11 +236,13 @@ inline double add_rows(const DistillParams& P, Chunk at, const A* query, const A
     if (!has_valid_key(P, at.b, at.begin + r)) continue;
     const double sum = static_cast<double>(reduce_add(sums[r].lanes));
     const double lse = (static_cast<double>(sums[r].reference) + __builtin_log2(sum)) * dense::kLn2;
+    // With the very queries that the scores are made with: the loss is a difference of large
+    // numbers.
     double agreement = 0;
     for (int64_t d = 0; d < P.S; ++d)
-      agreement +=
-          static_cast<double>(query[r * S_pad + d]) * static_cast<double>(expected[r * S_pad + d]);
-    loss += static_cast<double>(mass[r]) * lse - agreement * P.sketch_scale;
+      agreement += static_cast<double>(s->scaled[r * P.S + d]) *
+                   static_cast<double>(expected[r * S_pad + d]);
+    loss += static_cast<double>(mass[r]) * lse - agreement * dense::kLn2;
     factor[r] = static_cast<A>(static_cast<double>(mass[r]) / sum);
   }
   if (P.dq_sketch == nullptr) return loss;

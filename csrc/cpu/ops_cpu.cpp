@@ -499,15 +499,16 @@ Tensor padded_keys(const Tensor& k, const DistillParams& p) {
   return out;
 }
 
-// Chunks of queries, each with a buffer for dk: enough for the cores of a large machine, of no
-// fewer queries than pay for a buffer, within what memory allows.
-constexpr int64_t kMostChunks = 16, kFewestChunks = 4, kLeastChunk = 64;
+// Chunks of queries, each with a buffer for dk: tasks for many cores, of no fewer queries than pay
+// for a buffer, within what memory allows.
+constexpr int64_t kMostChunks = 16, kFewestTasks = 4, kLeastChunk = 64;
 constexpr int64_t kChunkBytes = int64_t{64} << 20;
 
 int64_t distill_chunk(const DistillParams& p) {
   const GatherParams& g = p.gather;
   const int64_t buffer = std::max<int64_t>(1, g.B * p.M_pad * p.S_pad * acc_bytes(g.dtype));
-  const int64_t chunks = std::clamp<int64_t>(kChunkBytes / buffer, kFewestChunks, kMostChunks);
+  const int64_t fewest = (kFewestTasks + g.B - 1) / std::max<int64_t>(1, g.B);
+  const int64_t chunks = std::clamp<int64_t>(kChunkBytes / buffer, fewest, kMostChunks);
   return std::max(kLeastChunk, (g.N + chunks - 1) / chunks);
 }
 

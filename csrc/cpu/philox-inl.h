@@ -92,7 +92,8 @@ class ExponentialStream {
       VecI bits;
       std::memcpy(&bits, words + i, sizeof(bits));
       const Vec<float> grid = __builtin_convertvector(bits >> 8 & 0xFFFFFF, Vec<float>);
-      store(values_ + i, -log((grid + 0.5f) * 0x1p-24f));
+      // The largest would round to 1, and no spacing may be 0.
+      store(values_ + i, -log(min((grid + 0.5f) * 0x1p-24f, broadcast(0x1.fffffep-1f))));
     }
     position_ = 0;
   }
