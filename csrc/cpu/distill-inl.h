@@ -6,7 +6,8 @@
 //   dk_j = sketch_scale sum_i (mass_i p_ij - t_ij) q_i.
 //
 // The loss is a scalar, so its gradients are made while t and p are at hand, and only scaled later:
-// neither is made twice, and neither is ever stored.
+// t and the scores of all pairs are made once. Scores are kept for a few rows at a time, their
+// exponentials made twice, for the sum of a row and then for p.
 //
 // A task takes a chunk of queries and sums dk in a buffer of its own; the number of chunks depends
 // on sizes alone, and a second kernel adds the buffers in order, so results do not depend on
