@@ -178,11 +178,19 @@ class OracleAttention(PatternAttention):
         )
 
 
-class RestrictedSmartBird(SmartBirdAttention):
-    """Distils with the sketch's probabilities normalised over the drawn keys only: a control.
+class DistillationControl(SmartBirdAttention):
+    """Distils as `ops.distill_loss` does not, to show what its choices are worth."""
 
-    Such a loss never lowers the score of a key that was not drawn.
-    """
+    def _log_probabilities(
+        self, scores: Tensor, q_sketch: Tensor, k_sketch: Tensor, masks: Any
+    ) -> Tensor:
+        """Of the sketch for the drawn keys, from their scores [B, H_i, N, K]."""
+        lse = ops.sketch_lse(q_sketch, k_sketch, **masks)
+        return scores - lse.unsqueeze(1).unsqueeze(-1)
+
+    def _target(self, probabilities: Tensor) -> Tensor:
+        """What the sketch is to come near to, from that of each head [B, H_i, H / H_i, N, K]."""
+        return probabilities.mean(2)
 
     def _distill_loss(
         self,
@@ -205,10 +213,31 @@ class RestrictedSmartBird(SmartBirdAttention):
         if log_inclusion is not None:
             logits = logits - log_inclusion.unsqueeze(2)
         held = indices >= 0
-        target = logits.masked_fill(~held.unsqueeze(2), -torch.inf).softmax(-1).mean(2)
-        agreement = torch.where(held, target * scores.log_softmax(-1), 0.0).sum(-1).mean(1)
+        target = self._target(logits.masked_fill(~held.unsqueeze(2), -torch.inf).softmax(-1))
+        learned = self._log_probabilities(scores, q_sketch, k_sketch, masks)
+        agreement = torch.where(held, target * learned, 0.0).sum(-1).mean(1)
         answered = held.any(-1).any(1)
         return -agreement[answered].sum() / answered.sum().clamp(min=1)
+
+
+class RestrictedSmartBird(DistillationControl):
+    """The sketch's probabilities are normalised over the drawn keys only.
+
+    Such a loss never lowers the score of a key that was not drawn.
+    """
+
+    def _log_probabilities(
+        self, scores: Tensor, q_sketch: Tensor, k_sketch: Tensor, masks: Any
+    ) -> Tensor:
+        return scores.log_softmax(-1)
+
+
+class LargestSmartBird(DistillationControl):
+    """The target of a key is that of the head which looks at it most, not the mean of the heads."""
+
+    def _target(self, probabilities: Tensor) -> Tensor:
+        largest = probabilities.amax(2)
+        return largest / largest.sum(-1, keepdim=True)
 
 
 def _smartbird(
@@ -244,6 +273,7 @@ ATTENTIONS: dict[str, Callable[[Config, bool], nn.Module]] = {
     "smartbird": _smartbird,
     "untrained": _untrained,
     "smartbird-restricted": functools.partial(_smartbird, layer=RestrictedSmartBird),
+    "smartbird-largest": functools.partial(_smartbird, layer=LargestSmartBird),
     "dense": DenseAttention,
     "window": WindowAttention,
     "random": RandomAttention,

@@ -43,7 +43,7 @@ class Continuation(Recall):
         "vocab_size": 256,
         "num_pairs": 32,
         "curriculum": 0.8,
-        "steps": 1000,
+        "steps": 1200,
         "batch_size": 16,
         "lr": 3e-3,
         "eval_every": 200,
