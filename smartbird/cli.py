@@ -93,9 +93,11 @@ def _add_train(commands: _Commands) -> argparse.ArgumentParser:
     add("--heads", type=int, help="attention heads per layer")
     add("--dropout", type=float, metavar="P", help="dropout probability")
     add("--embedding-std", type=float, metavar="STD", help="of new embeddings")
-    add("--vocab-size", type=int, metavar="V", help="tokens (sotu, mqar)")
-    add("--num-pairs", type=int, metavar="P", help="key-value pairs per sequence (mqar)")
-    add("--curriculum", type=float, metavar="SHARE", help="of the steps, on shorter data (mqar)")
+    add("--vocab-size", type=int, metavar="V", help="tokens (sotu, mqar, continuation)")
+    add("--num-pairs", type=int, metavar="P", help="questions per sequence (mqar, continuation)")
+    add(
+        "--curriculum", type=float, metavar="SHARE", help="of the steps, on shorter data (the same)"
+    )
     add("--steps", type=int, help="optimizer steps")
     add("--batch-size", type=int, metavar="B", help="sequences per step")
     add("--lr", type=float, help="peak learning rate")

@@ -299,7 +299,7 @@ def found(write, tmp_path):
         Path(config.out).mkdir()
         rows = [{"step": s, "split": "train", "accuracy": 1.0} for s in (1, 2, 3, 4)]
         rows += [
-            {"step": step, "split": "valid", "accuracy": accuracy}
+            {"step": step, "split": "valid", "accuracy": accuracy, "seconds": 10.0 * step}
             for step, accuracy in zip((2, 4), valid, strict=True)
         ]
         (Path(config.out) / files.METRICS).write_text("\n".join(map(json.dumps, rows)))
@@ -311,10 +311,11 @@ def test_the_table_holds_means_and_sample_standard_deviations(found):
     table = report.tables(*found, "smartbird study tiny.toml")["which"]
     # Two values a, b: (a + b) / 2 ± |a - b| / sqrt(2). Steps: 4 and 2 are the first at 90 %.
     assert table.splitlines()[:4] == [
-        "| attention | runs | test accuracy, % | steps to 90 % | ms per step | peak MiB |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| dense | 2 | 92.0 ± 2.8 | 3 ± 1 | 1500 ± 707 | 102 ± 3 |",
-        "| window | 1 of 2 | 10.0 | - (0 of 1) | 500 | 50 |",
+        "| attention | runs | test accuracy, % | steps to 90 % | s to 90 % | ms per step "
+        "| peak MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| dense | 2 | 92.0 ± 2.8 | 3 ± 1 | 30 ± 14 | 1500 ± 707 | 102 ± 3 |",
+        "| window | 1 of 2 | 10.0 | - (0 of 1) | - | 500 | 50 |",
     ]
     assert "12.5%" in table
     assert "`smartbird study tiny.toml`" in table

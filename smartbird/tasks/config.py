@@ -58,7 +58,8 @@ class Config:
         dropout: probability, in [0, 1), on embeddings, attention output and feed-forward output.
         embedding_std: standard deviation of new token and position embeddings.
         vocab_size: tokens the task knows; only for tasks that have such a choice.
-        num_pairs: key-value pairs per sequence; only for `mqar`.
+        num_pairs: questions per sequence, for `mqar` and `continuation` only: key-value pairs, or
+            tokens that ask.
         curriculum: share of the steps, in [0, 1], in which sequences grow to their full size; 0 for
             tasks that have no such choice.
         steps: optimizer steps.
