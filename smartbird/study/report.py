@@ -193,9 +193,9 @@ def _table(rows: Sequence[Row], target_accuracy: float, command: str) -> str:
     every = _listed({result.config.eval_every for result in results}, "{}")
     majority = _listed({result.majority_accuracy for result in results}, "{:.1%}")
     return (
-        f"{text}\nMean ± sample standard deviation over runs of different seeds. Steps and seconds to "
-        f"{target} go to the first validation, every {every} steps, that was this good, seconds in "
-        "training steps alone; in brackets, how many runs got there, if not all. The commonest "
+        f"{text}\nMean ± sample standard deviation over runs of different seeds. Steps and seconds "
+        f"to {target} go to the first validation, every {every} steps, that was this good, seconds "
+        "in training steps alone; in brackets, how many runs got there, if not all. The commonest "
         f"class makes {majority} of the test split. "
         f"Made by `{command}`.\n"
     )
