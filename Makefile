@@ -2,11 +2,12 @@
 # needs python3 (with venv), g++ and make; the rest is installed by pip at the versions pinned in
 # requirements-dev.txt.
 
-PYTHON      ?= python3
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-DEMO_FLAGS  ?=
-BENCH_ISA   ?= native
-STUDY_FLAGS ?=
+PYTHON       ?= python3
+TORCH_INDEX  ?= https://download.pytorch.org/whl/cpu
+DEMO_FLAGS   ?=
+BENCH_ISA    ?= native
+STUDY_FLAGS  ?=
+STATIC_FLAGS ?=
 
 SHELL       := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -73,9 +74,9 @@ test-emulated: $(BUILT)  ## the op tests through the CUDA kernels, run on the CP
 	$(BIN)/cmake --build $(EMU_DIR) --target smartbird_emulated
 	export PYTHONPATH=tests/emulation OMP_NUM_THREADS=1
 	export SMARTBIRD_EMULATED_LIBRARY=$(EMU_DIR)/libsmartbird_emulated.so
-	$(BIN)/pytest -p emulated_cuda -q $(EMU_TESTS)
+	$(BIN)/pytest -p emulated_cuda -q -n auto $(EMU_TESTS)
 	for order in reverse random; do
-	    SMARTBIRD_EMULATION_ORDER=$$order $(BIN)/pytest -p emulated_cuda -q $(EMU_ORDER_TESTS)
+	    SMARTBIRD_EMULATION_ORDER=$$order $(BIN)/pytest -p emulated_cuda -q -n auto $(EMU_ORDER_TESTS)
 	done
 
 race-test: $(READY)  ## the CUDA kernels in the emulation under ThreadSanitizer
@@ -83,9 +84,9 @@ race-test: $(READY)  ## the CUDA kernels in the emulation under ThreadSanitizer
 	$(BIN)/cmake --build $(TSAN_DIR) --target test_cuda_emulation test_cuda_kernels
 	$(BIN)/ctest --test-dir $(TSAN_DIR) --output-on-failure -R '^cuda_'
 
-cuda: $(READY)  ## compile the CUDA kernels for every architecture and read their machine code: needs nvcc, no GPU
+cuda: $(BUILT)  ## compile the CUDA kernels for every architecture and read their machine code: needs nvcc, no GPU
 	SMARTBIRD_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda --build-temp build/cuda
-	$(BIN)/python tools/cuda_static.py build/cuda/smartbird/_C_cuda.abi3.so
+	$(BIN)/python tools/cuda_static.py build/cuda/smartbird/_C_cuda.abi3.so $(STATIC_FLAGS)
 
 lint: $(CPP_DIR)/compile_commands.json  ## ruff, mypy --strict, clang-format, clang-tidy
 	$(BIN)/ruff check

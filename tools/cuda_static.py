@@ -1,11 +1,11 @@
 """What can be told of the CUDA kernels without a GPU: their machine code, read with cuobjdump.
 
-    python tools/cuda_static.py build/cuda/smartbird/_C_cuda.abi3.so
+    python tools/cuda_static.py build/cuda/smartbird/_C_cuda.abi3.so [--update docs/cuda.md]
 
-Prints a Markdown table with a line for each kernel and architecture, and fails where a kernel
-spills registers or has a stack, where one that is meant to read 16 bytes at a time has no such
-load, or where one that is meant for tensor cores has no instruction for them. cuobjdump and
-nvdisasm come from PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm.
+Prints a Markdown table with a line for each kernel, and fails where a kernel spills registers or
+has a stack, where one that is meant to read 16 bytes at a time has no such load, or where one that
+is meant for tensor cores has no instruction for them. cuobjdump and nvdisasm come from PyPI:
+nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
@@ -17,12 +17,38 @@ import site
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+from smartbird import markdown
 
 REGISTERS = 65536  # of a multiprocessor, on every architecture
-MOST_WARPS = defaultdict(lambda: 64, {"sm_86": 48, "sm_89": 48, "sm_120": 48})
-THREADS = {"dense": 256, "sketch_sample": 256, "gather": 128, "key_starts": 128}  # of a block
+# Warps and shared memory (bytes) of a multiprocessor: CUDA C++ Programming Guide, "Compute
+# Capabilities"; a block's own share of the latter comes on top of what it asks for.
+MOST_WARPS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48}
+SHARED_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "sm_120": 100 << 10}
+RESERVED_SHARED_MEMORY = 1 << 10
+
+
+class Block(NamedTuple):
+    """How a kernel is launched at N = M = 16384, D = 64, S = 16, K = 64 in bfloat16."""
+
+    threads: int
+    shared: int  # bytes, as launch() is given them
+
+
+BLOCKS = {
+    "dense_lse": Block(256, 1024),
+    "dense_mean": Block(256, 18944),
+    "gather_attention": Block(128, 0),
+    "gather_backward_keys": Block(128, 1024),
+    "gather_backward_queries": Block(128, 2048),
+    "gather_scores": Block(128, 0),
+    "key_starts": Block(128, 0),
+    "sketch_sample": Block(256, 91552),
+}
 
 
 @dataclass
@@ -42,10 +68,11 @@ class Kernel:
 
     @property
     def warps(self) -> int:
-        """Most warps of a multiprocessor, as far as registers allow."""
-        threads = next(n for prefix, n in THREADS.items() if self.base.startswith(prefix))
-        by_registers = REGISTERS // (-(-self.registers // 8) * 8 * threads) * threads // 32
-        return min(by_registers, MOST_WARPS[self.arch])
+        """Warps that a multiprocessor holds at once, as registers and shared memory allow."""
+        block, family = BLOCKS[self.base], self.arch.rstrip("af")
+        by_registers = REGISTERS // (-(-self.registers // 8) * 8 * block.threads)
+        by_memory = SHARED_MEMORY[family] // (block.shared + RESERVED_SHARED_MEMORY)
+        return min(min(by_registers, by_memory) * block.threads // 32, MOST_WARPS[family])
 
     def faults(self) -> list[str]:
         """What is wrong with it."""
@@ -124,41 +151,48 @@ def read_kernels(library: Path) -> list[Kernel]:
 
 def table(kernels: list[Kernel]) -> str:
     """Markdown; ranges go over the instantiations."""
-    groups: dict[tuple[str, str], list[Kernel]] = defaultdict(list)
+    archs = sorted({k.arch for k in kernels}, key=lambda arch: int(arch[3:].rstrip("af")))
+    groups: dict[str, dict[str, list[Kernel]]] = defaultdict(lambda: defaultdict(list))
     for kernel in kernels:
-        groups[kernel.base, kernel.arch].append(kernel)
+        groups[kernel.base][kernel.arch].append(kernel)
 
-    def extent(values: list[int]) -> str:
-        low, high = min(values), max(values)
+    def extent(values: Iterable[int]) -> str:
+        low, high = min(numbers := [*values]), max(numbers)
         return str(low) if low == high else f"{low}-{high}"
 
-    lines = [
-        "| kernel | architecture | compiled | registers | stack | with 16-byte loads "
-        "| with tensor cores | warps by registers |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for (base, arch), group in sorted(
-        groups.items(), key=lambda x: (x[0][0], int(x[0][1][3:].rstrip("af")))
-    ):
-        cells = [
-            base,
-            arch,
-            str(len(group)),
-            extent([k.registers for k in group]),
-            extent([k.stack for k in group]),
-            str(sum(k.counts["wide"] > 0 for k in group)),
-            str(sum(k.counts["tensor"] > 0 for k in group)),
-            f"{extent([k.warps for k in group])} of {MOST_WARPS[arch]}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    def cell(group: list[Kernel]) -> str:
+        return f"{extent(k.registers for k in group)} / {extent(k.warps for k in group)}"
+
+    rows = []
+    for base, by_arch in sorted(groups.items()):
+        every = [kernel for group in by_arch.values() for kernel in group]
+        counts = [len(group) for group in by_arch.values()]
+        wide, tensor = (sum(k.counts[key] > 0 for k in every) for key in ("wide", "tensor"))
+        rows.append(
+            [
+                *(f"`{base}`", extent(counts), str(BLOCKS[base].threads)),
+                f"{BLOCKS[base].shared / 1024:.1f}",
+                *(f"{number / len(every):.0%}" for number in (wide, tensor)),
+                *(cell(by_arch[arch]) for arch in archs),
+            ]
+        )
+    header = ["kernel", "instances", "threads", "shared, KiB", "16-byte loads", "tensor cores"]
+    return markdown.table([*header, *archs], rows)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("library", type=Path)
-    kernels = read_kernels(parser.parse_args().library)
+    parser.add_argument("--update", type=Path, metavar="PAGE", help="put the table into this page")
+    options = parser.parse_args()
+    kernels = read_kernels(options.library)
     print(table(kernels))
+    if options.update is not None:
+        made = {("cuda", "static"): table(kernels)}
+        page = markdown.update_tables(
+            options.update.read_text(), lambda stem, name: made.get((stem, name))
+        )
+        options.update.write_text(page)
     faults = [f"{k.arch} {k.name}: {fault}" for k in kernels for fault in k.faults()]
     for fault in sorted(faults):
         print(fault, file=sys.stderr)
