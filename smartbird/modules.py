@@ -182,6 +182,8 @@ class SmartBirdAttention(nn.Module):
             "temperature": temperature,
             "distill_temperature": distill_temperature,
         }.items():
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a float, got {type(value).__name__}")
             if not (math.isfinite(value) and value > 0.0):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         if not 0.0 <= dropout < 1.0:
@@ -681,6 +683,8 @@ class _Schedule:
     """What changes in the layers of ``model`` over the first ``steps`` steps of a training."""
 
     def __init__(self, model: nn.Module, steps: int) -> None:
+        if not isinstance(steps, int):
+            raise TypeError(f"steps must be an int, got {type(steps).__name__}")
         if steps < 0:
             raise ValueError(f"steps must be at least 0, got {steps}")
         self.model = model
@@ -719,6 +723,7 @@ class DenseWarmup(_Schedule):
 
     Raises:
         ValueError: ``steps`` is negative.
+        TypeError: ``steps`` is no int.
     """
 
     def _apply(self) -> None:
@@ -741,10 +746,13 @@ class SampleAnneal(_Schedule):
 
     Raises:
         ValueError: ``steps`` is negative, or ``start`` less than the ``num_samples`` of a layer.
+        TypeError: ``steps`` or ``start`` is no int.
     """
 
     def __init__(self, model: nn.Module, start: int, steps: int) -> None:
         self._ends = [(layer, layer.num_samples) for _, layer in _attention_layers(model)]
+        if not isinstance(start, int):
+            raise TypeError(f"start must be an int, got {type(start).__name__}")
         most = max((end for _, end in self._ends), default=start)
         if start < most:
             raise ValueError(f"start must be at least num_samples={most}, got {start}")

@@ -448,6 +448,8 @@ def _check_scored(q: Tensor, k: Tensor, num_samples: int, key_mask: Tensor | Non
             "q and k must be [B, H, N, D] and [B, H_kv, M, D], "
             f"got {list(q.shape)} and {list(k.shape)}"
         )
+    if q.dtype != k.dtype:
+        raise TypeError(f"k must have the dtype of q, {q.dtype}, got {k.dtype}")
     heads, (kv_heads, num_keys) = q.shape[1], k.shape[1:3]
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"q must have a multiple of k's {kv_heads} heads, got {heads}")
@@ -461,4 +463,8 @@ def _check_centroids(centroids: Tensor, x: Tensor) -> None:
         raise ValueError(
             "centroids must be [H, C, D] with at least one for each head of vectors [B, H, N, D], "
             f"got {list(sizes)} and {list(x.shape)}"
+        )
+    if centroids.dtype != x.dtype:
+        raise TypeError(
+            f"centroids must have the dtype of the vectors, {x.dtype}, got {centroids.dtype}"
         )

@@ -365,6 +365,20 @@ def test_added_keys_are_valid_and_new(method: str, is_causal: bool) -> None:
         assert not set(added) & set(before)
 
 
+@pytest.mark.parametrize(
+    ("indices", "error"),
+    [
+        (torch.zeros(1, 2, 3, 4), TypeError),
+        ([0], TypeError),
+        (torch.zeros(2, 3, 4, dtype=torch.int32), ValueError),
+        (torch.zeros(1, 2, 3, 0, dtype=torch.int32), ValueError),
+    ],
+)
+def test_keys_are_added_to_indices_only(indices: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="indices must be"):
+        add_uniform_keys(indices, 10, 3)
+
+
 def test_added_keys_are_uniform() -> None:
     held = torch.tensor([2, 5, -1], dtype=torch.int32).expand(1, 1, 4000, 3)
     indices = add_uniform_keys(held, 10, 3)

@@ -604,6 +604,10 @@ def test_sample_anneal_refuses_to_rise() -> None:
         SampleAnneal(make_layer(), start=3, steps=1)
     with pytest.raises(ValueError, match="steps"):
         SampleAnneal(make_layer(), start=8, steps=-1)
+    with pytest.raises(TypeError, match=r"start must be an int, got float"):
+        SampleAnneal(make_layer(), start=8.5, steps=1)
+    with pytest.raises(TypeError, match=r"steps must be an int, got float"):
+        SampleAnneal(make_layer(), start=8, steps=1.5)
 
 
 # --- nn.TransformerEncoderLayer ---
@@ -790,6 +794,12 @@ def test_layers_can_be_made_without_memory_and_drawn_later() -> None:
 def test_bad_arguments_are_named(arguments: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         make_layer(**arguments)
+
+
+@pytest.mark.parametrize("name", ["temperature", "distill_temperature"])
+def test_a_temperature_is_a_number(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a float, got NoneType"):
+        make_layer(**{name: None})
 
 
 def test_bad_sizes_are_named() -> None:

@@ -327,6 +327,18 @@ def test_patterns_feed_gather_attention(is_causal: bool) -> None:
             ValueError,
             "centroids",
         ),
+        (
+            lambda: oracle_indices(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4).double(), 2),
+            TypeError,
+            "k must have the dtype of q",
+        ),
+        (
+            lambda: routing_indices(
+                torch.randn(1, 1, 3, 4).double(), torch.randn(1, 1, 3, 4).double(), ONE, 2
+            ),
+            TypeError,
+            "centroids",
+        ),
         (lambda: update_centroids(ONE, torch.randn(1, 1, 3, 5)), ValueError, "centroids"),
         (lambda: update_centroids(ONE[:, :0], torch.randn(1, 1, 3, 4)), ValueError, "centroids"),
         (lambda: update_centroids(ONE, torch.randn(1, 1, 3, 4), decay=1.0), ValueError, "decay"),
