@@ -1,4 +1,4 @@
-"""What only a real GPU can show: graphs, streams, several devices, and that nothing waits for it."""
+"""What only a GPU can show: graphs, streams, several devices, and that nothing waits for it."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ CPU, CUDA = "_C.abi3.so", "_C_cuda.abi3.so"
 
 
 def load_anew(folder: Path) -> ModuleType:
-    """smartbird._library, as it runs in ``folder``; the CPU library that is loaded already stays."""
+    """smartbird._library as it runs in ``folder``; libraries that are loaded already stay."""
     source = Path(_library.__file__)
     (folder / source.name).write_text(source.read_text())
     spec = importlib.util.spec_from_file_location("library_copy", folder / source.name)
