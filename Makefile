@@ -107,7 +107,7 @@ test-gpu:  ## the op tests on a GPU and, where it is installed, under compute-sa
 	        for tool in memcheck racecheck; do
 	            echo "compute-sanitizer: $$tool"
 	            PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	                $(GPU_PYTHON) -m pytest --device cuda -q $(GPU_SANITIZER_TESTS)
+	                --kernel-regex kns=smartbird $(GPU_PYTHON) -m pytest --device cuda -q $(GPU_SANITIZER_TESTS)
 	        done
 	    else
 	        echo 'compute-sanitizer is not on PATH: memcheck and racecheck did not run'
