@@ -6,6 +6,7 @@ PYTHON       ?= python3
 TORCH_INDEX  ?= https://download.pytorch.org/whl/cpu
 DEMO_FLAGS   ?=
 BENCH_ISA    ?= native
+GPU_PYTHON   ?= python3
 STUDY_FLAGS  ?=
 STATIC_FLAGS ?=
 
@@ -35,9 +36,17 @@ EMU_TESTS := $(OP_TESTS) tests/test_opcheck.py tests/test_cuda_paths.py \
     -k "not reference and not horvitz and not independent and not unbiased"
 EMU_ORDER_TESTS := $(OP_TESTS) tests/test_cuda_paths.py \
     -k "past_the_tiles or masked_causal_gqa or one_query or forced_causal or cuda_paths"
+# Wrong data is left to the emulation: it stops a real device, and every test after.
+GPU_TESTS := $(OP_TESTS) tests/test_opcheck.py tests/test_cuda_paths.py tests/test_gpu.py \
+    -k "not reference"
+GPU_SANITIZER_TESTS := $(OP_TESTS) tests/test_cuda_paths.py \
+    -k "not reference and (past_the_tiles or masked_causal_gqa or cuda_paths)"
+GPU_BUILD = $(GPU_PYTHON) -c 'import torch; torch.cuda.is_available() or exit("error: torch " \
+    + torch.__version__ + " of $(GPU_PYTHON) finds no usable GPU: see docs/cuda.md")'; \
+    SMARTBIRD_CUDA=1 $(GPU_PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 
 .PHONY: help setup build test test-quick test-isa test-slow test-emulated cpp-test race-test cuda lint \
-        format demo bench bench-quick study study-quick wheel clean
+        test-gpu bench-gpu format demo bench bench-quick study study-quick wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,6 +96,28 @@ race-test: $(READY)  ## the CUDA kernels in the emulation under ThreadSanitizer
 cuda: $(BUILT)  ## compile the CUDA kernels for every architecture and read their machine code: needs nvcc, no GPU
 	SMARTBIRD_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda --build-temp build/cuda
 	$(BIN)/python tools/cuda_static.py build/cuda/smartbird/_C_cuda.abi3.so $(STATIC_FLAGS)
+
+# These two run in the environment of GPU_PYTHON, whose torch must be a CUDA build: see docs/cuda.md.
+test-gpu:  ## the op tests on a GPU and, where it is installed, under compute-sanitizer; report in build/gpu
+	$(GPU_BUILD)
+	mkdir -p build/gpu
+	{
+	    $(GPU_PYTHON) -c 'import torch; print(torch.__version__, torch.cuda.get_device_properties())'
+	    $(GPU_PYTHON) -m pytest --device cuda -q $(GPU_TESTS)
+	    if command -v compute-sanitizer; then
+	        for tool in memcheck racecheck; do
+	            echo "compute-sanitizer: $$tool"
+	            PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	                --kernel-regex kns=smartbird $(GPU_PYTHON) -m pytest --device cuda -q $(GPU_SANITIZER_TESTS)
+	        done
+	    else
+	        echo 'compute-sanitizer is not on PATH: memcheck and racecheck did not run'
+	    fi
+	} 2>&1 | tee build/gpu/tests.txt
+
+bench-gpu:  ## time attention against its rivals on a GPU: JSON, plots and a page in docs/performance
+	$(GPU_BUILD)
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 lint: $(CPP_DIR)/compile_commands.json  ## ruff, mypy --strict, clang-format, clang-tidy
 	$(BIN)/ruff check

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -21,6 +22,9 @@ from smartbird.functional import smart_bird_attention
 from smartbird.ops import distill_loss
 
 SDPA = "SDPA"
+SDPA_FLASH = "SDPA, FlashAttention"
+FLASH_ATTN = "flash_attn"
+FLASH_ATTN_WINDOW = "flash_attn window"
 FLEX_BLOCKS = "FlexAttention random blocks"
 BIGBIRD = "HF BigBird"
 LONGFORMER = "HF Longformer"
@@ -77,12 +81,13 @@ class Problem:
         dtype: torch.dtype,
         requires_grad: bool,
         score_std: float = 1.0,
+        device: str = "cpu",
     ) -> Problem:
         """The same numbers at each call; sketch scores have standard deviation ``score_std``."""
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int, std: float = 1.0) -> Tensor:
-            x = torch.randn(shape, generator=generator).mul_(std).to(dtype)
+            x = torch.randn(shape, generator=generator).mul_(std).to(device, dtype)
             return x.requires_grad_(requires_grad)
 
         heads = (batch, widths.heads, length, widths.head_dim)
@@ -144,6 +149,41 @@ def _sdpa(p: Problem) -> Forward:
     return lambda: (scaled_dot_product_attention(p.q, p.k, p.v),)
 
 
+def _sdpa_flash(p: Problem) -> Forward:
+    """No other of its backends, which it would else choose between."""
+
+    def forward() -> tuple[Tensor]:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return (scaled_dot_product_attention(p.q, p.k, p.v),)
+
+    try:
+        forward()
+    except RuntimeError as error:
+        raise Unavailable(f"no such kernel: {str(error).splitlines()[0]}") from error
+    return forward
+
+
+def _flash_attn(*, window: bool) -> Callable[[Problem], Forward]:
+    """The package of that name, which keeps heads behind positions: strides, no copy."""
+
+    def build(p: Problem) -> Forward:
+        try:
+            from flash_attn import flash_attn_func
+        except ImportError as error:
+            raise Unavailable(f"needs the package flash_attn: {error}") from error
+        if not p.q.is_cuda or p.q.dtype not in (torch.float16, torch.bfloat16):
+            raise Unavailable("flash_attn takes 16-bit tensors on a GPU only")
+        side = p.num_samples // 2 if window else -1
+
+        def forward() -> tuple[Tensor]:
+            q, k, v = (x.transpose(1, 2) for x in (p.q, p.k, p.v))
+            return (flash_attn_func(q, k, v, window_size=(side, side)).transpose(1, 2),)
+
+        return forward
+
+    return build
+
+
 def _smart_bird(method: str) -> Callable[[Problem], Forward]:
     def build(p: Problem) -> Forward:
         def forward() -> tuple[Tensor]:
@@ -184,11 +224,12 @@ def _distilled(method: str) -> Callable[[Problem], Forward]:
 
 
 def _flex_window(block: int) -> Callable[[Problem], Forward]:
-    return lambda p: _compile_flex(p, window_mask(p.length, p.num_samples, block))
+    return lambda p: _compile_flex(p, window_mask(p.length, p.num_samples, block).to(p.q.device))
 
 
 def _flex_blocks(p: Problem) -> Forward:
-    return _compile_flex(p, random_block_mask(p.length, p.num_samples, p.q.shape[1]))
+    mask = random_block_mask(p.length, p.num_samples, p.q.shape[1])
+    return _compile_flex(p, mask.to(p.q.device))
 
 
 def _compile_flex(p: Problem, mask: BlockMask) -> Forward:
@@ -414,6 +455,9 @@ def _for_each_head(p: Problem, attend: Callable[[int, int], Tensor]) -> Tensor:
 # matrices of all heads take more memory than such a machine has.
 CONTENDERS: dict[str, Contender] = {
     SDPA: Contender(_sdpa, 65536, "N^2 D operations take minutes"),
+    SDPA_FLASH: Contender(_sdpa_flash),
+    FLASH_ATTN: Contender(_flash_attn(window=False)),
+    FLASH_ATTN_WINDOW: Contender(_flash_attn(window=True)),
     **{
         name: Contender(_flex_window(size), compiled=True)
         for name, size in zip(FLEX_WINDOWS, _FLEX_BLOCK_SIZES, strict=True)

@@ -18,11 +18,14 @@ from benchmarks.contenders import (
     COMPOSITION,
     DISTILL,
     EXACT_TOPK,
+    FLASH_ATTN,
+    FLASH_ATTN_WINDOW,
     FLEX_BLOCKS,
     FLEX_WINDOWS,
     GUMBEL,
     LONGFORMER,
     SDPA,
+    SDPA_FLASH,
     SYSTEMATIC,
 )
 from benchmarks.results import Case, Results
@@ -34,6 +37,9 @@ _STYLE: dict[str, tuple[str, str, str]] = {
     SYSTEMATIC: ("#e69f00", "-", "o"),
     GUMBEL + DISTILL: ("#d55e00", "--", "o"),
     SDPA: ("#000000", "-", "s"),
+    SDPA_FLASH: ("#000000", "--", "s"),
+    FLASH_ATTN: ("#777777", "-", "s"),
+    FLASH_ATTN_WINDOW: ("#777777", "--", "s"),
     _WINDOW: ("#0072b2", "-", "^"),
     FLEX_BLOCKS: ("#56b4e9", "-", "^"),
     LONGFORMER: ("#009e73", "-", "v"),
@@ -55,7 +61,7 @@ def write_plots(results: Results, stem: Path) -> list[Path]:
     for name, has_data, draw in (
         ("time", results.timings, _draw_time),
         ("memory", results.memory, _draw_memory),
-        ("stages", results.stages, _draw_stages),
+        ("stages", any(stage.limit_seconds for stage in results.stages), _draw_stages),
     ):
         if has_data:
             figure = draw(results)
@@ -75,7 +81,7 @@ def _draw_time(results: Results) -> Figure:
     for timing in results.timings:
         case = timing.case
         plain = case == Case(case.length, case.backward, threads)
-        if timing.missing or timing.dtype != "float32" or not plain:
+        if timing.missing or timing.dtype != _dtype(results) or not plain:
             continue
         name = _WINDOW if timing.attention in FLEX_WINDOWS else timing.attention
         points = panels[case.backward].setdefault(name, {})
@@ -145,12 +151,12 @@ def _legend(panels: Iterable[Axes]) -> tuple[list[Artist], list[str]]:
 
 
 def _draw_stages(results: Results) -> Figure:
-    """Bars of the fraction of the limit, float32 with all threads, one panel per length."""
+    """Bars of the fraction of the limit with all threads, one panel per length."""
     threads = results.environment["threads"]
     stages = [
         stage
         for stage in results.stages
-        if stage.threads == threads and stage.dtype == "float32" and stage.limit_seconds
+        if stage.threads == threads and stage.dtype == _dtype(results) and stage.limit_seconds
     ]
     lengths = sorted({stage.length for stage in stages})
     names = list(dict.fromkeys(stage.name for stage in stages))
@@ -199,12 +205,17 @@ def tidy(axes: Axes, grid: str = "both") -> None:
 def _title(figure: Figure, title: str, results: Results) -> None:
     environment = results.environment
     a = environment["arguments"]
+    where = environment.get("gpu", {}).get("name")
     subject = (
-        f"float32, B = 1, H = {a['heads']}, D = {a['head_dim']}, S = {a['sketch_dim']}, "
-        f"K = {a['num_samples']}; {environment['threads']} threads, "
-        f"{environment['smartbird']['cpu_isa']}"
-    )
+        f"{_dtype(results)}, B = 1, H = {a['heads']}, D = {a['head_dim']}, S = {a['sketch_dim']}, "
+        f"K = {a['num_samples']}; "
+    ) + (where or f"{environment['threads']} threads, {environment['smartbird']['cpu_isa']}")
     figure.suptitle(f"{title}\n{subject}", x=0.01, ha="left", fontsize=11)
+
+
+def _dtype(results: Results) -> str:
+    """Of which plots are drawn: what a GPU's rivals are made for, or a processor's."""
+    return "bfloat16" if "gpu" in results.environment else "float32"
 
 
 def _seconds(x: float) -> str:

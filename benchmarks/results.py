@@ -179,6 +179,8 @@ class Results:
 def ms(seconds: float) -> str:
     """Milliseconds with three digits."""
     x = seconds * 1e3
+    if x < 0.1:
+        return f"{x:.3g}"
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
 
 

@@ -42,5 +42,6 @@ STABLE_TORCH_LIBRARY(smartbird, m) {
       "Tensor? bias, float scale, float sketch_scale, bool is_causal, Tensor? key_mask, "
       "bool need_grads) -> (Tensor loss, Tensor dq_sketch, Tensor dk_sketch)");
   m.def("cpu_isas() -> str");
+  m.def("cuda_archs() -> str");
 }
 // clang-format on

@@ -7,20 +7,35 @@ import pytest
 import torch
 from cases import Backend
 
-# Name: (module, device). Imported on use: the reference is tested without the extension.
-IMPLEMENTATIONS = {
-    "reference": ("smartbird.reference", "cpu"),
-    "cpu": ("smartbird.ops", "cpu"),
-}
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the tests of the ops run; cuda needs a GPU and the CUDA kernels",
+    )
 
 
-@pytest.fixture(params=["cpu"])
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cuda":
+        from smartbird._library import why_no_cuda
+
+        if reason := why_no_cuda():
+            raise pytest.UsageError(f"--device cuda: {reason}")
+
+
+@pytest.fixture(params=["ops"])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """A compiled implementation, run with uninitialised memory filled with NaN."""
-    module, device = IMPLEMENTATIONS[request.param]
+    """smartbird.ops on the device asked for, run with uninitialised memory filled with NaN.
+
+    By parameter "reference" that module on the CPU, which is tested without the extension.
+    """
+    module = importlib.import_module(f"smartbird.{request.param}")
+    device = "cpu" if request.param == "reference" else request.config.getoption("--device")
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        yield Backend(importlib.import_module(module), torch.device(device))
+        yield Backend(module, torch.device(device))
     finally:
         torch.use_deterministic_algorithms(False)
 

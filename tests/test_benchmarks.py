@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import attention, machine, memory, presets, report
+from benchmarks import attention, gpu, machine, memory, presets, report, roofline
 from benchmarks.contenders import (
     BIGBIRD,
     COMPOSITION,
@@ -25,6 +25,7 @@ from benchmarks.contenders import (
     GUMBEL,
     LONGFORMER,
     SDPA,
+    SDPA_FLASH,
     SYSTEMATIC,
     Forward,
     Problem,
@@ -47,7 +48,13 @@ from benchmarks.stages import (
     least_seconds,
     work,
 )
-from benchmarks.timing import MAX_REPETITIONS, MIN_REPETITIONS, interleave, time_case
+from benchmarks.timing import (
+    MAX_REPETITIONS,
+    MIN_REPETITIONS,
+    interleave,
+    time_case,
+    wall_clock,
+)
 from smartbird import patterns, reference
 
 WIDTHS = Widths(heads=2, head_dim=16, sketch_dim=8, num_samples=16)
@@ -436,3 +443,130 @@ def test_presets_ask_for_contenders_that_exist_once(
     assert len(set(measured)) == len(measured)
     assert {name for _, name, _ in measured} <= CONTENDERS.keys()
     assert {case.attention for case in preset(threads).memory} <= CONTENDERS.keys()
+
+
+# ---- on a GPU: what of it runs without one ------------------------------------------------------
+
+
+def test_sdpa_flash_is_dense_attention() -> None:
+    p = problem(32)
+    (out,) = build_or_skip(SDPA_FLASH, p)()
+    torch.testing.assert_close(out, scaled_dot_product_attention(p.q, p.k, p.v), **CLOSE)
+
+
+def test_a_run_of_the_gpu_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "BATCH", 3)
+    out = tmp_path / "gpu-tiny.json"
+    widths = "--heads 2 --head-dim 16 --sketch-dim 8 --num-samples 16"
+    gpu.main(f"--device cpu --lengths 32 64 --seconds 0.001 {widths} --out {out}".split())
+    results = Results.load(out)
+    timed = {t.attention for t in results.timings if not t.missing}
+    assert timed >= {SDPA, SDPA_FLASH, GUMBEL, SYSTEMATIC, GUMBEL + DISTILL}
+    assert {t.case.batch for t in results.timings} == {1, 3}
+    assert {stage.length for stage in results.stages} == {32, 64}
+    assert {stage.name for stage in results.stages} < roofline.kernels(WIDTHS, 32, 4).keys()
+    assert all(stage.limit_seconds is None for stage in results.stages)  # of a GPU, not of this
+    page = out.with_suffix(".md").read_text()
+    assert "| 64 | float32 | forward + backward |" in page
+    assert "## 3 sequences of 32" in page
+    assert "N = 32 is not a multiple of its blocks of 128" in page
+    assert (tmp_path / "gpu-tiny-time.png").exists()
+
+
+def test_gpu_benchmark_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "why_no_cuda", lambda: "there is no GPU")
+    with pytest.raises(SystemExit, match="error: there is no GPU"):
+        gpu.main([])
+
+
+def test_stages_of_a_known_gpu_have_a_least_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    h100 = roofline.DEVICES["H100 SXM"]
+    monkeypatch.setattr(roofline, "find_device", lambda name: h100)
+    stages = gpu.measure_stages(WIDTHS, 32, "bfloat16", 0.001, "cpu", wall_clock)
+    assert len(stages) == 7
+    for stage in stages:
+        work = roofline.kernels(WIDTHS, 32, 2)[stage.name]
+        assert (stage.limit_seconds, stage.bound) == roofline.floor_seconds(work, h100, 2)
+        assert stage.flops == round(work.tile_flops + work.fma_flops)
+
+
+def test_peak_memory_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for what torch.cuda counts."""
+    calls: list[str] = []
+    counted = {"memory_allocated": 1000, "max_memory_allocated": 9000}
+    for name in ("synchronize", "reset_peak_memory_stats", *counted):
+        monkeypatch.setattr(
+            torch.cuda, name, lambda name=name: calls.append(name) or counted.get(name)
+        )
+    measured = gpu.measure_memory(GUMBEL, "float32", 32, True, WIDTHS, device="cpu")
+    assert calls == ["synchronize", "reset_peak_memory_stats", *counted]
+    heads = 2 * 32 * 16 * 4
+    assert (measured.peak_bytes, measured.output_bytes) == (8000, 4 * heads)
+    assert gpu.measure_memory("flash_attn", "float32", 32, True, WIDTHS, "cpu").missing
+
+
+def test_cuda_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is overwritten before the first event; milliseconds become seconds."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("record")
+
+        def synchronize(self) -> None:
+            log.append("synchronize")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 3.0 if end is not self else math.nan
+
+    class Cache:
+        def zero_(self) -> None:
+            log.append("overwrite")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = gpu.CudaClock.__new__(gpu.CudaClock)
+    clock._overwritten = Cache()
+    assert clock(lambda: log.append("call")) == pytest.approx(0.003)
+    assert log == ["overwrite", "record", "call", "record", "synchronize"]
+
+
+def test_kernels_on_paper_by_hand() -> None:
+    """N = 16384: 256 blocks of 64 keys, so that 64 even draws score 4096 keys again."""
+    work = roofline.kernels(Widths(), 16384, 2)
+    slots = 12 * 16384 * 64
+    sample = work[roofline.SAMPLE_SYSTEMATIC]
+    assert sample.tile_flops == 2 * 16384**2 * 16
+    assert sample.fma_flops == 12 * 16384 * 4096 * 2 * 16
+    assert sample.hbm_bytes == 2 * 16384 * 16 * 2 + 4 * slots
+    assert 0.9 < work[roofline.SAMPLE_GUMBEL].fma_flops / sample.fma_flops < 1
+    assert work[roofline.GATHER].fma_flops == slots * 4 * 64
+    assert work[roofline.GATHER].hbm_bytes == 12 * 16384 * (4 * 64 * 2 + 4) + 4 * slots
+    # Fewer keys than in a block, fewer draws than lanes.
+    short = roofline.kernels(dataclasses.replace(Widths(), num_samples=5), 20, 2)
+    assert short[roofline.SAMPLE_SYSTEMATIC].fma_flops == 12 * 20 * 20 * 2 * 16
+
+
+@pytest.mark.parametrize(
+    ("work", "item_bytes", "seconds", "bound"),
+    [
+        ((40.0, 0.0, 0.0, 0.0, 0.0), 2, 4.0, "HBM"),
+        ((0.0, 0.0, 400.0, 20.0, 0.0), 2, 4.0, "tensor"),
+        ((0.0, 0.0, 400.0, 20.0, 0.0), 4, 21.0, "FMA"),
+        ((0.0, 999.0, 0.0, 60.0, 20.0), 2, 4.0, "exp"),
+    ],
+)
+def test_floor_seconds(
+    work: tuple[float, ...], item_bytes: int, seconds: float, bound: str
+) -> None:
+    device = roofline.Device("", 10.0, 100.0, 20.0, 5.0, "")
+    kernel = roofline.KernelWork(*work, formula="")
+    assert roofline.floor_seconds(kernel, device, item_bytes) == (seconds, bound)
+
+
+def test_roofline_tables_of_the_document_are_up_to_date() -> None:
+    page = (Path(__file__).parent.parent / "docs/cuda.md").read_text()
+    assert all(f"<!-- table roofline:{name} -->\n|" in page for name in roofline.TABLES)
+    assert roofline.update_page(page) == page

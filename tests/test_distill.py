@@ -239,7 +239,8 @@ def test_a_row_without_a_valid_key_has_no_gradient_whatever_its_indices(backend:
     """Causal with N > M: the first rows see nothing, yet their indices name keys."""
     torch.manual_seed(0)
     q, k = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 5, 8)
-    q_sketch, k_sketch = leaves(torch.randn(1, 9, 4), torch.randn(1, 5, 4))
+    sketches = (torch.randn(1, 9, 4), torch.randn(1, 5, 4))
+    q_sketch, k_sketch = leaves(*(x.to(backend.device) for x in sketches))
     indices = torch.zeros(1, 2, 9, 3, dtype=torch.int32)
     indices[..., 1:] = -1
     inputs = (x.to(backend.device) for x in (q, k))

@@ -259,12 +259,11 @@ def test_dropout_is_independent_between_entries(backend: Backend) -> None:
 def test_dropout_is_unbiased(backend: Backend) -> None:
     x = make_inputs(CASE["gqa"], torch.float64, backend.device)
     expected = backend.ops.gather_attention(x.q, x.k, x.v, x.indices)
+    seeds = torch.tensor([[n, 0] for n in range(400)], device=backend.device)
     draws = torch.stack(
         [
-            backend.ops.gather_attention(
-                x.q, x.k, x.v, x.indices, dropout_p=0.3, seed=torch.tensor([n, 0])
-            )
-            for n in range(400)
+            backend.ops.gather_attention(x.q, x.k, x.v, x.indices, dropout_p=0.3, seed=seed)
+            for seed in seeds
         ]
     )
     error = (draws.mean(0) - expected).abs()
@@ -294,8 +293,8 @@ def test_seed(backend: Backend) -> None:
         return backend.ops.gather_attention(x.q, x.k, x.v, x.indices, dropout_p=0.5, **kwargs)
 
     assert torch.equal(run(seed=x.seed), run(seed=x.seed.clone()))
-    assert not torch.equal(run(seed=x.seed), run(seed=x.seed + torch.tensor([0, 1])))
-    assert not torch.equal(run(seed=x.seed), run(seed=x.seed + torch.tensor([1, 0])))
+    for other in torch.eye(2, dtype=torch.int64, device=backend.device):
+        assert not torch.equal(run(seed=x.seed), run(seed=x.seed + other))
     assert not torch.equal(run(), run())
 
     def seeded() -> Tensor:
@@ -388,12 +387,14 @@ def test_offsets_beyond_32_bits(backend: Backend) -> None:
 
 def test_double_index_of_one_key_adds_up(backend: Backend) -> None:
     """A key named twice weighs, and collects gradient, as two keys."""
-    x = make_inputs(Case("pair", B=1, N=1, M=2, H=1, H_kv=1, H_i=1, K=2), torch.float64)
-    indices = torch.zeros(1, 1, 1, 2, dtype=torch.int32)
+    case = Case("pair", B=1, N=1, M=2, H=1, H_kv=1, H_i=1, K=2)
+    x = make_inputs(case, torch.float64, backend.device)
+    indices = torch.zeros(1, 1, 1, 2, dtype=torch.int32, device=backend.device)
     q, k, v = leaves(x.q, x.k, x.v)
     out, lse = backend.ops.gather_attention(q, k, v, indices, return_lse=True)
     score = (x.q[0, 0, 0] @ x.k[0, 0, 0]) / math.sqrt(x.case.D)
     assert_accurate(out[0, 0, 0].detach(), x.v[0, 0, 0], x.v[0, 0, 0])
     assert lse.item() == pytest.approx(score.item() + math.log(2))
     out.sum().backward()
-    torch.testing.assert_close(v.grad[0, 0], torch.tensor([[1.0], [0.0]]).double().expand(2, 16))
+    expected = torch.tensor([[1.0], [0.0]], dtype=torch.float64, device=backend.device)
+    torch.testing.assert_close(v.grad[0, 0], expected.expand(2, 16))

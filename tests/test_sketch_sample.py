@@ -22,7 +22,7 @@ from torch import Tensor
 
 from smartbird import reference
 
-both = pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
+both = pytest.mark.parametrize("backend", ["reference", "ops"], indirect=True)
 DISTINCT = ("gumbel", "systematic", "topk")
 RANDOM = ("gumbel", "systematic", "multinomial")
 SMALLEST_P_VALUE = 1e-4

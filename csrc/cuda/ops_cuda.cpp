@@ -382,6 +382,9 @@ Tensor summed_attention_backward_cuda(const Tensor& dout, const Tensor& q_, cons
   return dense_mean(p, to_acc(dout, p.dtype), device.stream());
 }
 
+// The architectures that are built in, for build_info().
+std::string cuda_archs() { return SMARTBIRD_CUDA_ARCHS; }
+
 }  // namespace
 
 // Under emulation these very functions serve CPU tensors.
@@ -402,6 +405,10 @@ STABLE_TORCH_LIBRARY_IMPL(smartbird, SMARTBIRD_DISPATCH_KEY, m) {
   m.impl("sketch_lse_backward", TORCH_BOX(&sketch_lse_backward_cuda));
   m.impl("summed_attention", TORCH_BOX(&summed_attention_cuda));
   m.impl("summed_attention_backward", TORCH_BOX(&summed_attention_backward_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(smartbird, CompositeExplicitAutograd, m) {
+  m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
 }
 
 }  // namespace smartbird
