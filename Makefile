@@ -80,7 +80,8 @@ cpp-test: $(CPP_DIR)/compile_commands.json  ## the torch-free kernels and their 
 test-emulated: $(BUILT)  ## the op tests through the CUDA kernels, run on the CPU by the emulation
 	$(CMAKE) -B $(EMU_DIR) -DCMAKE_BUILD_TYPE=Release \
 	    -DSMARTBIRD_TORCH=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')
-	$(BIN)/cmake --build $(EMU_DIR) --target smartbird_emulated
+	$(BIN)/cmake --build $(EMU_DIR) --target smartbird_emulated test_cuda_emulation
+	$(BIN)/ctest --test-dir $(EMU_DIR) --output-on-failure -R '^cuda_emulation'
 	export PYTHONPATH=tests/emulation OMP_NUM_THREADS=1
 	export SMARTBIRD_EMULATED_LIBRARY=$(EMU_DIR)/libsmartbird_emulated.so
 	$(BIN)/pytest -p emulated_cuda -q -n auto $(EMU_TESTS)

@@ -234,8 +234,17 @@ void test_device_check_ends_the_launch() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  // One bug that only ThreadSanitizer sees: run alone, because it ends the program.
-  if (argc > 1 && std::string(argv[1]) == "race") {
+  // Bugs for the sanitizers to find: each is run alone, because it ends the program.
+  const std::string planted = argc > 1 ? argv[1] : "";
+  if (planted == "overrun") {
+    run(1, 32, 32 * sizeof(float), [] {
+      // volatile: the read, which leaves no trace, is what is tested
+      const auto* shared = static_cast<const volatile float*>(emulation::shared_memory());
+      static_cast<void>(shared[threadIdx.x + 1]);
+    });
+    return 0;
+  }
+  if (planted == "race") {
     run(1, 32, 32 * sizeof(int), [] {
       auto* shared = static_cast<int*>(emulation::shared_memory());
       shared[threadIdx.x] = static_cast<int>(threadIdx.x);
