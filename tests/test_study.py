@@ -197,7 +197,8 @@ def test_runs_are_made_once_and_equal_those_of_train(write, tmp_path, capsys):
     record = json.loads((out / "tiny.json").read_text())
     assert record["runs"].keys() == tiny.runs.keys()
     assert record["runs"][run]["test_accuracy"] == alone.test_accuracy
-    assert [step for step, _ in record["runs"][run]["valid"]] == [2, 4]
+    assert [step for step, *_ in record["runs"][run]["valid"]] == [2, 4]
+    assert ours.recall == alone.recall == tuple(record["runs"][run]["recall"])
     assert str(tmp_path) not in (out / "tiny.json").read_text()
 
 
@@ -277,11 +278,11 @@ def test_a_study_goes_on_after_ctrl_c_and_after_a_kill(number, write, tmp_path):
 
 # ---- what came out ------------------------------------------------------------------------------
 
-#            test accuracies, validation accuracies at steps 2 and 4, seconds, MiB
+#            test accuracies, validation accuracies at steps 2 and 4, seconds, MiB, recall by layer
 FINDINGS = {
-    ("dense", 0): (0.90, (0.50, 0.95), 4.0, 100.0),
-    ("dense", 1): (0.94, (0.91, 0.92), 8.0, 104.0),
-    ("window", 0): (0.10, (0.10, 0.12), 2.0, 50.0),
+    ("dense", 0): (0.90, (0.50, 0.95), 4.0, 100.0, (0.8, 0.6)),
+    ("dense", 1): (0.94, (0.91, 0.92), 8.0, 104.0, (1.0, 0.8)),
+    ("window", 0): (0.10, (0.10, 0.12), 2.0, 50.0, ()),
 }
 
 
@@ -294,7 +295,7 @@ def found(write, tmp_path):
         finding = FINDINGS.get((config.attention, config.seed))
         if finding is None:
             continue
-        test, valid, seconds, mib = finding
+        test, valid, seconds, mib, recall = finding
         config = dataclasses.replace(config, out=str(tmp_path / run))
         Path(config.out).mkdir()
         rows = [{"step": s, "split": "train", "accuracy": 1.0} for s in (1, 2, 3, 4)]
@@ -303,7 +304,9 @@ def found(write, tmp_path):
             for step, accuracy in zip((2, 4), valid, strict=True)
         ]
         (Path(config.out) / files.METRICS).write_text("\n".join(map(json.dumps, rows)))
-        results[run] = tasks.Result(config, 1.0, test, 1.0, valid[1], 0.125, seconds, mib, 1000)
+        results[run] = tasks.Result(
+            config, 1.0, test, 1.0, valid[1], 0.125, seconds, mib, 1000, recall
+        )
     return tiny, results
 
 
@@ -311,11 +314,11 @@ def test_the_table_holds_means_and_sample_standard_deviations(found):
     table = report.tables(*found, "smartbird study tiny.toml")["which"]
     # Two values a, b: (a + b) / 2 ± |a - b| / sqrt(2). Steps: 4 and 2 are the first at 90 %.
     assert table.splitlines()[:4] == [
-        "| attention | runs | test accuracy, % | steps to 90 % | s to 90 % | ms per step "
-        "| peak MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| dense | 2 | 92.0 ± 2.8 | 3 ± 1 | 30 ± 14 | 1500 ± 707 | 102 ± 3 |",
-        "| window | 1 of 2 | 10.0 | - (0 of 1) | - | 500 | 50 |",
+        "| attention | runs | test accuracy, % | recall at K, % | steps to 90 % | s to 90 % "
+        "| ms per step | peak MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| dense | 2 | 92.0 ± 2.8 | 90, 70 | 3 ± 1 | 30 ± 14 | 1500 ± 707 | 102 ± 3 |",
+        "| window | 1 of 2 | 10.0 | - | - (0 of 1) | - | 500 | 50 |",
     ]
     assert "12.5%" in table
     assert "`smartbird study tiny.toml`" in table

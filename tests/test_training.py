@@ -24,6 +24,7 @@ from smartbird.modules import sketch_loss
 from smartbird.tasks import files, memory, training
 from smartbird.tasks.attention import DistillationControl
 from smartbird.tasks.data import SPLITS
+from smartbird.tasks.inspection import sample_recall
 
 SMALL = {
     "seq_len": 16,
@@ -644,6 +645,9 @@ def test_a_trained_model_loads_and_answers_as_it_was_tested(attention_config):
             _, correct, count = training._score(model, batch)
             right, asked = right + correct, asked + count
     assert right / asked == result.test_accuracy
+    recall = sample_recall(model, next(task.eval_batches("test")))
+    assert result.recall == tuple(recall.mean(1).tolist())
+    assert all(0.0 < share <= 1.0 for share in result.recall)
 
 
 def test_padding_changes_no_answer(attention_config):

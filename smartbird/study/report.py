@@ -177,6 +177,7 @@ def _table(rows: Sequence[Row], target_accuracy: float, command: str) -> str:
             *(_text(row.fields[name]) if name in row.fields else "-" for name in names),
             str(len(row.results)) + (f" of {row.num_runs}" * (len(row.results) < row.num_runs)),
             _spread(row.accuracies, 1),
+            _recall(row.results),
             *_first_at(row, target_accuracy),
             _spread([1e3 * result.seconds / result.config.steps for result in row.results], 0),
             _spread([result.peak_mib for result in row.results], 0),
@@ -185,15 +186,16 @@ def _table(rows: Sequence[Row], target_accuracy: float, command: str) -> str:
     ]
     text = markdown.table(
         [
-            *(*names, "runs", "test accuracy, %", f"steps to {target}", f"s to {target}"),
-            *("ms per step", "peak MiB"),
+            *(*names, "runs", "test accuracy, %", "recall at K, %"),
+            *(f"steps to {target}", f"s to {target}", "ms per step", "peak MiB"),
         ],
         body,
     )
     every = _listed({result.config.eval_every for result in results}, "{}")
     majority = _listed({result.majority_accuracy for result in results}, "{:.1%}")
     return (
-        f"{text}\nMean ± sample standard deviation over runs of different seeds. Steps and seconds "
+        f"{text}\nMean ± sample standard deviation over runs of different seeds. Recall is the "
+        "share of dense attention's mass on the keys chosen, layer by layer. Steps and seconds "
         f"to {target} go to the first validation, every {every} steps, that was this good, seconds "
         "in training steps alone; in brackets, how many runs got there, if not all. The commonest "
         f"class makes {majority} of the test split. "
@@ -216,6 +218,13 @@ def _spread(values: Sequence[float], digits: int) -> str:
         return "-"
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _recall(results: Sequence[Result]) -> str:
+    """Of each layer, in percent; a mean over the runs in which it was measured."""
+    measured = [result.recall for result in results if result.recall]
+    layers = [statistics.mean(of_layer) for of_layer in zip(*measured, strict=True)]
+    return ", ".join(f"{100 * share:.0f}" for share in layers) or "-"
 
 
 def _first_at(row: Row, accuracy: float) -> tuple[str, str]:

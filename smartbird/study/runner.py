@@ -114,7 +114,9 @@ def read_result(config: Config) -> Result | None:
     if not path.exists():
         return None
     try:
-        return Result(**{**json.loads(path.read_text()), "config": config})
+        saved = json.loads(path.read_text())
+        recall = tuple(saved.get("recall", ()))
+        return Result(**{**saved, "config": config, "recall": recall})
     except (ValueError, TypeError) as error:
         raise RunError(
             f"{path}: cannot be read ({error}); without it, the run is finished again"

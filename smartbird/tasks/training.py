@@ -28,6 +28,7 @@ from smartbird.tasks.files import (
     load_checkpoint,
     save_checkpoint,
 )
+from smartbird.tasks.inspection import sample_recall
 from smartbird.tasks.memory import peak_mib, reset_peak
 from smartbird.tasks.model import Encoder
 from smartbird.tasks.registry import TASKS
@@ -54,6 +55,9 @@ class Result:
         seconds: spent in training steps, over all parts of a resumed run.
         peak_mib: largest resident set of the process, in MiB.
         parameters: number of weights.
+        recall: of each layer, the share of dense attention's mass on the keys that it chooses, a
+            mean over the heads and queries of the first test batch; see `sample_recall`. Empty for
+            runs that were finished before it was measured.
     """
 
     config: Config
@@ -65,6 +69,7 @@ class Result:
     seconds: float
     peak_mib: float
     parameters: int
+    recall: tuple[float, ...] = ()
 
 
 def train(
@@ -185,6 +190,7 @@ class _Run:
                     f"stopped at step {self.step} of {self.config.steps}, "
                     f"saved in {self.checkpoint}; --resume goes on from there"
                 ) from None
+        first = next(iter(self.task.eval_batches("test")))
         return Result(
             config=self.config,
             test_loss=self.test[0],
@@ -195,6 +201,7 @@ class _Run:
             seconds=self.seconds,
             peak_mib=self._peak(),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            recall=tuple(sample_recall(self.model, first).mean(1).tolist()),
         )
 
     def _loop(self, bar: tqdm[NoReturn]) -> None:
