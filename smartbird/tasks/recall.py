@@ -13,7 +13,8 @@ import torch
 from smartbird.tasks.config import Config
 from smartbird.tasks.data import SPLITS, Batch, stream
 
-EVAL_EXAMPLES = 1024
+# Sequences of an evaluation: the first, but no more tokens than the second.
+EVAL_EXAMPLES, EVAL_TOKENS = 1024, 2**20
 
 
 class Recall:
@@ -60,10 +61,11 @@ class Recall:
         return math.ceil((1.0 - step / self._growing_steps) * (self.num_pairs.bit_length() - 1))
 
     def eval_batches(self, split: str) -> Iterator[Batch]:
-        """`EVAL_EXAMPLES` sequences, the same for every seed and batch size."""
+        """Some sequences of full size, the same for every seed and batch size."""
         random = stream(SPLITS.index(split), 0)
-        whole = self._generate(split, random, EVAL_EXAMPLES, self.seq_len, self.num_pairs)
-        for start in range(0, EVAL_EXAMPLES, self.batch_size):
+        count = max(1, min(EVAL_EXAMPLES, EVAL_TOKENS // self.seq_len))
+        whole = self._generate(split, random, count, self.seq_len, self.num_pairs)
+        for start in range(0, count, self.batch_size):
             rows = slice(start, start + self.batch_size)
             yield Batch(whole.tokens[rows], whole.targets[rows])
 
