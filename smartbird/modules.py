@@ -90,8 +90,9 @@ class SmartBirdAttention(nn.Module):
         bias: whether projections have one. That of the sketch is on its query side only: on the key
             side it would add the same to a whole row.
         learning: any of the routes above; empty leaves the sketch as it is.
-        distill_temperature: the distilled attention is the softmax of q . k * scale divided by it;
-            below 1 it sharpens.
+        distill_temperature: the distilled attention is the softmax of q . k * scale divided by it.
+            Below 1 it is sharper than what the heads compute, so that fewer draws go to keys that
+            hardly count: see docs/learning.md.
         distill_correction: distil the estimate of dense attention, as ``correction`` makes it,
             instead of attention restricted to the sample. None: ``correction``.
         batch_first: tokens are [B, N, E]; otherwise [N, B, E].
@@ -133,7 +134,7 @@ class SmartBirdAttention(nn.Module):
         dropout: float = 0.0,
         bias: bool = True,
         learning: Collection[str] = ("distill",),
-        distill_temperature: float = 1.0,
+        distill_temperature: float = 0.5,
         distill_correction: bool | None = None,
         batch_first: bool = True,
         device: torch.device | str | None = None,

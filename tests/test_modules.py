@@ -462,7 +462,9 @@ def test_distill_temperature(temperature: float, dense: bool) -> None:
 @pytest.mark.parametrize("correction", [False, True])
 @pytest.mark.parametrize("distill_correction", [None, False, True])
 def test_distill_correction(distill_correction: bool | None, correction: bool) -> None:
-    layer = make_layer(correction=correction, distill_correction=distill_correction)
+    layer = make_layer(
+        correction=correction, distill_correction=distill_correction, distill_temperature=1.0
+    )
     x = torch.randn(2, N, E)
     torch.manual_seed(1)
     out = layer(x)

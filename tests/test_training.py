@@ -595,7 +595,9 @@ def test_the_restricted_control_is_normalised_over_the_drawn_keys(
 
 
 def test_a_checkpoint_from_before_the_options_resumes(config, tmp_path):
-    config = dataclasses.replace(config, attention="smartbird", dense_warmup=4, curriculum=0.0)
+    config = dataclasses.replace(
+        config, attention="smartbird", dense_warmup=4, curriculum=0.0, distill_temperature=1.0
+    )
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     tasks.train(whole)
     threads = torch.get_num_threads()

@@ -25,6 +25,7 @@ _DEFAULTS: dict[str, Any] = {
     "window": 1,
     "sketch_dim": 16,
     "learning": ("distill",),
+    "distill_temperature": 0.5,
     "dense_warmup": 0,
     "dropout": 0.1,
     "embedding_std": 0.02,
