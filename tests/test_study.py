@@ -416,3 +416,15 @@ def test_a_markdown_table():
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("studies/*.toml")))
 def test_the_studies_of_the_repository_can_be_read(path):
     assert len(study.load_study(path).runs) > 1
+
+
+def test_a_number_that_few_rows_have_is_no_axis(write):
+    several = 'attention = ["dense", "window"]\n[[grid.product]]\nnum_samples = [4, 8]\n'
+    several += "[[grid.product]]\nlr = [0.01]\n[[grid.product]]\ndim = [8]\n"
+    tiny = study.load_study(
+        write(HEAD, BASE, WHICH.replace('attention = ["dense", "window"]', several))
+    )
+    rows = report.grid_rows(tiny.grids[0], {})
+    assert len(rows) == 6
+    assert report._number_field(rows) is None
+    assert report._number_field(rows[:4]) == "num_samples"

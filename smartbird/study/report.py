@@ -243,9 +243,9 @@ def _first_at(row: Row, accuracy: float) -> tuple[str, str]:
 def plot_grid(grid: Grid, rows: Sequence[Row]) -> Figure:
     """Test accuracy with error bars (sample standard deviation), and the learning curves.
 
-    Accuracy stands over the first field of numbers that varies, with a line for each combination of
-    the others, or else beside the name of each combination. A curve is the mean over the runs,
-    between the least and the largest.
+    Accuracy stands over the first field of numbers that varies and that at least half of the rows
+    have, with a line for each combination of the others, or else beside each row's name. A curve is
+    the mean over the runs, between the least and the largest.
     """
     shown = [row for row in rows if row.results]
     x = _number_field(shown)
@@ -270,8 +270,13 @@ def plot_grid(grid: Grid, rows: Sequence[Row]) -> Figure:
 
 def _number_field(rows: Sequence[Row]) -> str | None:
     for name in dict.fromkeys(name for row in rows for name in row.fields):
-        values = {row.fields[name] for row in rows if name in row.fields}
-        if len(values) > 1 and all(type(value) in (int, float) for value in values):
+        named = [row.fields[name] for row in rows if name in row.fields]
+        values = set(named)
+        if (
+            len(values) > 1
+            and 2 * len(named) >= len(rows)
+            and all(type(value) in (int, float) for value in values)
+        ):
             return name
     return None
 
