@@ -173,12 +173,18 @@ def _flash_attn(*, window: bool) -> Callable[[Problem], Forward]:
             raise Unavailable(f"needs the package flash_attn: {error}") from error
         if not p.q.is_cuda or p.q.dtype not in (torch.float16, torch.bfloat16):
             raise Unavailable("flash_attn takes 16-bit tensors on a GPU only")
-        side = p.num_samples // 2 if window else -1
+        before = p.num_samples // 2
+        sides = (before, p.num_samples - before - 1) if window else (-1, -1)
 
         def forward() -> tuple[Tensor]:
             q, k, v = (x.transpose(1, 2) for x in (p.q, p.k, p.v))
-            return (flash_attn_func(q, k, v, window_size=(side, side)).transpose(1, 2),)
+            return (flash_attn_func(q, k, v, window_size=sides).transpose(1, 2),)
 
+        try:
+            forward()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise Unavailable(f"flash_attn does not run here: {reason}") from error
         return forward
 
     return build

@@ -73,16 +73,11 @@ class CudaClock:
         return float(begin.elapsed_time(end)) / 1e3
 
 
-def run(
-    device: str, lengths: list[int], widths: Widths, seconds: float, arguments: dict[str, Any]
-) -> Results:
-    """Times, stages and peak memory on ``device``; no memory on the CPU, which is for tests."""
+def run(device: str, lengths: list[int], widths: Widths, seconds: float, results: Results) -> None:
+    """Adds times, stages and peak memory on ``device``; no memory on the CPU, for tests."""
     start, threads = time.perf_counter(), torch.get_num_threads()
     on_gpu = device == "cuda"
     clock: Clock = CudaClock() if on_gpu else wall_clock
-    results = Results(
-        machine.describe() | {"arguments": arguments, "threads": threads, "gpu": describe(device)}
-    )
     sizes = [(1, length) for length in lengths] + [(BATCH, min(BATCHED_LENGTH, *lengths))]
     for batch, length in sizes:
         for backward in (False, True):
@@ -103,7 +98,6 @@ def run(
                     results.memory.append(memory)
                     print(memory, flush=True)
     results.environment["seconds"] = time.perf_counter() - start
-    return results
 
 
 def _contenders(backward: bool) -> list[tuple[str, str]]:
@@ -207,6 +201,8 @@ def measure_memory(
     attention: str, dtype: str, length: int, backward: bool, widths: Widths, device: str = "cuda"
 ) -> Memory:
     """Peak of PyTorch's allocations in one call, beyond its inputs; another call goes before."""
+    # FlexAttention is compiled for every problem, and torch keeps eight graphs of one function.
+    torch.compiler.reset()
     problem = Problem.random(
         widths,
         batch=1,
@@ -344,10 +340,15 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {reason}")
     widths = Widths(args.heads, args.head_dim, args.sketch_dim, args.num_samples)
     arguments = {name: value for name, value in vars(args).items() if name != "out"}
-    results = run(args.device, args.lengths, widths, args.seconds, arguments)
-    name = re.sub(r"\W+", "-", describe(args.device)["name"].lower())
+    gpu, threads = describe(args.device), torch.get_num_threads()
+    name = re.sub(r"\W+", "-", gpu["name"].lower())
     out: Path = args.out or Path(f"docs/performance/gpu-{name}.json")
-    results.save(out)
+    environment = {"arguments": arguments, "threads": threads, "gpu": gpu}
+    results = Results(machine.describe() | environment)
+    try:
+        run(args.device, args.lengths, widths, args.seconds, results)
+    finally:  # what was measured before an error is not lost
+        results.save(out)
     write_plots(results, out.with_suffix(""))
     out.with_suffix(".md").write_text(make_page(results, out.stem))
     print(f"\n{out} and {out.with_suffix('.md')} written")

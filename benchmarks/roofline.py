@@ -14,7 +14,8 @@ Dv = D, without masks; e is the size of an input element. Counted are
 - multiplications and additions of score tiles (on tensor cores in 16 bits, else as FMA), all others
   (FMA), and exponentials, which have a unit of their own.
 
-Integer work, comparisons, conversions, random numbers, shared memory and launches are not counted.
+Integer work, comparisons, conversions, random numbers, shuffles between lanes, shared memory and
+launches are not counted.
 """
 
 from __future__ import annotations
@@ -197,17 +198,18 @@ def kernels(widths: Widths, length: int, item_bytes: int) -> dict[str, KernelWor
             hbm_bytes=4 * sketch * e + 4 * 4 * sketch + 3 * 4 * N,
             cached_bytes=2 * row_blocks * (sketch * (e + 4) + 4 * N) + 2 * sketch * (e + 4),
             tile_flops=4 * pairs * S * math.ceil(S / 32),
-            fma_flops=4 * pairs * S,
+            fma_flops=4 * pairs * 32 * math.ceil(S / 32),
             exponentials=2 * pairs * math.ceil(S / 32),
-            formula="tiles 4 N² S; FMA 4 N² S; 2 N² exponentials",
+            formula="tiles 4 N² S; FMA 4 N² times S rounded up to 32; 2 N² exponentials",
         ),
         DENSE_ATTENTION: KernelWork(
             hbm_bytes=4 * heads * e + 4 * H * N,
-            cached_bytes=4 * heads * e + 4 * H * N,
+            # FlashAttention reads all keys and values again for every 128 queries.
+            cached_bytes=2 * heads * e * (1 + math.ceil(N / 128)) + 4 * H * N,
             tile_flops=4 * pairs * H * D,
             fma_flops=0,
             exponentials=pairs * H,
-            formula="tiles 4 N² H D; H N² exponentials",
+            formula="tiles 4 N² H D; H N² exponentials; cached N / 128 times all keys and values",
         ),
     }
 

@@ -19,7 +19,8 @@ def _load(library: Path, what: str, built_for: str) -> None:
     except OSError as error:
         raise ImportError(
             f"smartbird's {what} was built for {built_for} and could not be loaded under torch "
-            f"{torch.__version__} (CUDA {torch.version.cuda}): {error}"
+            f"{torch.__version__} (CUDA {torch.version.cuda}): {error}. Build it again, or remove "
+            f"{library}"
         ) from error
 
 
@@ -63,5 +64,8 @@ def why_no_cuda() -> str | None:
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no usable GPU"
     if not _HAS_CUDA:
-        return f"smartbird is built without CUDA kernels ({_CUDA} is missing): SMARTBIRD_CUDA=1"
+        return (
+            f"smartbird is built without CUDA kernels ({_CUDA} is missing): build it again with "
+            "SMARTBIRD_CUDA=1 pip install -e . --no-build-isolation"
+        )
     return None

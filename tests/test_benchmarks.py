@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -503,6 +504,31 @@ def test_peak_memory_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     heads = 2 * 32 * 16 * 4
     assert (measured.peak_bytes, measured.output_bytes) == (8000, 4 * heads)
     assert gpu.measure_memory("flash_attn", "float32", 32, True, WIDTHS, "cpu").missing
+
+
+def test_memory_of_more_problems_than_torch_keeps_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", functools.partial(whole, backend="eager"))
+    for blocks in range(1, torch._dynamo.config.recompile_limit + 3):
+        case = ("float32", 128 * blocks, False, WIDTHS, "cpu")
+        assert gpu.measure_memory(FLEX_WINDOWS[0], *case).missing is None
+
+
+def test_results_survive_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stop(*arguments: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(gpu, "measure_stages", stop)
+    out = tmp_path / "gpu.json"
+    arguments = ["--device", "cpu", "--lengths", "32", "--seconds", "0.001", "--out", str(out)]
+    sizes = ["--heads", "2", "--head-dim", "16", "--sketch-dim", "8", "--num-samples", "4"]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        gpu.main([*arguments, *sizes])
+    assert Results.load(out).timings
 
 
 def test_cuda_clock(monkeypatch: pytest.MonkeyPatch) -> None:

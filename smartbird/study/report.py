@@ -195,10 +195,10 @@ def _table(rows: Sequence[Row], target_accuracy: float, command: str) -> str:
     majority = _listed({result.majority_accuracy for result in results}, "{:.1%}")
     return (
         f"{text}\nMean ± sample standard deviation over runs of different seeds. Recall is the "
-        "share of dense attention's mass on the keys chosen, layer by layer. Steps and seconds "
-        f"to {target} go to the first validation, every {every} steps, that was this good, seconds "
-        "in training steps alone; in brackets, how many runs got there, if not all. The commonest "
-        f"class makes {majority} of the test split. "
+        "share of dense attention's mass on the keys chosen, layer by layer, in the first test "
+        f"batch. Steps and seconds to {target} go to the first validation, every {every} steps, "
+        "that was this good, seconds in training steps alone; in brackets, how many runs got "
+        f"there, if not all. The commonest class makes {majority} of the test split. "
         f"Made by `{command}`.\n"
     )
 
@@ -224,7 +224,8 @@ def _recall(results: Sequence[Result]) -> str:
     """Of each layer, in percent; a mean over the runs in which it was measured."""
     measured = [result.recall for result in results if result.recall]
     layers = [statistics.mean(of_layer) for of_layer in zip(*measured, strict=True)]
-    return ", ".join(f"{100 * share:.0f}" for share in layers) or "-"
+    some = f" ({len(measured)} of {len(results)})" * (len(measured) < len(results))
+    return (", ".join(f"{100 * share:.0f}" for share in layers) + some) if layers else "-"
 
 
 def _first_at(row: Row, accuracy: float) -> tuple[str, str]:

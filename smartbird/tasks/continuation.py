@@ -21,7 +21,8 @@ class Continuation(Recall):
     """A passage of N - P tokens of a State of the Union address, then P tokens of it that ask.
 
     A token asks for the one that followed it in the passage, where it occurs once; which token
-    that is, is left to chance. A passage with fewer than P such tokens asks for some again. As in
+    that is, is left to chance. A passage with fewer than P such tokens asks for some again, and one
+    without any (there are hardly such) for any of its tokens. As in
     `Mqar` the answer stands where content decides, but every token is both what is asked for and
     an answer, tokens are as common as they are in English, and some answers can be guessed from
     the token that asks. Splits, tokenizer and masking of numbers are those of `Sotu`.
@@ -81,9 +82,10 @@ class Continuation(Recall):
     ) -> Batch:
         passage = self._passages(split, random, count, seq_len - questions)
         rows = np.arange(count)[:, None]
-        once = (passage[:, :, None] == passage[:, None, :]).sum(axis=2) == 1
+        counts = np.zeros((count, self.vocab_size), dtype=np.int32)
+        np.add.at(counts, (rows, passage), 1)
+        once = counts[rows, passage] == 1
         once[:, -1] = False  # nothing follows
-        # Without a single such token any may ask, as nothing better is left.
         once[~once.any(axis=1), :-1] = True
         places = draw_distinct(random, once.astype(np.float64), passage.shape[1])
         asked = places[rows, np.arange(questions) % once.sum(axis=1)[:, None]]

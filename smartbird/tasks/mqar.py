@@ -13,7 +13,7 @@ import torch
 
 from smartbird.tasks.config import Config
 from smartbird.tasks.data import IGNORED, Batch
-from smartbird.tasks.recall import Recall, draw_distinct
+from smartbird.tasks.recall import EVAL_EXAMPLES, Recall, draw_distinct
 
 # Power-law exponent of the gap between a pair and its question: small gaps are commoner, as
 # repetitions in text are.
@@ -63,7 +63,9 @@ class Mqar(Recall):
                 f"got {self.vocab_size}"
             )
         self.majority_accuracy = 1.0 / (self.vocab_size - self.vocab_size // 2)
-        self.fingerprint = f"mqar-1 {self.seq_len} {self.num_pairs} {self.vocab_size}"
+        # The first version evaluated as many sequences of any length.
+        version = 1 if self.num_eval == EVAL_EXAMPLES else 2
+        self.fingerprint = f"mqar-{version} {self.seq_len} {self.num_pairs} {self.vocab_size}"
 
     def token_name(self, token: int) -> str:
         """`k3` for the key 3, `v3` for the value 3 (ids from V / 2 on are values)."""

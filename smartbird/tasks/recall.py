@@ -43,6 +43,7 @@ class Recall:
         self.seq_len, self.num_pairs = config.seq_len, config.num_pairs
         self.vocab_size = self.num_classes = config.vocab_size
         self.batch_size, self.seed = config.batch_size, config.seed
+        self.num_eval = max(1, min(EVAL_EXAMPLES, EVAL_TOKENS // self.seq_len))
         self._growing_steps = config.curriculum * config.steps
 
     def train_batch(self, step: int) -> Batch:
@@ -63,9 +64,8 @@ class Recall:
     def eval_batches(self, split: str) -> Iterator[Batch]:
         """Some sequences of full size, the same for every seed and batch size."""
         random = stream(SPLITS.index(split), 0)
-        count = max(1, min(EVAL_EXAMPLES, EVAL_TOKENS // self.seq_len))
-        whole = self._generate(split, random, count, self.seq_len, self.num_pairs)
-        for start in range(0, count, self.batch_size):
+        whole = self._generate(split, random, self.num_eval, self.seq_len, self.num_pairs)
+        for start in range(0, self.num_eval, self.batch_size):
             rows = slice(start, start + self.batch_size)
             yield Batch(whole.tokens[rows], whole.targets[rows])
 

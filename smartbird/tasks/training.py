@@ -184,13 +184,14 @@ class _Run:
         ):
             try:
                 self._loop(bar)
+                first = next(iter(self.task.eval_batches("test")))
+                peak, recall = self._peak(), sample_recall(self.model, first).mean(1)
             except _Stop:
                 self._save()
                 raise Interrupted(
                     f"stopped at step {self.step} of {self.config.steps}, "
                     f"saved in {self.checkpoint}; --resume goes on from there"
                 ) from None
-        first = next(iter(self.task.eval_batches("test")))
         return Result(
             config=self.config,
             test_loss=self.test[0],
@@ -199,9 +200,9 @@ class _Run:
             valid_accuracy=self.valid[1],
             majority_accuracy=self.task.majority_accuracy,
             seconds=self.seconds,
-            peak_mib=self._peak(),
+            peak_mib=peak,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
-            recall=tuple(sample_recall(self.model, first).mean(1).tolist()),
+            recall=tuple(recall.tolist()),
         )
 
     def _loop(self, bar: tqdm[NoReturn]) -> None:

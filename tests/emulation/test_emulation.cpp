@@ -253,6 +253,10 @@ int main(int argc, char** argv) {
     });
     return 0;
   }
+  if (!planted.empty()) {
+    std::fprintf(stderr, "no such bug: %s\n", planted.c_str());
+    return 2;
+  }
   in_every_order([] {
     test_barrier_and_shared_memory();
     test_warp_collectives();
