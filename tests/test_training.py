@@ -623,6 +623,24 @@ def test_a_checkpoint_from_before_the_options_resumes(config, tmp_path):
         assert weight.equal(outcome(whole.out)[0][name]), name
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_pairs", 3.5),
+        ("seq_len", None),
+        ("steps", "3"),
+        ("curriculum", None),
+        ("distill_temperature", None),
+        ("correction", 1),
+        ("heads", True),
+        ("learning", "distill"),
+    ],
+)
+def test_a_field_of_another_type_is_named(field, value):
+    with pytest.raises(TypeError, match=rf"{field} must be .*, got {value!r}"):
+        tasks.default_config("mqar", **{field: value})
+
+
 def test_a_field_that_the_task_has_no_use_for_is_refused():
     with pytest.raises(ValueError, match="num_pairs means nothing"):
         tasks.default_config("sotu", attention="dense", num_pairs=4)

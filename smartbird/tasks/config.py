@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
+import typing
 from typing import Any
 
 from smartbird.functional import METHODS
@@ -73,6 +75,7 @@ class Config:
 
     Raises:
         ValueError: a field is out of its range.
+        TypeError: a field is of another type.
     """
 
     task: str
@@ -115,6 +118,10 @@ class Config:
     reuse: int = 1
 
     def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(Config).items():
+            if not _is_a(getattr(self, name), hint):
+                wanted = hint.__name__ if isinstance(hint, type) else hint
+                raise TypeError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
         for name in (
             *("seq_len", "num_samples", "sketch_dim", "layers", "dim", "heads", "steps"),
             *("batch_size", "log_every", "eval_every", "checkpoint_every", "threads"),
@@ -174,6 +181,17 @@ class Config:
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values that `torch.load(weights_only=True)` accepts."""
         return dataclasses.asdict(self)
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    """Whether `value` is of the type of a field; an int is a float, a bool is neither."""
+    if isinstance(hint, types.UnionType):
+        return any(_is_a(value, kind) for kind in typing.get_args(hint))
+    if isinstance(value, bool):
+        return hint is bool
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 # Fields that a resumed run may be given anew: they do not touch the arithmetic, except that
