@@ -150,7 +150,7 @@ study-quick: $(BUILT)  ## train every attention on a small recall task, a quarte
 	$(BIN)/smartbird study studies/quick.toml $(STUDY_FLAGS)
 
 # Stopped, it goes on where it was.
-study: $(BUILT)  ## the whole study, hours: plots in docs/learning, tables in docs/learning.md
+study: $(BUILT)  ## the whole study, two and a half hours: plots in docs/learning, tables in docs/learning.md
 	for study in mqar options continuation sotu listops long; do
 	    $(BIN)/smartbird study studies/$$study.toml --page docs/learning.md $(STUDY_FLAGS)
 	done
