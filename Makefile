@@ -32,7 +32,7 @@ CPP_FILES := $(SOURCES) $(CUDA) $(shell find tests -name '*.cpp' -o -name '*.h' 
 CMAKE      = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 OP_TESTS  := tests/test_sketch_sample.py tests/test_gather.py tests/test_distill.py
 # The emulation is slow: of the tests that need many draws, test_law_of_the_set is enough.
-EMU_TESTS := $(OP_TESTS) tests/test_opcheck.py tests/test_cuda_paths.py \
+EMU_TESTS := $(OP_TESTS) tests/test_opcheck.py tests/test_cuda_paths.py tests/emulation \
     -k "not reference and not horvitz and not independent and not unbiased"
 EMU_ORDER_TESTS := $(OP_TESTS) tests/test_cuda_paths.py \
     -k "past_the_tiles or masked_causal_gqa or one_query or forced_causal or cuda_paths"
