@@ -133,14 +133,7 @@ def measure_stages(
     widths: Widths, length: int, dtype: str, seconds: float, device: str, clock: Clock
 ) -> list[Stage]:
     """The ops one by one, with the work of their kernels and, on a GPU of known limits, a floor."""
-    problem = Problem.random(
-        widths,
-        batch=1,
-        length=length,
-        dtype=getattr(torch, dtype),
-        requires_grad=True,
-        device=device,
-    )
+    problem = _problem(widths, length, dtype, True, device)
     times = interleave(_calls(problem), seconds, clock=clock)
     item_bytes = problem.q.element_size()
     work = roofline.kernels(widths, length, item_bytes)
@@ -165,6 +158,18 @@ def measure_stages(
             )
         )
     return stages
+
+
+def _problem(widths: Widths, length: int, dtype: str, requires_grad: bool, device: str) -> Problem:
+    """Of one sequence."""
+    return Problem.random(
+        widths,
+        batch=1,
+        length=length,
+        dtype=getattr(torch, dtype),
+        requires_grad=requires_grad,
+        device=device,
+    )
 
 
 def _calls(p: Problem) -> dict[str, Callable[[], object]]:
@@ -203,14 +208,7 @@ def measure_memory(
     """Peak of PyTorch's allocations in one call, beyond its inputs; another call goes before."""
     # FlexAttention is compiled for every problem, and torch keeps eight graphs of one function.
     torch.compiler.reset()
-    problem = Problem.random(
-        widths,
-        batch=1,
-        length=length,
-        dtype=getattr(torch, dtype),
-        requires_grad=backward,
-        device=device,
-    )
+    problem = _problem(widths, length, dtype, backward, device)
 
     def call() -> int:
         for leaf in problem.leaves:

@@ -28,7 +28,7 @@ REGISTERS = 65536  # of a multiprocessor, on every architecture
 _DATA_CENTRE = ("sm_90", "sm_100", "sm_103")
 # Warps and shared memory (bytes) of a multiprocessor: CUDA C++ Programming Guide, "Compute
 # Capabilities"; a block's own share of the latter comes on top of what it asks for.
-MOST_WARPS = defaultdict(lambda: 48, {"sm_80": 64, "sm_87": 48} | dict.fromkeys(_DATA_CENTRE, 64))
+MOST_WARPS = defaultdict(lambda: 48, {"sm_80": 64} | dict.fromkeys(_DATA_CENTRE, 64))
 SHARED_MEMORY = defaultdict(
     lambda: 100 << 10,
     {"sm_80": 164 << 10, "sm_87": 164 << 10} | dict.fromkeys(_DATA_CENTRE, 228 << 10),

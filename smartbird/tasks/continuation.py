@@ -38,10 +38,6 @@ class Continuation(Recall):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        if 4 * self.num_pairs > self.seq_len:
-            raise ValueError(
-                f"num_pairs must be at most seq_len / 4 = {self.seq_len // 4}, got {self.num_pairs}"
-            )
         self._corpus = Corpus(self.vocab_size)
         self.vocab_size = self.num_classes = self._corpus.tokenizer.get_vocab_size()
         # Passages of a document that start at every token but those near its end.

@@ -53,10 +53,6 @@ class Mqar(Recall):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        if 4 * self.num_pairs > self.seq_len:
-            raise ValueError(
-                f"num_pairs must be at most seq_len / 4 = {self.seq_len // 4}, got {self.num_pairs}"
-            )
         if self.vocab_size < 2 * self.num_pairs:
             raise ValueError(
                 f"vocab_size must be at least 2 * num_pairs = {2 * self.num_pairs}, "

@@ -31,7 +31,7 @@ class Recall:
     A subclass sets the attributes of `Task` that are not set here and gives `_generate`.
 
     Raises:
-        ValueError: `vocab_size` or `num_pairs` is None.
+        ValueError: `vocab_size` or `num_pairs` is None, or there are more questions than N / 4.
     """
 
     per_position = True
@@ -41,6 +41,10 @@ class Recall:
         if config.vocab_size is None or config.num_pairs is None:
             raise ValueError(f"{config.task} needs vocab_size and num_pairs, got None")
         self.seq_len, self.num_pairs = config.seq_len, config.num_pairs
+        if 4 * self.num_pairs > self.seq_len:
+            raise ValueError(
+                f"num_pairs must be at most seq_len / 4 = {self.seq_len // 4}, got {self.num_pairs}"
+            )
         self.vocab_size = self.num_classes = config.vocab_size
         self.batch_size, self.seed = config.batch_size, config.seed
         self.num_eval = max(1, min(EVAL_EXAMPLES, EVAL_TOKENS // self.seq_len))
