@@ -87,6 +87,7 @@ def _add_train(commands: _Commands) -> argparse.ArgumentParser:
     add("--dense-warmup", type=int, metavar="STEPS", help="attend densely for so many steps first")
     add("--anneal-samples", type=int, metavar="K", help="keys at the first step, more than later")
     add("--anneal-steps", type=int, metavar="STEPS", help="steps until there are K")
+    add("--share-sketch", type=int, metavar="L", help="sketch in every L-th layer only")
     add("--reuse", type=int, metavar="L", help="draw keys in every L-th layer only")
     add("--layers", type=int, help="encoder layers")
     add("--dim", type=int, help="model width")

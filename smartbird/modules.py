@@ -265,6 +265,7 @@ class SmartBirdAttention(nn.Module):
         key_mask: Tensor | None = None,
         is_causal: bool | None = None,
         indices: Tensor | None = None,
+        sketch: tuple[Tensor, Tensor] | None = None,
         return_indices: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from ``query`` to ``key`` and ``value``.
@@ -279,6 +280,9 @@ class SmartBirdAttention(nn.Module):
             indices: keys to attend to, int32 [B, H_i, N, K] with any H_i that divides H and any K,
                 -1 in unused places, such as those that another layer has drawn. The masks are not
                 applied to them, and this layer neither draws nor leaves a sketch loss. None: drawn.
+            sketch: q_sketch [B, N, S] and k_sketch [B, M, S] to take in place of this layer's own,
+                whose parameters are not used then: what :meth:`sketch` of another layer gave, so
+                that one sketch serves both. This layer still draws keys of its own. None: its own.
             return_indices: also return the keys attended to.
 
         Returns:
@@ -304,11 +308,14 @@ class SmartBirdAttention(nn.Module):
             "key_mask": key_mask,
         }
         q, k, v = self._project(tokens, keys, values)
-        q_sketch, k_sketch = self._sketch(tokens.detach(), keys.detach())
-        # The same sketch once more, now part of the function that the trunk is trained through.
         learned_sketch = None
+        if sketch is None:
+            q_sketch, k_sketch = self._sketch(tokens.detach(), keys.detach())
+        else:
+            q_sketch, k_sketch = self._check_sketch(sketch, tokens, keys)
         if "bias" in self.learning or "value" in self.learning:
-            learned_sketch = self._sketch(tokens, keys)
+            # The same sketch once more, now part of the function that the trunk is trained through.
+            learned_sketch = self._sketch(tokens, keys) if sketch is None else sketch
         scored_sketch = learned_sketch if "bias" in self.learning else None
 
         distills = self.training and "distill" in self.learning and indices is None
@@ -388,6 +395,24 @@ class SmartBirdAttention(nn.Module):
             out = out.transpose(0, 1)
         return out if indices is None or not return_indices else (out, indices)
 
+    def sketch(self, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The layer's sketch of tokens, for another layer's ``forward(..., sketch=...)``.
+
+        The other layer's loss of the route "distill" reaches what these are made of: detach the
+        tokens if it is to move the sketch only, as it does within a layer.
+
+        Args:
+            query, key: as in :meth:`forward`.
+
+        Returns:
+            q_sketch [B, N, S] and k_sketch [B, M, S], batch first and batched always.
+
+        Raises:
+            ValueError, TypeError: an argument that does not fit, by name.
+        """
+        tokens, keys, _, _ = self._inputs(query, key, None, None)
+        return self._sketch(tokens, keys)
+
     def _inputs(
         self, query: Tensor, key: Tensor | None, value: Tensor | None, key_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -447,6 +472,22 @@ class SmartBirdAttention(nn.Module):
         """q_sketch [B, N, S] and k_sketch [B, M, S]."""
         q_weight, k_weight = self.sketch_proj_weight.chunk(2)
         return F.linear(query, q_weight, self.sketch_proj_bias), F.linear(key, k_weight)
+
+    def _check_sketch(
+        self, sketch: tuple[Tensor, Tensor], query: Tensor, key: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The argument ``sketch`` of the forward pass, whose tokens are [B, length, E]."""
+        if not (isinstance(sketch, tuple) and len(sketch) == 2):
+            raise TypeError(f"sketch must be (q_sketch, k_sketch), got {type(sketch).__name__}")
+        for name, part, tokens in zip(("q_sketch", "k_sketch"), sketch, (query, key), strict=True):
+            expected = (*tokens.shape[:2], self.sketch_dim)
+            if not isinstance(part, Tensor):
+                raise TypeError(f"{name} of sketch must be a Tensor, got {type(part).__name__}")
+            if part.shape != expected:
+                raise ValueError(
+                    f"{name} of sketch must be {list(expected)}, got {list(part.shape)}"
+                )
+        return sketch
 
     def _sketch_output(
         self, q_sketch: Tensor, k_sketch: Tensor, value: Tensor, masks: _Masks

@@ -349,6 +349,61 @@ def test_given_indices_that_cannot_be_used_are_refused() -> None:
         make_layer()(x, indices=indices.long())
 
 
+# --- The sketch of another layer ---
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("learning", [("distill",), ROUTES])
+def test_a_given_sketch_takes_the_place_of_its_own(
+    learning: tuple[str, ...], batch_first: bool
+) -> None:
+    layer, other = (make_layer(learning=learning, batch_first=batch_first) for _ in range(2))
+    x, y = (torch.randn(*((2, N) if batch_first else (N, 2)), E) for _ in range(2))
+    layer.eval()
+    out, indices = layer(x, return_indices=True)
+    assert layer(x, sketch=layer.sketch(x)).equal(out)
+    other_out, other_indices = layer(x, sketch=other.sketch(y), return_indices=True)
+    assert not other_indices.equal(indices)
+    # Its parameters have no part in it any more.
+    layer.sketch_proj_weight.data.fill_(torch.nan)
+    assert layer(x, sketch=other.sketch(y)).equal(other_out)
+
+
+def test_a_given_sketch_learns_from_the_layer_it_is_given_to() -> None:
+    layer, other = make_layer(), make_layer()
+    x = torch.randn(2, N, E, requires_grad=True)
+    layer.train()(x, sketch=other.sketch(x.detach()))
+    sketch_loss(layer).backward()
+    assert other.sketch_proj_weight.grad.abs().max() > 0
+    assert layer.sketch_proj_weight.grad is None
+    assert x.grad is None
+
+
+def test_a_sketch_of_keys() -> None:
+    layer, x, keys = make_layer().eval(), torch.randn(2, N, E), torch.randn(2, 5, E)
+    q_sketch, k_sketch = layer.sketch(x, keys)
+    assert q_sketch.shape == (2, N, 4)
+    assert k_sketch.shape == (2, 5, 4)
+    assert layer(x, keys, sketch=(q_sketch, k_sketch)).equal(layer(x, keys))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        (lambda q, k: q, TypeError, "sketch must be \\(q_sketch, k_sketch\\), got Tensor"),
+        (lambda q, k: (q, k, k), TypeError, "sketch must be"),
+        (lambda q, k: (q, None), TypeError, "k_sketch of sketch must be a Tensor, got NoneType"),
+        (lambda q, k: (q[:1], k), ValueError, "q_sketch of sketch must be"),
+        (lambda q, k: (q, k[:, 1:]), ValueError, "k_sketch of sketch must be"),
+        (lambda q, k: (q[..., :2], k[..., :2]), ValueError, "q_sketch of sketch must be"),
+    ],
+)
+def test_a_given_sketch_that_does_not_fit_is_refused(change: Any, error: Any, said: str) -> None:
+    layer, x = make_layer(), torch.randn(2, N, E)
+    with pytest.raises(error, match=said):
+        layer(x, sketch=change(*layer.sketch(x)))
+
+
 # --- How the sketch learns ---
 
 

@@ -120,6 +120,17 @@ def test_a_run_is_known_by_what_it_is_not_by_where():
         assert study.run_id(dataclasses.replace(config, **change)) != study.run_id(config)
 
 
+def test_a_field_that_comes_later_leaves_a_run_its_name():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Later(tasks.Config):
+        new: int = 1
+
+    config = tasks.default_config("mqar")
+    later = Later(**config.as_dict())
+    assert study.run_id(later) == study.run_id(config)
+    assert study.run_id(dataclasses.replace(later, new=2)) != study.run_id(config)
+
+
 def test_values_take_the_type_of_their_field(write):
     product = 'learning = [["distill"], ["distill", "bias"]]\nlr = [1]'
     tiny = study.load_study(

@@ -389,6 +389,7 @@ def test_sizes_that_do_not_fit_leave_nothing_behind(config):
         ("anneal_samples", 8),
         ("anneal_samples", 2**31),
         ("reuse", 0),
+        ("share_sketch", 0),
         ("heads", 3),
         ("curriculum", 1.1),
         ("curriculum", float("nan")),
@@ -500,14 +501,43 @@ def test_layers_reuse_the_keys_of_the_one_before(training_mode, config):
     assert losses == [training_mode and position % 2 == 0 for position in range(5)]
 
 
+@pytest.mark.parametrize("training_mode", [False, True])
+def test_layers_share_the_sketch_of_one_before(training_mode, config):
+    config = dataclasses.replace(config, attention="smartbird", layers=5, share_sketch=3)
+    task, model = training._build(config)
+    model.train(training_mode)
+    used = []
+    for layer in model.layers:
+        layer.attention.register_forward_hook(
+            lambda module, args, kwargs, out: used.append((args[0], kwargs["sketch"])),
+            with_kwargs=True,
+        )
+    model(task.train_batch(0).tokens)
+    for position in range(5):
+        first = position // 3 * 3
+        tokens, sketch = used[first][0], used[position][1]
+        assert sketch is used[first][1]
+        torch.testing.assert_close(sketch, model.layers[first].attention.sketch(tokens))
+    if training_mode:
+        sketch_loss(model).backward()
+        taught = [layer.attention.sketch_proj_weight.grad is not None for layer in model.layers]
+        assert taught == [True, False, False, True, False]
+        assert model.tokens.weight.grad is None
+
+
+def test_a_run_that_shares_its_sketch_and_keys(config):
+    config = dataclasses.replace(config, attention="smartbird", layers=4, share_sketch=4, reuse=2)
+    assert tasks.train(config).config == config
+
+
 def test_a_dense_warmup_has_no_keys_to_reuse(config):
     config = dataclasses.replace(config, attention="smartbird", layers=2, reuse=2, dense_warmup=15)
     assert tasks.train(config).config == config
 
 
-def test_reuse_means_nothing_to_other_attentions(config, tmp_path):
+def test_sharing_means_nothing_to_other_attentions(config, tmp_path):
     tasks.train(config)
-    again = dataclasses.replace(config, layers=1, reuse=2, out=str(tmp_path / "again"))
+    again = dataclasses.replace(config, reuse=2, share_sketch=2, out=str(tmp_path / "again"))
     tasks.train(again)
     assert_same_outcome(again.out, outcome(config.out))
 

@@ -110,9 +110,16 @@ def load_study(path: Path) -> Study:
 
 
 def run_id(config: Config) -> str:
-    """The name of a run's directory; equal for equal runs, wherever they are."""
-    fields = config.as_dict()
-    del fields["out"]
+    """The name of a run's directory; equal for equal runs, wherever they are.
+
+    A field at its default in `Config` does not count, so that a field which comes later leaves the
+    runs made before it where they are.
+    """
+    fields = {
+        field.name: value
+        for field in dataclasses.fields(config)
+        if field.name != "out" and (value := getattr(config, field.name)) != field.default
+    }
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     return f"{config.task}-{config.attention}-{config.seed}-{digest[:10]}"
 

@@ -52,6 +52,8 @@ class Config:
         anneal_samples: keys per query and head at the first step, at least `num_samples`, which
             they fall to geometrically over `anneal_steps` steps; both 0: `num_samples` throughout.
         anneal_steps: see `anneal_samples`.
+        share_sketch: of every so many layers the first sketches what it attends to, and the others
+            draw keys of their own by the same sketch.
         reuse: of every so many layers the first draws keys, and the others attend to the same; not
             with `correction`. Dense warm-up has no keys to reuse.
         layers: encoder layers.
@@ -116,6 +118,7 @@ class Config:
     anneal_samples: int = 0
     anneal_steps: int = 0
     reuse: int = 1
+    share_sketch: int = 1
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(Config).items():
@@ -125,7 +128,7 @@ class Config:
         for name in (
             *("seq_len", "num_samples", "sketch_dim", "layers", "dim", "heads", "steps"),
             *("batch_size", "log_every", "eval_every", "checkpoint_every", "threads"),
-            *("vocab_size", "num_pairs", "num_index_heads", "reuse"),
+            *("vocab_size", "num_pairs", "num_index_heads", "reuse", "share_sketch"),
         ):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= LARGEST_COUNT:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -11,18 +13,29 @@ from smartbird.tasks.config import Config
 from smartbird.tasks.data import Task
 
 
+class Shared(NamedTuple):
+    """What layers of Smart Bird have in common, by `Config.reuse` and `Config.share_sketch`.
+
+    None is made by the next layer that has a use for it.
+    """
+
+    indices: Tensor | None = None
+    sketch: tuple[Tensor, Tensor] | None = None
+
+
 class Block(nn.Module):
     """Pre-norm Transformer layer: attention, then a feed-forward of four times the width.
 
-    Called with x [B, N, dim], key_mask, and, with `Config.reuse` above 1, the keys of the layer
-    before to attend to (None: it draws); gives x and the keys attended to, if they can be reused.
+    Called with x [B, N, dim], key_mask, and what it shares with the layers before; gives x and what
+    the layers after may share.
     """
 
     def __init__(self, config: Config, is_causal: bool) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.dim)
         self.attention = ATTENTIONS[config.attention](config, is_causal)
-        self.reuses = config.reuse > 1 and isinstance(self.attention, SmartBirdAttention)
+        self.reuses = config.reuse > 1
+        self.shares_sketch = config.share_sketch > 1
         self.feed_forward = nn.Sequential(
             nn.LayerNorm(config.dim),
             nn.Linear(config.dim, 4 * config.dim),
@@ -32,19 +45,29 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, key_mask: Tensor | None, indices: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, key_mask: Tensor | None, shared: Shared) -> tuple[Tensor, Shared]:
         normed = self.attention_norm(x)
-        if self.reuses and not self.attention.dense:
-            attended, indices = self.attention(
-                normed, key_mask=key_mask, indices=indices, return_indices=True
-            )
+        if isinstance(self.attention, SmartBirdAttention):
+            attended, shared = self._attend(self.attention, normed, key_mask, shared)
         else:
             attended = self.attention(normed, key_mask=key_mask)
         x = x + self.dropout(attended)
         x = x + self.feed_forward(x)
-        return x, indices
+        return x, shared
+
+    def _attend(
+        self, attention: SmartBirdAttention, x: Tensor, key_mask: Tensor | None, shared: Shared
+    ) -> tuple[Tensor, Shared]:
+        indices, sketch = shared
+        if self.shares_sketch and sketch is None:
+            sketch = attention.sketch(x.detach())
+        if self.reuses and not attention.dense:
+            attended, indices = attention(
+                x, key_mask=key_mask, indices=indices, sketch=sketch, return_indices=True
+            )
+        else:
+            attended = attention(x, key_mask=key_mask, sketch=sketch)
+        return attended, Shared(indices, sketch)
 
 
 class Encoder(nn.Module):
@@ -59,7 +82,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.per_position = task.per_position
-        self.reuse = config.reuse
+        self.reuse, self.share_sketch = config.reuse, config.share_sketch
         self.tokens = nn.Embedding(task.vocab_size, config.dim)
         self.positions = nn.Embedding(config.seq_len, config.dim)
         nn.init.normal_(self.tokens.weight, std=config.embedding_std)
@@ -81,11 +104,13 @@ class Encoder(nn.Module):
         if start is not None:
             positions = start.unsqueeze(1) + positions
         x = self.dropout(self.tokens(tokens) + self.positions(positions))
-        indices = None
+        shared = Shared()
         for position, layer in enumerate(self.layers):
             if position % self.reuse == 0:
-                indices = None
-            x, indices = layer(x, key_mask, indices)
+                shared = shared._replace(indices=None)
+            if position % self.share_sketch == 0:
+                shared = shared._replace(sketch=None)
+            x, shared = layer(x, key_mask, shared)
         x = self.norm(x)
         if not self.per_position:
             x = _mean(x, key_mask)
