@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdlib>
@@ -50,6 +51,8 @@ constexpr size_t kStackBytes = size_t{256} << 10;
 #else
 constexpr size_t kStackBytes = size_t{64} << 10;
 #endif
+
+constexpr size_t kColours = 32, kColourBytes = 320;
 
 // A stack and where to go on with it.
 struct Fiber {
@@ -104,7 +107,7 @@ void provide_stack(Fiber* fiber) {
 }
 
 // Makes the fiber begin anew, in entry().
-void prepare(Fiber* fiber, void (*entry)()) {
+void prepare(Fiber* fiber, [[maybe_unused]] size_t colour, void (*entry)()) {
 #if defined(SMARTBIRD_THREAD_SANITIZER)
   if (fiber->tsan != nullptr) {  // another thread on the same stack would look like a race
     __tsan_destroy_fiber(fiber->tsan);
@@ -114,7 +117,8 @@ void prepare(Fiber* fiber, void (*entry)()) {
   fiber->tsan = __tsan_create_fiber(0);
 #endif
 #if defined(__x86_64__)
-  void** top = reinterpret_cast<void**>(fiber->stack + kStackBytes);
+  // Tops at one distance would all fall into the same few sets of the caches.
+  void** top = reinterpret_cast<void**>(fiber->stack + kStackBytes - colour * kColourBytes);
   top[-1] = nullptr;  // where entry would return to: the stack is aligned as after a call
   top[-2] = reinterpret_cast<void*>(entry);
   std::fill(top - 8, top - 2, nullptr);  // the six registers
@@ -289,6 +293,7 @@ class Machine {
     self->what = what;
     self->where = where;
     self->state = State::kInWarp;
+    ++waiting_[static_cast<size_t>(self->warp)];
     if (orders_memory) release(warp);
     if (all_in_warp(warp, *self)) {
       void* slots[kWarpSize] = {};
@@ -296,6 +301,7 @@ class Machine {
         const int lane = std::countr_zero(left);
         slots[lane] = warp[lane].slot;
         warp[lane].state = State::kReady;
+        --waiting_[static_cast<size_t>(self->warp)];
       }
       const NotOfTheProgram scope;
       combine(slots, mask);
@@ -333,6 +339,7 @@ class Machine {
 
   // Whether every lane that `self` waits for waits for the same.
   bool all_in_warp(const Thread* warp, const Thread& self) const {
+    if (waiting_[static_cast<size_t>(self.warp)] < std::popcount(self.mask)) return false;
     for (uint32_t left = self.mask; left != 0; left &= left - 1) {
       const int lane = std::countr_zero(left);
       if (self.warp * kWarpSize + lane >= static_cast<int>(count_)) return false;
@@ -358,7 +365,7 @@ class Machine {
 #endif
     for (unsigned t = 0; t < count_; ++t) {
       Thread& thread = threads_[t];
-      prepare(&thread.fiber, &Machine::thread_main);
+      prepare(&thread.fiber, t % kColours, &Machine::thread_main);
       thread.state = State::kReady;
       thread.index = {t % launch.block.x, t / launch.block.x % launch.block.y,
                       t / launch.block.x / launch.block.y};
@@ -366,6 +373,7 @@ class Machine {
       thread.warp = static_cast<int>(t / kWarpSize);
     }
     any_ = false;
+    waiting_.fill(0);
     order_.arrange(&sequence_, count_);
     size_t done = 0;
     while (done < count_) {
@@ -439,6 +447,7 @@ class Machine {
   const Launch* launch_ = nullptr;
   std::vector<Thread> threads_;
   size_t count_ = 0;
+  std::array<int, 1024 / kWarpSize> waiting_{};  // lanes of a warp that wait for others of it
   Fiber host_;
   Thread* current_ = nullptr;
   Order order_;
