@@ -31,11 +31,11 @@ CUDA      := $(shell find csrc/cuda -name '*.cu' -o -name '*.cuh')
 CPP_FILES := $(SOURCES) $(CUDA) $(shell find tests -name '*.cpp' -o -name '*.h' 2>/dev/null)
 CMAKE      = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 OP_TESTS  := tests/test_sketch_sample.py tests/test_gather.py tests/test_distill.py
-# The emulation is slow: of the tests that need many draws, test_law_of_the_set is enough.
-EMU_TESTS := $(OP_TESTS) tests/test_opcheck.py tests/test_cuda_paths.py tests/emulation \
-    -k "not reference and not horvitz and not independent and not unbiased"
-EMU_ORDER_TESTS := $(OP_TESTS) tests/test_cuda_paths.py \
-    -k "past_the_tiles or masked_causal_gqa or one_query or forced_causal or cuda_paths"
+EMU_TESTS := $(OP_TESTS) tests/test_bad_input.py tests/test_opcheck.py tests/test_cuda_paths.py \
+    tests/emulation
+# Draws are those of the CPU in every order (tests/emulation/test_draws.py), so of the tests that
+# need very many of them test_law_of_the_set is enough in further orders.
+EMU_ONE_ORDER := horvitz or independent or unbiased
 # Wrong data is left to the emulation: it stops a real device, and every test after.
 GPU_TESTS := $(OP_TESTS) tests/test_opcheck.py tests/test_cuda_paths.py tests/test_gpu.py \
     -k "not reference"
@@ -76,7 +76,7 @@ cpp-test: $(CPP_DIR)/compile_commands.json  ## the torch-free kernels and their 
 	$(BIN)/cmake --build $(CPP_DIR)
 	$(CPP_ENV) $(BIN)/ctest --test-dir $(CPP_DIR) --output-on-failure
 
-# Every order in which a GPU might run the threads of a block is right or wrong alike; three are tried.
+# Right in every order needs no luck on a GPU; three are tried.
 test-emulated: $(BUILT)  ## the op tests through the CUDA kernels, run on the CPU by the emulation
 	$(CMAKE) -B $(EMU_DIR) -DCMAKE_BUILD_TYPE=Release \
 	    -DSMARTBIRD_TORCH=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')
@@ -84,9 +84,10 @@ test-emulated: $(BUILT)  ## the op tests through the CUDA kernels, run on the CP
 	$(BIN)/ctest --test-dir $(EMU_DIR) --output-on-failure -R '^cuda_emulation'
 	export PYTHONPATH=tests/emulation OMP_NUM_THREADS=1
 	export SMARTBIRD_EMULATED_LIBRARY=$(EMU_DIR)/libsmartbird_emulated.so
-	$(BIN)/pytest -p emulated_cuda -q -n auto $(EMU_TESTS)
+	$(BIN)/pytest -p emulated_cuda -q -n auto -k "not reference" $(EMU_TESTS)
 	for order in reverse random; do
-	    SMARTBIRD_EMULATION_ORDER=$$order $(BIN)/pytest -p emulated_cuda -q -n auto $(EMU_ORDER_TESTS)
+	    SMARTBIRD_EMULATION_ORDER=$$order $(BIN)/pytest -p emulated_cuda -q -n auto \
+	        -k "not (reference or $(EMU_ONE_ORDER))" $(EMU_TESTS)
 	done
 
 race-test: $(READY)  ## the CUDA kernels in the emulation under ThreadSanitizer

@@ -15,6 +15,7 @@
 #include <random>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 // This file itself is compiled without ThreadSanitizer: what it does is not of the program.
@@ -268,9 +269,8 @@ class Machine {
 
   [[noreturn]] void fail(const std::string& message) {
     fault_ = message;
-    current_->state = State::kDone;
     release(&end_);
-    switch_fiber(&current_->fiber, &host_);
+    go_on(&host_);
     std::abort();
   }
 
@@ -293,7 +293,7 @@ class Machine {
     self->what = what;
     self->where = where;
     self->state = State::kInWarp;
-    ++waiting_[static_cast<size_t>(self->warp)];
+    waiting_[static_cast<size_t>(self->warp)] |= 1U << self->lane;
     if (orders_memory) release(warp);
     if (all_in_warp(warp, *self)) {
       void* slots[kWarpSize] = {};
@@ -301,8 +301,8 @@ class Machine {
         const int lane = std::countr_zero(left);
         slots[lane] = warp[lane].slot;
         warp[lane].state = State::kReady;
-        --waiting_[static_cast<size_t>(self->warp)];
       }
+      waiting_[static_cast<size_t>(self->warp)] &= ~mask;
       const NotOfTheProgram scope;
       combine(slots, mask);
     } else {
@@ -335,17 +335,37 @@ class Machine {
     yield();
   }
 
-  void yield() { switch_fiber(&current_->fiber, &host_); }
+  // Goes on with the next thread that is ready, or, at the end of a round, with run_block().
+  // Straight from thread to thread: at the same place in the program, the processor guesses right
+  // where each returns to.
+  void yield() { go_on(next_ready() ? &current_->fiber : &host_); }
+
+  void go_on(Fiber* to) {
+    left_ = std::exchange(running_, to);
+    switch_fiber(left_, to);
+  }
+
+  // Makes the next ready thread of this round the current one; false if there is none.
+  bool next_ready() {
+    while (next_ < count_) {
+      Thread& thread = threads_[sequence_[next_++]];
+      if (thread.state != State::kReady) continue;
+      current_ = &thread;
+      position.thread = thread.index;
+      position.lane = thread.lane;
+      return true;
+    }
+    return false;
+  }
 
   // Whether every lane that `self` waits for waits for the same.
   bool all_in_warp(const Thread* warp, const Thread& self) const {
-    if (waiting_[static_cast<size_t>(self.warp)] < std::popcount(self.mask)) return false;
+    if ((self.mask & ~waiting_[static_cast<size_t>(self.warp)]) != 0) return false;
     for (uint32_t left = self.mask; left != 0; left &= left - 1) {
       const int lane = std::countr_zero(left);
-      if (self.warp * kWarpSize + lane >= static_cast<int>(count_)) return false;
       const Thread& other = warp[lane];
-      if (other.state != State::kInWarp || other.mask != self.mask ||
-          other.where.line() != self.where.line() || other.what != self.what)
+      if (other.mask != self.mask || other.where.line() != self.where.line() ||
+          other.what != self.what)
         return false;
     }
     return true;
@@ -375,22 +395,16 @@ class Machine {
     any_ = false;
     waiting_.fill(0);
     order_.arrange(&sequence_, count_);
-    size_t done = 0;
-    while (done < count_) {
-      bool moved = false;
+    done_ = 0;
+    while (done_ < count_) {
       if (order_.changes()) order_.arrange(&sequence_, count_);
-      for (const unsigned t : sequence_) {
-        Thread& thread = threads_[t];
-        if (thread.state != State::kReady) continue;
-        moved = true;
-        current_ = &thread;
-        position.thread = thread.index;
-        position.lane = thread.lane;
-        switch_fiber(&host_, &thread.fiber);
+      next_ = 0;
+      if (next_ready()) {
+        go_on(&current_->fiber);
         if (!fault_.empty()) throw_fault();
-        done += thread.state == State::kDone;
+      } else if (!release_barrier()) {
+        throw_stuck();
       }
-      if (!moved && !release_barrier()) throw_stuck();
     }
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(shared_ + launch.shared_bytes, kGuardBytes);
@@ -446,12 +460,14 @@ class Machine {
 
   const Launch* launch_ = nullptr;
   std::vector<Thread> threads_;
-  size_t count_ = 0;
-  std::array<int, 1024 / kWarpSize> waiting_{};  // lanes of a warp that wait for others of it
+  size_t count_ = 0, done_ = 0;
+  std::array<uint32_t, 1024 / kWarpSize> waiting_{};  // by warp: its lanes in State::kInWarp
   Fiber host_;
+  Fiber *running_ = &host_, *left_ = nullptr;  // the one before
   Thread* current_ = nullptr;
   Order order_;
   std::vector<unsigned> sequence_;
+  size_t next_ = 0;  // in it, of this round
   unsigned char* shared_ = nullptr;
   std::string fault_;
   bool any_ = false;
@@ -468,12 +484,13 @@ Machine& machine() {
 
 struct Access {
   static void thread_main() {
-    arrived(&machine().host_);
+    arrived(machine().left_);
     Thread* self = machine().current_;
     acquire(&machine().start_);
     machine().launch_->body();
     release(&machine().end_);
     self->state = State::kDone;
+    ++machine().done_;
     machine().yield();
     std::abort();
   }
