@@ -292,13 +292,7 @@ def add_uniform_keys(
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
     """
-    if not isinstance(indices, Tensor) or indices.dtype != torch.int32:
-        kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise TypeError(f"indices must be an int32 Tensor, got {kind}")
-    if indices.dim() != 4 or indices.shape[3] == 0:
-        raise ValueError(
-            f"indices must be [B, H_i, N, K] with K at least 1, got {list(indices.shape)}"
-        )
+    ops.check_indices(indices)
     batch, num_index_heads, num_queries, num_samples = indices.shape
     # A sketch of zeros gives every key the same chance.
     added = ops.sample_indices(

@@ -19,7 +19,7 @@ from smartbird.functional import (
     needs_grad,
     sample_keys,
 )
-from smartbird.ops import check_key_mask
+from smartbird.ops import check_count, check_flag, check_key_mask, check_number
 
 __all__ = [
     "DenseWarmup",
@@ -105,6 +105,7 @@ class SmartBirdAttention(nn.Module):
 
     Raises:
         ValueError: sizes that do not divide, or a value out of its range, by name.
+        TypeError: an argument of another type, by name.
     """
 
     in_proj_bias: Tensor | None
@@ -143,15 +144,31 @@ class SmartBirdAttention(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         num_index_heads = num_heads if num_index_heads is None else num_index_heads
+        distill_correction = correction if distill_correction is None else distill_correction
         for name, size in {
             "embed_dim": embed_dim,
             "num_heads": num_heads,
             "num_kv_heads": num_kv_heads,
             "num_index_heads": num_index_heads,
             "sketch_dim": sketch_dim,
+            "num_samples": num_samples,
         }.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            check_count(name, size, 1)
+        for name, flag in {
+            "correction": correction,
+            "is_causal": is_causal,
+            "bias": bias,
+            "batch_first": batch_first,
+            "distill_correction": distill_correction,
+        }.items():
+            check_flag(name, flag)
+        for name, number in {
+            "temperature": temperature,
+            "distill_temperature": distill_temperature,
+            "uniform_share": uniform_share,
+            "dropout": dropout,
+        }.items():
+            check_number(name, number)
         if embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim {embed_dim}, got {num_heads}")
         for name, heads in {
@@ -183,15 +200,14 @@ class SmartBirdAttention(nn.Module):
             "temperature": temperature,
             "distill_temperature": distill_temperature,
         }.items():
-            if not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a float, got {type(value).__name__}")
             if not (math.isfinite(value) and value > 0.0):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        if isinstance(learning, str) or not set(learning) <= set(LEARNING_ROUTES):
+        if not isinstance(learning, Collection):
+            raise TypeError(f"learning must be a collection, got {type(learning).__name__}")
+        if isinstance(learning, str) or any(route not in LEARNING_ROUTES for route in learning):
             raise ValueError(f"learning must be a subset of {LEARNING_ROUTES}, got {learning!r}")
-        distill_correction = correction if distill_correction is None else distill_correction
         if uniform_share > 0.0 and (correction or distill_correction):
             raise ValueError(
                 "uniform_share must be 0 with correction or distill_correction, as uniform keys "
@@ -725,10 +741,7 @@ class _Schedule:
     """What changes in the layers of ``model`` over the first ``steps`` steps of a training."""
 
     def __init__(self, model: nn.Module, steps: int) -> None:
-        if not isinstance(steps, int):
-            raise TypeError(f"steps must be an int, got {type(steps).__name__}")
-        if steps < 0:
-            raise ValueError(f"steps must be at least 0, got {steps}")
+        check_count("steps", steps, 0)
         self.model = model
         self.steps = steps
         self._steps_done = 0
@@ -793,8 +806,7 @@ class SampleAnneal(_Schedule):
 
     def __init__(self, model: nn.Module, start: int, steps: int) -> None:
         self._ends = [(layer, layer.num_samples) for _, layer in _attention_layers(model)]
-        if not isinstance(start, int):
-            raise TypeError(f"start must be an int, got {type(start).__name__}")
+        check_count("start", start, 1)
         most = max((end for _, end in self._ends), default=start)
         if start < most:
             raise ValueError(f"start must be at least num_samples={most}, got {start}")

@@ -208,11 +208,11 @@ def _sampling_arguments(
     """The checked arguments of the dispatcher's sketch_sample, without need_log_inclusion."""
     q_sketch, k_sketch = _autocast(q_sketch, k_sketch)
     _check_sketches(q_sketch, k_sketch)
-    _check_count("num_samples", num_samples, 1)
-    _check_count("num_index_heads", num_index_heads, 1)
-    _check_count("window", window, 0)
-    _check_count("num_sinks", num_sinks, 0)
-    _check_flag("is_causal", is_causal)
+    check_count("num_samples", num_samples, 1)
+    check_count("num_index_heads", num_index_heads, 1)
+    check_count("window", window, 0)
+    check_count("num_sinks", num_sinks, 0)
+    check_flag("is_causal", is_causal)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     check_room(num_samples, window, num_sinks, is_causal)
@@ -367,7 +367,7 @@ def sketch_lse(
     """
     q_sketch, k_sketch = _autocast(q_sketch, k_sketch)
     _check_sketches(q_sketch, k_sketch)
-    _check_flag("is_causal", is_causal)
+    check_flag("is_causal", is_causal)
     _check_key_mask(key_mask, k_sketch)
     lse: Tensor = _call(
         _ops.sketch_lse.default, q_sketch, k_sketch, _scale(scale, q_sketch), is_causal, key_mask
@@ -425,7 +425,7 @@ def distill_loss(
     _check_sketches(q_sketch, k_sketch)
     _check_tensor("q_sketch", q_sketch, 3, q)
     check_same_tokens(q_sketch, k_sketch, q, k)
-    _check_flag("is_causal", is_causal)
+    check_flag("is_causal", is_causal)
     _check_key_mask(key_mask, k_sketch)
     q, k = q.detach(), k.detach()
     scale, sketch_scale = _scale(scale, q), _scale(sketch_scale, q_sketch, "sketch_scale")
@@ -507,7 +507,7 @@ def _check_tensor(name: str, x: Tensor, dim: int, like: Tensor | None = None) ->
             )
 
 
-def _check_count(name: str, value: int, least: int) -> None:
+def check_count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if not least <= value <= _MOST:
@@ -565,7 +565,12 @@ def _check_key_mask(key_mask: Tensor | None, k_sketch: Tensor) -> None:
         raise ValueError(f"key_mask must be on {k_sketch.device}, got {key_mask.device}")
 
 
-def _check_flag(name: str, value: bool) -> None:
+def check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+
+
+def check_flag(name: str, value: bool) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
@@ -584,10 +589,19 @@ def _check_heads(q: Tensor, k: Tensor) -> None:
         )
 
 
-def _check_indices(indices: Tensor, q: Tensor) -> None:
+def check_indices(indices: Tensor) -> None:
+    """Refuse what no queries could attend by."""
     if not isinstance(indices, Tensor) or indices.dtype != torch.int32:
         raise TypeError(f"indices must be an int32 Tensor, got {_kind(indices)}")
-    if indices.dim() != 4 or indices.shape[0] != q.shape[0] or indices.shape[2] != q.shape[2]:
+    if indices.dim() != 4:
+        raise ValueError(f"indices must be [B, H_i, N, K], got {_shape(indices)}")
+    if indices.shape[3] == 0:
+        raise ValueError("indices must hold at least one slot per query (K >= 1), got K = 0")
+
+
+def _check_indices(indices: Tensor, q: Tensor) -> None:
+    check_indices(indices)
+    if indices.shape[0] != q.shape[0] or indices.shape[2] != q.shape[2]:
         raise ValueError(
             f"indices must be [B, H_i, N, K] with B and N of q {_shape(q)}, got {_shape(indices)}"
         )
@@ -596,8 +610,6 @@ def _check_indices(indices: Tensor, q: Tensor) -> None:
             "the heads of q must be a multiple of the heads of indices, "
             f"got {q.shape[1]} and {indices.shape[1]}"
         )
-    if indices.shape[3] == 0:
-        raise ValueError("indices must hold at least one slot per query (K >= 1), got K = 0")
     if indices.device != q.device:
         raise ValueError(f"indices must be on {q.device}, got {indices.device}")
 
@@ -617,7 +629,7 @@ def check_room(num_samples: int, window: int, num_sinks: int, is_causal: bool) -
 
 
 def check_index_heads(num_index_heads: int, q: Tensor) -> None:
-    _check_count("num_index_heads", num_index_heads, 1)
+    check_count("num_index_heads", num_index_heads, 1)
     if q.shape[1] % num_index_heads:
         raise ValueError(
             f"num_index_heads must divide the heads of q, {q.shape[1]}, got {num_index_heads}"
@@ -662,8 +674,7 @@ def _expand_bias(bias: Tensor, q: Tensor, indices: Tensor) -> Tensor:
 def _scale(scale: float | None, q: Tensor, name: str = "scale") -> float:
     if scale is None:
         return 1 / math.sqrt(q.shape[-1])
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"{name} must be a float or None, got {type(scale).__name__}")
+    check_number(name, scale)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"{name} must be finite, got {scale}")
     return float(scale)

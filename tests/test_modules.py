@@ -853,10 +853,30 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], name: str) -> None:
         make_layer(**arguments)
 
 
-@pytest.mark.parametrize("name", ["temperature", "distill_temperature"])
-def test_a_temperature_is_a_number(name: str) -> None:
-    with pytest.raises(TypeError, match=f"{name} must be a float, got NoneType"):
-        make_layer(**{name: None})
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"num_samples": 4.0}, "num_samples must be an int, got float"),
+        ({"num_samples": True}, "num_samples must be an int, got bool"),
+        ({"num_kv_heads": 1.0}, "num_kv_heads must be an int, got float"),
+        ({"num_index_heads": "1"}, "num_index_heads must be an int, got str"),
+        ({"sketch_dim": None}, "sketch_dim must be an int, got NoneType"),
+        ({"window": 1.0}, "window must be an int, got float"),
+        ({"temperature": None}, "temperature must be a float, got NoneType"),
+        ({"distill_temperature": None}, "distill_temperature must be a float, got NoneType"),
+        ({"uniform_share": "0.5"}, "uniform_share must be a float, got str"),
+        ({"dropout": True}, "dropout must be a float, got bool"),
+        ({"correction": 1}, "correction must be a bool, got int"),
+        ({"distill_correction": "no"}, "distill_correction must be a bool, got str"),
+        ({"is_causal": "no"}, "is_causal must be a bool, got str"),
+        ({"bias": None}, "bias must be a bool, got NoneType"),
+        ({"batch_first": 1}, "batch_first must be a bool, got int"),
+        ({"learning": None}, "learning must be a collection, got NoneType"),
+    ],
+)
+def test_arguments_of_another_type_are_named(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        make_layer(**arguments)
 
 
 def test_bad_sizes_are_named() -> None:
