@@ -1,7 +1,18 @@
-"""`python -m smartbird`: the command line."""
+"""`smartbird` and `python -m smartbird`: the command line, or what it needs beside the library."""
 
 import sys
 
-from smartbird.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Runs the command line; returns its exit code, 1 where a package that it needs is missing."""
+    try:
+        from smartbird import cli
+    except ModuleNotFoundError as error:
+        needed = "pip install 'smartbird[tasks,plot]'"
+        print(f"smartbird: error: {error}; the commands need {needed}", file=sys.stderr)
+        return 1
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = options.pop("command")
     try:
         return run[command](parsers[command], **options)
-    except (tasks.RunError, OSError) as error:
+    except (tasks.RunError, ImportError, OSError) as error:
         print(f"smartbird {command}: error: {error}", file=sys.stderr)
         return EXIT_FAILURE
     except KeyboardInterrupt as interrupt:
@@ -155,10 +155,8 @@ def _train(parser: argparse.ArgumentParser, resume: bool, **given: Any) -> int:
 def _inspect(
     parser: argparse.ArgumentParser, checkpoint: Path, text: Path | None, out: Path | None
 ) -> int:
-    try:
-        from smartbird.tasks.inspection_report import inspect, summary_table
-    except ImportError as error:
-        raise tasks.RunError(error) from error
+    from smartbird.tasks.inspection_report import inspect, summary_table  # needs matplotlib
+
     out = checkpoint.parent / "inspection" if out is None else out
     print(summary_table(inspect(checkpoint, text, out)))
     print(f"page, pictures and numbers in {out}")
@@ -201,7 +199,7 @@ def _study(
     budget: float | None,
     page: Path | None,
 ) -> int:
-    from smartbird.study import run_study  # needs matplotlib, which `train` does not
+    from smartbird.study import run_study  # needs matplotlib
 
     if jobs < 1:
         parser.error(f"--jobs must be at least 1, got {jobs}")

