@@ -8,6 +8,8 @@ def main() -> int:
     try:
         from smartbird import cli
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith("smartbird"):
+            raise
         needed = "pip install 'smartbird[tasks,plot]'"
         print(f"smartbird: error: {error}; the commands need {needed}", file=sys.stderr)
         return 1

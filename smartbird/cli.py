@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = options.pop("command")
     try:
         return run[command](parsers[command], **options)
-    except (tasks.RunError, ImportError, OSError) as error:
+    except (tasks.RunError, OSError) as error:
         print(f"smartbird {command}: error: {error}", file=sys.stderr)
         return EXIT_FAILURE
     except KeyboardInterrupt as interrupt:
@@ -152,10 +153,20 @@ def _train(parser: argparse.ArgumentParser, resume: bool, **given: Any) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _named_if_missing() -> Iterator[None]:
+    """Around imports of what needs matplotlib, which `train` does not."""
+    try:
+        yield
+    except ImportError as error:
+        raise tasks.RunError(error) from error
+
+
 def _inspect(
     parser: argparse.ArgumentParser, checkpoint: Path, text: Path | None, out: Path | None
 ) -> int:
-    from smartbird.tasks.inspection_report import inspect, summary_table  # needs matplotlib
+    with _named_if_missing():
+        from smartbird.tasks.inspection_report import inspect, summary_table
 
     out = checkpoint.parent / "inspection" if out is None else out
     print(summary_table(inspect(checkpoint, text, out)))
@@ -199,7 +210,8 @@ def _study(
     budget: float | None,
     page: Path | None,
 ) -> int:
-    from smartbird.study import run_study  # needs matplotlib
+    with _named_if_missing():
+        from smartbird.study import run_study
 
     if jobs < 1:
         parser.error(f"--jobs must be at least 1, got {jobs}")

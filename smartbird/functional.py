@@ -90,6 +90,7 @@ def smart_bird_attention(
     if num_index_heads is None:
         num_index_heads = q.shape[1]
     ops.check_index_heads(num_index_heads, q)
+    ops.check_flag("correction", correction)
     if seed is None:
         seed = ops.draw_seed(q.device, generator)
     sampling: dict[str, Any] = {
@@ -192,8 +193,8 @@ def deal_keys(
         "window": window,
         "num_sinks": num_sinks,
     }
-    if num_index_heads < 1:
-        raise ValueError(f"num_index_heads must be at least 1, got {num_index_heads}")
+    ops.check_count("num_samples", num_samples, 1)
+    ops.check_count("num_index_heads", num_index_heads, 1)
     ops.check_room(num_samples, window, num_sinks, is_causal)
     q_sketch, k_sketch = q_sketch.detach(), k_sketch.detach()
     device, num_keys = k_sketch.device, k_sketch.shape[1]
@@ -293,6 +294,8 @@ def add_uniform_keys(
         ValueError, TypeError: an argument that does not fit, by name.
     """
     ops.check_indices(indices)
+    ops.check_count("num_keys", num_keys, 0)
+    ops.check_count("count", count, 1)
     batch, num_index_heads, num_queries, num_samples = indices.shape
     # A sketch of zeros gives every key the same chance.
     added = ops.sample_indices(

@@ -19,7 +19,7 @@ from smartbird.functional import (
     needs_grad,
     sample_keys,
 )
-from smartbird.ops import check_count, check_flag, check_key_mask, check_number
+from smartbird.ops import check_count, check_flag, check_key_mask, check_number, check_room
 
 __all__ = [
     "DenseWarmup",
@@ -154,6 +154,8 @@ class SmartBirdAttention(nn.Module):
             "num_samples": num_samples,
         }.items():
             check_count(name, size, 1)
+        check_count("window", window, 0)
+        check_count("num_sinks", num_sinks, 0)
         for name, flag in {
             "correction": correction,
             "is_causal": is_causal,
@@ -177,24 +179,13 @@ class SmartBirdAttention(nn.Module):
         }.items():
             if num_heads % heads:
                 raise ValueError(f"{name} must divide num_heads {num_heads}, got {heads}")
-        for name, method_ in {"method": method, "eval_method": eval_method or method}.items():
-            if method_ not in METHODS:
+        for name, method_ in {"method": method, "eval_method": eval_method}.items():
+            if method_ not in METHODS and (name, method_) != ("eval_method", None):
                 raise ValueError(f"{name} must be one of {', '.join(METHODS)}, got {method_!r}")
         if not 0.0 <= uniform_share < 1.0:
             raise ValueError(f"uniform_share must be in [0, 1), got {uniform_share}")
-        # An empty draw has the op itself judge what it will be given.
-        empty = torch.empty(1, 0, sketch_dim, device="cpu")
-        sample_keys(
-            empty,
-            empty,
-            num_samples - _num_uniform(uniform_share, num_samples),
-            correction=False,
-            num_index_heads=num_index_heads,
-            method=method,
-            is_causal=is_causal,
-            window=window,
-            num_sinks=num_sinks,
-            seed=torch.zeros(2, dtype=torch.int64, device="cpu"),
+        check_room(
+            num_samples - _num_uniform(uniform_share, num_samples), window, num_sinks, is_causal
         )
         for name, value in {
             "temperature": temperature,
@@ -297,8 +288,10 @@ class SmartBirdAttention(nn.Module):
                 -1 in unused places, such as those that another layer has drawn. The masks are not
                 applied to them, and this layer neither draws nor leaves a sketch loss. None: drawn.
             sketch: q_sketch [B, N, S] and k_sketch [B, M, S] to take in place of this layer's own,
-                whose parameters are not used then: what :meth:`sketch` of another layer gave, so
-                that one sketch serves both. This layer still draws keys of its own. None: its own.
+                whose parameters are not used then (and get no gradient): what :meth:`sketch` of
+                another layer gave, so that one sketch serves both. Every route of ``learning``
+                reaches what these were made of. This layer still draws keys of its own, in
+                evaluation once :func:`seed_evaluation` has told layers apart. None: its own.
             return_indices: also return the keys attended to.
 
         Returns:
@@ -319,10 +312,9 @@ class SmartBirdAttention(nn.Module):
                 "indices must be None and return_indices False while dense: no keys are sampled"
             )
         tokens, keys, values, key_mask = self._inputs(query, key, value, key_mask)
-        masks: _Masks = {
-            "is_causal": self.is_causal if is_causal is None else is_causal,
-            "key_mask": key_mask,
-        }
+        is_causal = self.is_causal if is_causal is None else is_causal
+        check_flag("is_causal", is_causal)
+        masks: _Masks = {"is_causal": is_causal, "key_mask": key_mask}
         q, k, v = self._project(tokens, keys, values)
         learned_sketch = None
         if sketch is None:
@@ -350,7 +342,9 @@ class SmartBirdAttention(nn.Module):
                 num_uniform = _num_uniform(self.uniform_share, self.num_samples)
             sampling: dict[str, Any] = {
                 "num_index_heads": self.num_index_heads,
-                "method": self.method if self.training else self.eval_method or self.method,
+                "method": self.method
+                if self.training or self.eval_method is None
+                else self.eval_method,
                 "window": self.window,
                 "num_sinks": self.num_sinks,
                 "seed": seed,
@@ -458,6 +452,8 @@ class SmartBirdAttention(nn.Module):
 
     def _tokens(self, name: str, x: Tensor) -> Tensor:
         """The argument ``name`` as [B, length, E]."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
         if x.is_nested:
             raise TypeError(f"{name} must be a plain tensor with a mask, got a nested tensor")
         if x.dim() not in (2, 3) or x.shape[-1] != self.embed_dim:
@@ -503,6 +499,10 @@ class SmartBirdAttention(nn.Module):
                 raise ValueError(
                     f"{name} of sketch must be {list(expected)}, got {list(part.shape)}"
                 )
+            if part.device != tokens.device:
+                raise ValueError(f"{name} of sketch must be on {tokens.device}, got {part.device}")
+            if part.dtype != tokens.dtype and not torch.is_autocast_enabled(tokens.device.type):
+                raise TypeError(f"{name} of sketch must be {tokens.dtype}, got {part.dtype}")
         return sketch
 
     def _sketch_output(
@@ -608,9 +608,8 @@ class SmartBirdEncoderLayer(nn.Module):
     Args:
         d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
         norm_first, bias, device, dtype: as ``nn.TransformerEncoderLayer``.
-        attention: keyword arguments of :class:`SmartBirdAttention`: ``num_samples``,
-            ``sketch_dim``, ``num_kv_heads``, ``num_index_heads``, ``method``, ``correction``,
-            ``is_causal``, ``window``, ``num_sinks``, ``learning``.
+        attention: any other keyword argument of :class:`SmartBirdAttention`, such as
+            ``num_samples``. (Keys and sketches of another layer are given to ``self_attn`` only.)
     """
 
     def __init__(
@@ -847,7 +846,8 @@ def sketch_loss(model: nn.Module) -> Tensor:
         if learns and not loss.requires_grad:
             warnings.warn(
                 f"{name or 'the layer'} ran without gradients, so its sketch loss cannot teach it "
-                "(torch.no_grad, or torch.utils.checkpoint with use_reentrant=True?)",
+                "(torch.no_grad, torch.utils.checkpoint with use_reentrant=True, or a given "
+                "sketch that has no gradient?)",
                 stacklevel=2,
             )
         total = loss if total is None else total + loss.to(total.device)

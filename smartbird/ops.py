@@ -508,6 +508,7 @@ def _check_tensor(name: str, x: Tensor, dim: int, like: Tensor | None = None) ->
 
 
 def check_count(name: str, value: int, least: int) -> None:
+    """Refuse what is no int from ``least`` on, by the argument's name: TypeError, ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if not least <= value <= _MOST:
@@ -566,11 +567,13 @@ def _check_key_mask(key_mask: Tensor | None, k_sketch: Tensor) -> None:
 
 
 def check_number(name: str, value: float) -> None:
+    """Refuse what is no number, by the argument's name: TypeError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
 
 
 def check_flag(name: str, value: bool) -> None:
+    """Refuse what is no bool, by the argument's name: TypeError."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
@@ -590,7 +593,7 @@ def _check_heads(q: Tensor, k: Tensor) -> None:
 
 
 def check_indices(indices: Tensor) -> None:
-    """Refuse what no queries could attend by."""
+    """Refuse what no queries could attend by: TypeError (kind, dtype), ValueError (shape)."""
     if not isinstance(indices, Tensor) or indices.dtype != torch.int32:
         raise TypeError(f"indices must be an int32 Tensor, got {_kind(indices)}")
     if indices.dim() != 4:

@@ -123,14 +123,16 @@ def test_compiled_layer_that_explores_and_deals(training: bool) -> None:
 
 
 def test_compiled_cross_attention_and_indices() -> None:
-    layer = make_layer(num_samples=3).eval()
+    layer, other = make_layer(num_samples=3).eval(), make_layer()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for num_queries, num_keys in ((5, 9), (7, 30), (30, 7)):
         query, key = torch.randn(2, num_queries, E), torch.randn(2, num_keys, E)
-        out, indices = compiled(query, key, return_indices=True)
-        expected, expected_indices = layer(query, key, return_indices=True)
-        torch.testing.assert_close(out, expected)
-        assert indices.equal(expected_indices)
+        sketch = other.sketch(query, key)
+        for given in ({}, {"sketch": sketch}):
+            out, indices = compiled(query, key, return_indices=True, **given)
+            expected, expected_indices = layer(query, key, return_indices=True, **given)
+            torch.testing.assert_close(out, expected)
+            assert indices.equal(expected_indices)
 
 
 def test_compiled_functional_form_draws_anew_each_call() -> None:

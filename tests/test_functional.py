@@ -195,6 +195,7 @@ def test_dtypes(dtype: torch.dtype, correction: bool) -> None:
         ({"window": 4, "num_sinks": 2}, ValueError, "window"),
         ({"q": torch.randn(2, 13, 8)}, ValueError, "q "),
         ({"seed": torch.zeros(2)}, TypeError, "seed"),
+        ({"correction": "no"}, TypeError, "correction must be a bool"),
     ],
 )
 def test_bad_input_is_named(change: dict[str, object], error: type[Exception], name: str) -> None:
@@ -325,17 +326,18 @@ def test_dealing_leaves_the_generator_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "error", "said"),
     [
-        ({"window": 4}, "num_samples must be at least the number of forced keys"),
-        ({"num_samples": 0}, "num_samples"),
-        ({"num_index_heads": 0}, "num_index_heads"),
+        ({"window": 4}, ValueError, "num_samples must be at least the number of forced keys"),
+        ({"num_samples": 0}, ValueError, "num_samples"),
+        ({"num_index_heads": 0}, ValueError, "num_index_heads"),
+        ({"num_index_heads": 1.0}, TypeError, "num_index_heads must be an int, got float"),
     ],
 )
-def test_bad_deals_are_named(change: dict[str, int], said: str) -> None:
+def test_bad_deals_are_named(change: dict[str, Any], error: type[Exception], said: str) -> None:
     x = make_inputs()
     options = {"num_samples": 4, "num_index_heads": 2, **change}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(error, match=said):
         deal_keys(x["q_sketch"], x["k_sketch"], **options)
 
 
@@ -377,6 +379,14 @@ def test_added_keys_are_valid_and_new(method: str, is_causal: bool) -> None:
 def test_keys_are_added_to_indices_only(indices: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="indices must"):
         add_uniform_keys(indices, 10, 3)
+
+
+def test_an_argument_of_the_uniform_draw_is_named() -> None:
+    indices = torch.zeros(1, 2, 3, 4, dtype=torch.int32)
+    with pytest.raises(ValueError, match="count must be at least 1"):
+        add_uniform_keys(indices, 10, 0)
+    with pytest.raises(TypeError, match="num_keys must be an int, got float"):
+        add_uniform_keys(indices, 10.0, 1)
 
 
 def test_added_keys_are_uniform() -> None:

@@ -369,6 +369,18 @@ def test_a_given_sketch_takes_the_place_of_its_own(
     assert layer(x, sketch=other.sketch(y)).equal(other_out)
 
 
+def test_layers_with_one_sketch_draw_keys_of_their_own() -> None:
+    layer = make_layer()
+    model = nn.ModuleList([layer, copy.deepcopy(layer)])
+    seed_evaluation(model, 1)
+    x = torch.randn(2, N, E)
+    sketch = layer.sketch(x)
+    for training in (True, False):
+        model.train(training)
+        first, second = (each(x, sketch=sketch, return_indices=True)[1] for each in model)
+        assert not first.equal(second)
+
+
 def test_a_given_sketch_learns_from_the_layer_it_is_given_to() -> None:
     layer, other = make_layer(), make_layer()
     x = torch.randn(2, N, E, requires_grad=True)
@@ -396,6 +408,8 @@ def test_a_sketch_of_keys() -> None:
         (lambda q, k: (q[:1], k), ValueError, "q_sketch of sketch must be"),
         (lambda q, k: (q, k[:, 1:]), ValueError, "k_sketch of sketch must be"),
         (lambda q, k: (q[..., :2], k[..., :2]), ValueError, "q_sketch of sketch must be"),
+        (lambda q, k: (q, k.double()), TypeError, "k_sketch of sketch must be torch.float32"),
+        (lambda q, k: (q.to("meta"), k), ValueError, "q_sketch of sketch must be on cpu"),
     ],
 )
 def test_a_given_sketch_that_does_not_fit_is_refused(change: Any, error: Any, said: str) -> None:
@@ -895,6 +909,8 @@ def test_bad_sizes_are_named() -> None:
     [
         ({"query": torch.randn(2, N, E + 1)}, ValueError, "query"),
         ({"query": torch.randn(E)}, ValueError, "query"),
+        ({"query": [[0.0] * E]}, TypeError, "query must be a Tensor, got list"),
+        ({"query": torch.randn(2, N, E), "is_causal": 1}, TypeError, "is_causal must be a bool"),
         ({"query": torch.randn(2, N, E), "key": torch.randn(2, N, 3)}, ValueError, "key"),
         ({"query": torch.randn(2, N, E), "key": torch.randn(3, N, E)}, ValueError, "key"),
         (

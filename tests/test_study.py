@@ -131,6 +131,17 @@ def test_a_field_that_comes_later_leaves_a_run_its_name():
     assert study.run_id(dataclasses.replace(later, new=2)) != study.run_id(config)
 
 
+def test_the_runs_of_the_documents_keep_their_names():
+    for path in sorted((Path(__file__).parents[1] / "docs" / "learning").glob("*.json")):
+        for run, record in json.loads(path.read_text()).get("runs", {}).items():
+            config = {
+                **record["config"],
+                "out": "",
+                "learning": tuple(record["config"]["learning"]),
+            }
+            assert study.run_id(tasks.Config(**config)) == run
+
+
 def test_values_take_the_type_of_their_field(write):
     product = 'learning = [["distill"], ["distill", "bias"]]\nlr = [1]'
     tiny = study.load_study(
@@ -236,6 +247,19 @@ def test_a_damaged_result_is_named(write, tmp_path, capsys):
     errors = capsys.readouterr().err
     assert len(errors.splitlines()) == 1
     assert str(out / run / "result.json") in errors
+
+
+def test_a_result_of_another_configuration_is_refused(write, tmp_path, capsys):
+    path, out = write(HEAD, BASE, WHICH), tmp_path / "out"
+    assert cli.main(["study", str(path), "--out", str(out)]) == 0
+    run = next(iter(study.load_study(path).runs))
+    result = out / run / "result.json"
+    record = json.loads(result.read_text())
+    record["config"]["lr"] *= 2
+    result.write_text(json.dumps(record))
+    capsys.readouterr()
+    assert cli.main(["study", str(path), "--out", str(out)]) == 1
+    assert f"{result}: is of another configuration" in capsys.readouterr().err
 
 
 def test_without_time_nothing_is_run(write, tmp_path, capsys):

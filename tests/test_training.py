@@ -414,6 +414,12 @@ def test_layers_that_share_keys_cannot_correct():
         tasks.default_config("mqar", reuse=2, correction=True)
 
 
+@pytest.mark.parametrize("route", ["bias", "value"])
+def test_a_shared_sketch_has_no_way_to_the_layers_below(route):
+    with pytest.raises(ValueError, match="share_sketch must be 1 with the routes"):
+        tasks.default_config("mqar", share_sketch=2, learning=("distill", route))
+
+
 OPTIONS = {
     "window": 1,
     "num_sinks": 1,
@@ -525,9 +531,18 @@ def test_layers_share_the_sketch_of_one_before(training_mode, config):
         assert model.tokens.weight.grad is None
 
 
-def test_a_run_that_shares_its_sketch_and_keys(config):
+def test_a_run_that_shares_its_sketch_and_keys_teaches_one_sketch(config):
     config = dataclasses.replace(config, attention="smartbird", layers=4, share_sketch=4, reuse=2)
-    assert tasks.train(config).config == config
+    tasks.train(config)
+    trained, _ = tasks.load_model(Path(config.out) / "checkpoint.pt")
+    torch.manual_seed(config.seed)
+    _, fresh = training._build(config)
+    taught = [
+        # AdamW moves what has a gradient; what has none stays as it was.
+        not after.attention.sketch_proj_weight.equal(before.attention.sketch_proj_weight)
+        for before, after in zip(fresh.layers, trained.layers, strict=True)
+    ]
+    assert taught == [True, False, False, False]
 
 
 def test_a_dense_warmup_has_no_keys_to_reuse(config):

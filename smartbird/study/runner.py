@@ -108,19 +108,24 @@ def read_result(config: Config) -> Result | None:
     """The result of the run in `config.out`, None if it is not finished.
 
     Raises:
-        RunError: it is damaged.
+        RunError: it is damaged, or of another configuration.
     """
     path = Path(config.out) / RESULT
     if not path.exists():
         return None
     try:
         saved = json.loads(path.read_text())
-        recall = tuple(saved.get("recall", ()))
-        return Result(**{**saved, "config": config, "recall": recall})
-    except (ValueError, TypeError) as error:
+        saved["recall"] = tuple(saved.get("recall", ()))
+        learning = tuple(saved["config"]["learning"])
+        saved["config"] = Config(**{**saved["config"], "out": config.out, "learning": learning})
+        result = Result(**saved)
+    except (KeyError, ValueError, TypeError) as error:
         raise RunError(
             f"{path}: cannot be read ({error}); without it, the run is finished again"
         ) from error
+    if result.config != config:
+        raise RunError(f"{path}: is of another configuration")
+    return result
 
 
 _Workers = dict[str, BaseProcess]

@@ -53,7 +53,7 @@ class Config:
             they fall to geometrically over `anneal_steps` steps; both 0: `num_samples` throughout.
         anneal_steps: see `anneal_samples`.
         share_sketch: of every so many layers the first sketches what it attends to, and the others
-            draw keys of their own by the same sketch.
+            draw keys of their own by the same sketch; not with the routes "bias" and "value".
         reuse: of every so many layers the first draws keys, and the others attend to the same; not
             with `correction`. Dense warm-up has no keys to reuse.
         layers: encoder layers.
@@ -151,6 +151,11 @@ class Config:
             raise ValueError(
                 "anneal_samples and anneal_steps must both be 0 or both not, "
                 f"got {self.anneal_samples} and {self.anneal_steps}"
+            )
+        if self.share_sketch > 1 and set(self.learning) & {"bias", "value"}:
+            raise ValueError(
+                "share_sketch must be 1 with the routes bias and value, which train the layers "
+                f"below a sketch, got {self.share_sketch}"
             )
         if self.reuse > 1 and self.correction:
             raise ValueError(f"reuse must be 1 with correction, got {self.reuse}")
