@@ -39,6 +39,7 @@ EMU_ONE_ORDER := horvitz or independent or unbiased
 # Wrong data is left to the emulation: it stops a real device, and every test after.
 GPU_TESTS := $(OP_TESTS) tests/test_opcheck.py tests/test_cuda_paths.py tests/test_gpu.py \
     -k "not reference"
+GPU_SLOW_TESTS := tests/test_gather.py -k "offsets_beyond_32_bits and not reference"
 GPU_SANITIZER_TESTS := $(OP_TESTS) tests/test_cuda_paths.py \
     -k "not reference and (past_the_tiles or masked_causal_gqa or cuda_paths)"
 GPU_BUILD = $(GPU_PYTHON) -c 'import torch; torch.cuda.is_available() or exit("error: torch " \
@@ -105,16 +106,21 @@ test-gpu:  ## the op tests on a GPU and, where it is installed, under compute-sa
 	mkdir -p build/gpu
 	{
 	    $(GPU_PYTHON) -c 'import torch; print(torch.__version__, torch.cuda.get_device_properties())'
-	    $(GPU_PYTHON) -m pytest --device cuda -q $(GPU_TESTS)
+	    failed=
+	    $(GPU_PYTHON) -m pytest --device cuda -q $(GPU_TESTS) || failed="$$failed tests"
+	    $(GPU_PYTHON) -m pytest --device cuda -q -m slow $(GPU_SLOW_TESTS) || failed="$$failed slow"
 	    if command -v compute-sanitizer; then
-	        for tool in memcheck racecheck; do
+	        for tool in memcheck racecheck synccheck; do
 	            echo "compute-sanitizer: $$tool"
 	            PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	                --kernel-regex kns=smartbird $(GPU_PYTHON) -m pytest --device cuda -q $(GPU_SANITIZER_TESTS)
+	                --kernel-regex kns=smartbird $(GPU_PYTHON) -m pytest --device cuda -q \
+	                $(GPU_SANITIZER_TESTS) || failed="$$failed $$tool"
 	        done
 	    else
-	        echo 'compute-sanitizer is not on PATH: memcheck and racecheck did not run'
+	        echo 'compute-sanitizer is not on PATH: memcheck, racecheck and synccheck did not run'
 	    fi
+	    echo "failed:$${failed:- nothing}"
+	    test -z "$$failed"
 	} 2>&1 | tee build/gpu/tests.txt
 
 bench-gpu:  ## time attention against its rivals on a GPU: JSON, plots and a page in docs/performance

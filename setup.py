@@ -42,7 +42,8 @@ CUDA_SOURCES = (
     *("csrc/cuda/sketch_sample.cu", "csrc/cuda/gather_backward.cu", "csrc/cuda/gather.cu"),
     *("csrc/cuda/dense.cu", "csrc/cuda/ops_cuda.cpp"),
 )
-CUDA_ARCHS = "8.0;9.0a;10.0a;12.0+PTX"
+# Of these, those that nvcc knows. PTX of 8.0 serves whatever has no code of its own.
+CUDA_ARCHS = "8.0+PTX;9.0a;10.0a;12.0+PTX"
 # What the library needs of libtorch_cuda, to link where torch has none.
 TORCH_CUDA_STUB = "void aoti_torch_get_current_cuda_stream(void) {}"
 
@@ -80,11 +81,19 @@ def build_cuda() -> bool:
 
 def cuda_archs() -> list[tuple[str, bool]]:
     """(number, whether to add PTX) of each architecture, for example ("90a", False)."""
-    names = re.split(r"[; ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS)
-    matches = [re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name) for name in names]
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    names = re.split(r"[; ]+", asked or CUDA_ARCHS)
+    matches = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name) for name in names]
     if not all(matches):
         raise SystemExit(f"TORCH_CUDA_ARCH_LIST must be like {CUDA_ARCHS}, got {';'.join(names)}")
-    return [(m[1] + m[2], m[3] is not None) for m in matches]
+    archs = [(f"{m[1]}{m[2]}{m[3]}", m[4] is not None) for m in matches if int(m[1]) >= 8]
+    if not asked:
+        known = subprocess.run([find_nvcc(), "--list-gpu-arch"], capture_output=True, text=True)
+        known = set(re.findall(r"compute_(\d+)", known.stdout))
+        archs = [(arch, ptx) for arch, ptx in archs if arch.rstrip("af") in known]
+    if not archs:
+        raise SystemExit(f"no architecture of {';'.join(names)} is from 8.0 on and known to nvcc")
+    return archs
 
 
 class BuildKernels(BuildExtension):
@@ -108,10 +117,12 @@ class BuildKernels(BuildExtension):
 
     def build_cuda_extension(self, ext) -> None:
         macros = [f"-D{name}={value}" for name, value in (*MACROS, ("USE_CUDA", "1"))]
-        names = " ".join(f"sm_{arch}" for arch, _ in cuda_archs())
+        archs = cuda_archs()
+        names = " ".join(f"sm_{arch}" for arch, _ in archs)
+        print(f"smartbird: CUDA kernels for {names}", flush=True)
         flags = ["-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", *macros]
         flags += [f'-DSMARTBIRD_CUDA_ARCHS="{names}"', *(["-O0", "-g"] if DEBUG else ["-O3"])]
-        for arch, ptx in cuda_archs():
+        for arch, ptx in archs:
             code = f"[sm_{arch},compute_{arch}]" if ptx else f"sm_{arch}"
             flags.append(f"-gencode=arch=compute_{arch},code={code}")
         flags += [f"-isystem={path}" for path in include_paths()]

@@ -254,7 +254,9 @@ def _compile_flex(p: Problem, mask: BlockMask) -> Forward:
 
     try:
         with torch.set_grad_enabled(p.requires_grad):
-            forward()
+            out = forward()
+            if p.requires_grad:  # its backward pass is compiled when it is first run
+                p.backward(out)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise Unavailable(f"does not compile here: {str(error).splitlines()[0]}") from error
     return forward

@@ -68,8 +68,8 @@ def time_case(
         for attention, dtype in sorted(contenders, key=lambda c: CONTENDERS[c[0]].compiled):
             try:
                 calls[attention, dtype] = _call(attention, problems[dtype])
-            except Unavailable as reason:
-                missing[attention, dtype] = str(reason)
+            except (Unavailable, torch.OutOfMemoryError) as reason:
+                missing[attention, dtype] = str(reason).partition("\n")[0]
         leaves = [leaf for problem in problems.values() for leaf in problem.leaves]
         times = interleave(calls, seconds, leaves, clock)
     return [

@@ -104,7 +104,7 @@ def sketch_sample(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range; NaN or infinity in a
-            sketch.
+            sketch (which on a GPU stops the device by an assertion instead).
     """
     arguments = _sampling_arguments(
         q_sketch,
@@ -148,9 +148,9 @@ def sampled_attention(
 ) -> Tensor:
     """:func:`sketch_sample` and :func:`gather_attention` in one, for inference: not differentiable.
 
-    The result is that of the two with the same seed, to the last bit, but indices exist for a block
-    of queries at a time only. ``options`` are those of :func:`sketch_sample`, other arguments as in
-    :func:`smartbird.functional.smart_bird_attention`.
+    The result is that of the two with the same seed, to the last bit, but on a CPU indices exist
+    for a block of queries at a time only. ``options`` are those of :func:`sketch_sample`, other
+    arguments as in :func:`smartbird.functional.smart_bird_attention`.
 
     Returns:
         [B, H, N, Dv] in the dtype of ``q``.

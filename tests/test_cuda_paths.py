@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import ModuleType
 
 import pytest
@@ -21,6 +22,8 @@ LAYOUTS = [
     Case(f"D={D}", B=1, N=3, M=40, H=2, H_kv=1, H_i=2, D=D, Dv=D, K=33)
     for D in (8, 32, 64, 128, 192, 256)
 ]
+# For each multiprocessor: enough that no query is shared by the warps of a block.
+QUERIES_PER_PROCESSOR = 10
 MANY_QUERIES = Case("many_queries", B=2, N=40, M=50, H=4, H_kv=2, H_i=4, D=32, Dv=32, K=40)
 MANY_SLOTS = Case("many_slots", B=1, N=2, M=50, H=2, H_kv=1, H_i=1, K=1100)
 
@@ -31,6 +34,9 @@ MANY_SLOTS = Case("many_slots", B=1, N=2, M=50, H=2, H_kv=1, H_i=1, K=1100)
 def test_attention(backend: Backend, case: Case, dtype: torch.dtype, deterministic: bool) -> None:
     """The fixture asks for deterministic algorithms and takes that back at the end."""
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if case is MANY_QUERIES and backend.device.type == "cuda":
+        processors = torch.cuda.get_device_properties(backend.device).multi_processor_count
+        case = dataclasses.replace(case, N=QUERIES_PER_PROCESSOR * processors // (case.B * case.H))
     x = make_inputs(case, dtype, backend.device)
 
     def run(ops: ModuleType, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -54,10 +60,13 @@ def test_sketch_dims(backend: Backend, dtype: torch.dtype, S: int) -> None:
     check_against_reference(backend.ops, run, x.q_sketch, x.k_sketch)
 
 
+@pytest.mark.parametrize("M", [20_000, 30_000, 70_000, 150_000])
 @pytest.mark.parametrize("method", ["gumbel", "systematic", "topk"])
-def test_rows_longer_than_the_blocks_of_keys(backend: Backend, method: str) -> None:
-    """Beyond 8192 keys a block of them has several tiles; here two hundred keys hold all mass."""
-    M, K = 20_000, 200
+def test_rows_longer_than_the_blocks_of_keys(backend: Backend, method: str, M: int) -> None:
+    """Beyond 8192 keys a block of them has several tiles, and beyond 21 000 a block of threads has
+    fewer warps. Here two hundred keys hold all mass.
+    """
+    K = 200
     k_sketch = torch.full((1, M, 1), -200.0)
     likely = torch.randperm(M, generator=torch.Generator().manual_seed(1))[:K].sort().values
     k_sketch[0, likely] = torch.rand(K, 1, generator=torch.Generator().manual_seed(2))

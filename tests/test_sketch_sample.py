@@ -621,3 +621,20 @@ def test_the_last_draw_of_a_row_lies_within_it(backend: Backend) -> None:
     assert (drawn[:, 1:] > drawn[:, :-1]).all()
     assert drawn.min() >= 0
     assert drawn.max() == 17
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["gumbel", "systematic", "topk"])
+def test_scores_too_large_to_tell_weights(
+    backend: Backend, method: str, dtype: torch.dtype
+) -> None:
+    """Where rounding moves a score by more than all weights span, the largest ones are drawn."""
+    q_sketch, k_sketch = (1e4 * torch.randn(1, length, 16) for length in (33, 50))
+    q_sketch, k_sketch = q_sketch.to(dtype), k_sketch.to(dtype)
+    scores = q_sketch.double() @ k_sketch.double().transpose(1, 2)
+    indices, log_inclusion = backend.ops.sketch_sample(
+        q_sketch.to(backend.device), k_sketch.to(backend.device), 4, method=method
+    )
+    expected = scores.topk(4).indices.sort(dim=-1).values
+    assert torch.equal(indices[:, 0].cpu().long(), expected)
+    assert log_inclusion.isfinite().all()

@@ -245,8 +245,12 @@ __device__ __forceinline__ uint32_t philox_draw(PhiloxKey key, int64_t batch, in
 
 // ---- launching ----------------------------------------------------------------------------------
 
+// Dynamic shared memory that a block may ask for on every architecture.
+constexpr size_t kMaxSharedBytes = size_t{99} << 10;
+
 // Queues kernel<<<blocks, threads, shared_bytes, stream>>>(params); throws std::runtime_error where
-// that fails, which does not include errors of the running kernel. `name` is for the message.
+// that fails, which does not include errors of the running kernel. `name` is for the message, which
+// begins with "smartbird: " only where the caller's arguments are to blame.
 template <typename Params>
 void launch(const char* name, void (*kernel)(Params), int64_t blocks, int threads,
             size_t shared_bytes, cudaStream_t stream, const Params& params) {
@@ -256,9 +260,10 @@ void launch(const char* name, void (*kernel)(Params), int64_t blocks, int thread
                              name);
   constexpr size_t kDefaultLimit = size_t{48} << 10;  // of shared memory, unless asked for
   cudaError_t error = cudaSuccess;
+  // The same for every launch of a kernel: the attribute is shared by all threads and graphs.
   if (shared_bytes > kDefaultLimit)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes));
+                                 static_cast<int>(kMaxSharedBytes));
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
@@ -272,7 +277,7 @@ void launch(const char* name, void (*kernel)(Params), int64_t blocks, int thread
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  throw std::runtime_error(std::string("smartbird: ") + name + " could not be launched on sm_" +
+  throw std::runtime_error(std::string("smartbird could not launch ") + name + " on sm_" +
                            std::to_string(10 * major + minor) + " (built for " +
                            SMARTBIRD_CUDA_ARCHS + "): " + cudaGetErrorString(error));
 }

@@ -252,6 +252,7 @@ void dispatch_backward(const GatherBackwardParams& p, F&& f) {
 
 void run_gather_backward_queries(const GatherBackwardParams& params, cudaStream_t stream) {
   const GatherParams& f = params.fwd;
+  if (f.B * f.H * f.N == 0) return;  // slot_grads is empty, too
   if (params.slot_grads == nullptr && f.K > kMaxSharedSlots)
     throw std::runtime_error("smartbird: slot_grads is needed where K exceeds " +
                              std::to_string(kMaxSharedSlots));

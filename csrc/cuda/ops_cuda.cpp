@@ -1,6 +1,8 @@
 // The CUDA implementation of every op: tensors become a params struct, outputs are allocated,
 // kernels are queued on the current stream. Nothing here waits for the device.
 #include <array>
+#include <initializer_list>
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -15,17 +17,23 @@
 namespace smartbird {
 namespace {
 
-// Kernels go to the device of `like`, on PyTorch's current stream there.
+// Kernels go to the device of `like`, where all others must be, too, on PyTorch's current stream
+// there.
 #ifdef SMARTBIRD_EMULATED
 class DeviceScope {
  public:
-  explicit DeviceScope(const Tensor&) {}
+  DeviceScope(const Tensor&, std::initializer_list<OptionalTensor>) {}
   cudaStream_t stream() const { return nullptr; }
 };
 #else
 class DeviceScope {
  public:
-  explicit DeviceScope(const Tensor& like) : index_(like.get_device_index()), guard_(index_) {}
+  DeviceScope(const Tensor& like, std::initializer_list<OptionalTensor> others)
+      : index_(like.get_device_index()), guard_(index_) {
+    for (const OptionalTensor& t : others)
+      STD_TORCH_CHECK(!t.has_value() || (t->is_cuda() && t->get_device_index() == index_),
+                      "all tensors must be on one device");
+  }
   cudaStream_t stream() const {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
@@ -56,7 +64,7 @@ std::tuple<Tensor, Tensor> sketch_sample_cuda(const Tensor& q_sketch, const Tens
                                               OptionalTensor key_mask, int64_t window,
                                               int64_t num_sinks, const Tensor& seed,
                                               bool need_log_inclusion) {
-  const DeviceScope device(q_sketch);
+  const DeviceScope device(q_sketch, {k_sketch, key_mask, seed});
   const Tensor q = with_contiguous_rows(q_sketch), k = with_contiguous_rows(k_sketch),
                seed_words = torch::stable::contiguous(seed);
   SketchSampleParams p = sketch_sample_params(q, k, num_samples, num_index_heads, method, scale,
@@ -78,7 +86,7 @@ std::tuple<Tensor, Tensor> sketch_sample_cuda(const Tensor& q_sketch, const Tens
 
 Tensor gather_scores_cuda(const Tensor& q_, const Tensor& k_, const Tensor& indices_,
                           double scale) {
-  const DeviceScope device(q_);
+  const DeviceScope device(q_, {k_, indices_});
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                indices = with_contiguous_rows(indices_);
   GatherParams p = gather_params(q, k, indices, scale);
@@ -92,7 +100,7 @@ std::tuple<Tensor, Tensor> gather_attention_cuda(const Tensor& q_, const Tensor&
                                                  const Tensor& v_, const Tensor& indices_,
                                                  OptionalTensor bias, double scale,
                                                  double dropout_p, OptionalTensor seed) {
-  const DeviceScope device(q_);
+  const DeviceScope device(q_, {k_, v_, indices_, bias, seed});
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                v = with_contiguous_rows(v_), indices = with_contiguous_rows(indices_);
   GatherParams p = gather_params(q, k, indices, scale);
@@ -202,7 +210,7 @@ GatherGradients gather_backward(GatherBackwardParams p, const Tensor& q, const T
 std::tuple<Tensor, Tensor> gather_scores_backward_cuda(const Tensor& dscores, const Tensor& q_,
                                                        const Tensor& k_, const Tensor& indices_,
                                                        double scale, bool deterministic) {
-  const DeviceScope device(q_);
+  const DeviceScope device(q_, {k_, indices_, dscores});
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                indices = with_contiguous_rows(indices_), dout = torch::stable::contiguous(dscores);
   GatherBackwardParams p{};
@@ -219,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_attention_backward_cuda(
     const Tensor& dout_, OptionalTensor dlse, const Tensor& q_, const Tensor& k_, const Tensor& v_,
     const Tensor& indices_, OptionalTensor bias, double scale, double dropout_p,
     OptionalTensor seed, bool need_dqk, bool need_dv, bool need_dbias, bool deterministic) {
-  const DeviceScope device(q_);
+  const DeviceScope device(q_, {k_, v_, indices_, bias, seed, dout_, dlse});
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                v = with_contiguous_rows(v_), indices = with_contiguous_rows(indices_),
                dout = torch::stable::contiguous(dout_);
@@ -310,7 +318,7 @@ Tensor sketch_lse_cuda(const Tensor& q_sketch, const Tensor& k_sketch, double sc
                        OptionalTensor key_mask) {
   check_dim(q_sketch, "q_sketch", 3);
   check_dense(q_sketch, k_sketch);
-  const DeviceScope device(q_sketch);
+  const DeviceScope device(q_sketch, {k_sketch, key_mask});
   const Tensor q = with_contiguous_rows(q_sketch), k = with_contiguous_rows(k_sketch);
   const uint8_t* mask = mask_data(&key_mask, k.size(0), k.size(1));
   DenseParams p = query_rows(q, k, mask, scale, is_causal);
@@ -328,7 +336,7 @@ std::tuple<Tensor, Tensor> sketch_lse_backward_cuda(const Tensor& dlse_, const T
                                                     OptionalTensor key_mask) {
   check_dim(q_sketch, "q_sketch", 3);
   check_dense(q_sketch, k_sketch);
-  const DeviceScope device(q_sketch);
+  const DeviceScope device(q_sketch, {k_sketch, lse_, dlse_, key_mask});
   const Tensor q = with_contiguous_rows(q_sketch), k = with_contiguous_rows(k_sketch);
   const DType dtype = dtype_of(q, "q_sketch");
   const Tensor dlse = torch::stable::contiguous(dlse_), lse = torch::stable::contiguous(lse_);
@@ -353,7 +361,7 @@ std::tuple<Tensor, Tensor> summed_attention_cuda(const Tensor& q_, const Tensor&
   check_dense(q_, k_);
   check_dim(v, "v", 3);
   check_shape(v, "v", {k_.size(0), k_.size(2), v.size(2)});
-  const DeviceScope device(q_);
+  const DeviceScope device(q_, {k_, v, key_mask});
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_);
   const uint8_t* mask = mask_data(&key_mask, k.size(0), k.size(2));
   DenseParams p = query_rows(q, k, mask, scale, is_causal);
@@ -371,7 +379,7 @@ Tensor summed_attention_backward_cuda(const Tensor& dout, const Tensor& q_, cons
   check_dense(q_, k_);
   check_dim(dout, "dout", 3);
   check_shape(dout, "dout", {q_.size(0), q_.size(2), dout.size(2)});
-  const DeviceScope device(q_);
+  const DeviceScope device(q_, {k_, lse_, dout, key_mask});
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                lse = torch::stable::contiguous(lse_);
   const uint8_t* mask = mask_data(&key_mask, k.size(0), k.size(2));

@@ -15,9 +15,8 @@ namespace {
 
 constexpr int kRows = kTileRows;
 constexpr int kMaxWarps = 8;
-constexpr int kMaxBlocks = 256;                // of keys; they grow with M
-constexpr int kBins = 256;                     // of the radix select
-constexpr size_t kMaxSharedBytes = 99 * 1024;  // what a block may have on every architecture
+constexpr int kMaxBlocks = 256;  // of keys; they grow with M
+constexpr int kBins = 256;       // of the radix select
 
 // Draws are integers in [0, kWhole), as are the running sums of blocks, scaled to kWhole + 1.
 constexpr int32_t kWhole = INT32_MAX;
@@ -25,7 +24,10 @@ constexpr int32_t kWhole = INT32_MAX;
 constexpr double kCancellation = 0.999;
 // What it costs to leave the drawn keys out, in keys scored again per draw saved.
 constexpr double kKeysPerDraw = 24;
-// By how much a weight scored twice, once by mma and once by FMA, may differ.
+// Draws for each place before the drawn keys are left out in any case.
+constexpr int64_t kMostDraws = 64;
+// Share of a weight that is left, but for very large scores, where it was scored once by mma and
+// once by FMA.
 constexpr float kRescored = 1 - 0x1p-18f;
 
 __host__ __device__ __forceinline__ int keys_per_block(int64_t M) {
@@ -39,8 +41,8 @@ __host__ __device__ __forceinline__ int num_words(int64_t M) {
   return static_cast<int>(ceil_div(M, 32));
 }
 // Entries of a sorted list of K keys: a power of two.
-__host__ __device__ __forceinline__ int list_entries(int64_t K) {
-  int n = 1;
+__host__ __device__ __forceinline__ int64_t list_entries(int64_t K) {
+  int64_t n = 1;
   while (n < K) n *= 2;
   return n;
 }
@@ -69,7 +71,8 @@ struct Shared {
   // Lays everything out from `base`, if that is not null; returns the number of bytes.
   __host__ __device__ size_t lay_out(const SketchSampleParams& p, char* base, int warp, int warps) {
     const size_t blocks = static_cast<size_t>(num_blocks(p.M)), words = num_words(p.M);
-    const size_t entries = p.method == SampleMethod::kMultinomial ? list_entries(p.K) : 0;
+    const size_t entries =
+        p.method == SampleMethod::kMultinomial ? static_cast<size_t>(list_entries(p.K)) : 0;
     size_t used = 0;
     const auto take = [&](auto** pointer, size_t count, bool per_warp) {
       using X = std::remove_reference_t<decltype(**pointer)>;
@@ -394,10 +397,12 @@ __device__ void sample_gumbel(const R& row, int64_t head) {
     draws += count;
     if (missing == 0) break;
     // Repeats come at the rate mass / total: leave the taken keys out where that is cheaper than
-    // drawing on.
+    // drawing on. Very large scores round to other weights in `mass` than in `total`, and no draw
+    // may be new: then, too.
     const double share = mass / sums.total;
     if (share > kCancellation ||
-        missing * share > (1 - share) * static_cast<double>(row.plan.limit) / kKeysPerDraw)
+        missing * share > (1 - share) * static_cast<double>(row.plan.limit) / kKeysPerDraw ||
+        draws > kMostDraws * (row.plan.places + 1))
       leave_out_taken();
   }
   if (need_time) {
@@ -494,7 +499,7 @@ __device__ void sample_multinomial(const R& row, int64_t head) {
   const Uniforms uniforms{read_philox_key(p.device_seed, kSampleStream), row.b, head, row.i};
   const Sums sums = row.index_blocks(row.s.row_max, row.s.row_sum);
   int32_t* list = row.s.list;
-  const int entries = list_entries(p.K), places = row.plan.places;
+  const int entries = static_cast<int>(list_entries(p.K)), places = row.plan.places;
   for (int first = 0; first < places; first += kWarpSize) {
     const int n = first + lane_id();
     const auto bits = n < places ? uniforms(static_cast<uint32_t>(n)) : 0;

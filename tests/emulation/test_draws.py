@@ -12,6 +12,8 @@ if "SMARTBIRD_EMULATED_LIBRARY" not in os.environ:
 
 import emulated_cuda
 
+from smartbird.ops import sketch_sample
+
 
 @pytest.mark.parametrize("case", list(emulated_cuda.CPU_DRAWS), ids=str)
 def test_draws_are_those_of_the_cpu(case: tuple[torch.dtype, str]) -> None:
@@ -19,3 +21,8 @@ def test_draws_are_those_of_the_cpu(case: tuple[torch.dtype, str]) -> None:
     assert on_cpu.shape == (2, 3, 40, 24)
     # A draw at the border of two keys may fall to either; it moves no other.
     assert (on_cpu == emulated).float().mean() > 0.99
+
+
+def test_too_many_keys_for_the_chip_are_refused() -> None:
+    with pytest.raises(ValueError, match="M = 500000 with K = 4 is beyond it"):
+        sketch_sample(torch.zeros(1, 1, 1), torch.zeros(1, 500_000, 1), 4)
