@@ -288,7 +288,14 @@ def test_a_study_goes_on_after_ctrl_c_and_after_a_kill(number, write, tmp_path):
     tiny = study.load_study(path)
     (run,) = tiny.runs
     checkpoint = out / run / files.CHECKPOINT
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell ignores it for what it runs in the background, and so for these tests.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not checkpoint.exists() or files.load_checkpoint(checkpoint)["step"] == 0:
         assert process.poll() is None
         time.sleep(0.02)
