@@ -342,9 +342,7 @@ class SmartBirdAttention(nn.Module):
                 num_uniform = _num_uniform(self.uniform_share, self.num_samples)
             sampling: dict[str, Any] = {
                 "num_index_heads": self.num_index_heads,
-                "method": self.method
-                if self.training or self.eval_method is None
-                else self.eval_method,
+                "method": self.method if self.training else self.eval_method or self.method,
                 "window": self.window,
                 "num_sinks": self.num_sinks,
                 "seed": seed,

@@ -242,6 +242,7 @@ def test_checkpointing_replays_the_draws() -> None:
     assert sketch_loss(model).item() == 0.0
 
 
+# That warning is right here: the layers do run without gradients.
 @pytest.mark.filterwarnings("ignore:.*ran without gradients")
 def test_reentrant_checkpointing_replays_the_draws_without_a_sketch_loss() -> None:
     model = make_model()

@@ -728,6 +728,7 @@ def test_encoder_layer_masks(causal: str | None, padding: str | None, hint: bool
     # PyTorch's fast path leaves the padded positions at zero; no one reads them.
     kept = ~padding_mask()
     with warnings.catch_warnings():
+        # PyTorch deprecates a float mask beside a boolean one; callers still give it both.
         warnings.filterwarnings("ignore", "Support for mismatched", UserWarning)
         torch.testing.assert_close(layer(x, **masks)[kept], expected(x, **masks)[kept])
 
@@ -756,6 +757,7 @@ def test_inside_transformer_encoder(training: bool, padded: bool, causal: bool) 
     x = torch.randn(2, N, E)
     kept = ~padding_mask()
     with warnings.catch_warnings():
+        # PyTorch deprecates a float mask beside a boolean one; callers still give it both.
         warnings.filterwarnings("ignore", "Support for mismatched", UserWarning)
         torch.testing.assert_close(model(x, **masks)[kept], expected(x, **masks)[kept])
 
