@@ -9,6 +9,7 @@ an unoptimised build with symbols, MAX_JOBS for the number of compilers run at o
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -112,7 +113,8 @@ class BuildKernels(BuildExtension):
     def compile_kernels(self, isa: str) -> str:
         target = str(self.objects / f"kernels_{isa}.o")
         source = f"csrc/cpu/kernels_{isa}.cpp"
-        run(get_cxx_compiler(), *KERNEL_FLAGS, *ISA_FLAGS[isa], "-c", source, "-o", target)
+        compiler = shlex.split(get_cxx_compiler())  # CXX may be "ccache g++"
+        run(*compiler, *KERNEL_FLAGS, *ISA_FLAGS[isa], "-c", source, "-o", target)
         return target
 
     def build_cuda_extension(self, ext) -> None:

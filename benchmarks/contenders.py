@@ -226,6 +226,14 @@ def _distilled(method: str) -> Callable[[Problem], Forward]:
     return build
 
 
+def _sdpa_distilled(p: Problem) -> Forward:
+    """A step of dense warm-up: dense attention, and the loss that teaches the sketch by it."""
+    return lambda: (
+        scaled_dot_product_attention(p.q, p.k, p.v),
+        distill_loss(p.q, p.k, p.q_sketch, p.k_sketch),
+    )
+
+
 # ---- FlexAttention ----------------------------------------------------------------------------
 
 
@@ -477,6 +485,7 @@ CONTENDERS: dict[str, Contender] = {
     EXACT_TOPK: Contender(_exact_topk, 8192, "selecting from H N^2 scores takes tens of seconds"),
     GUMBEL: Contender(_smart_bird(GUMBEL)),
     SYSTEMATIC: Contender(_smart_bird(SYSTEMATIC)),
+    SDPA + DISTILL: Contender(_sdpa_distilled, 65536, "N^2 D operations take minutes"),
     GUMBEL + DISTILL: Contender(_distilled(GUMBEL)),
     SYSTEMATIC + DISTILL: Contender(_distilled(SYSTEMATIC)),
 }

@@ -52,7 +52,7 @@ def _in(dtype: str, *attentions: str) -> Contenders:
 
 
 OURS = (GUMBEL, SYSTEMATIC)
-WHOLE_STEP = (GUMBEL + DISTILL, SYSTEMATIC + DISTILL)
+WHOLE_STEP = (SDPA + DISTILL, GUMBEL + DISTILL, SYSTEMATIC + DISTILL)
 SPARSE_RIVALS = (*FLEX_WINDOWS, FLEX_BLOCKS, LONGFORMER)
 SLOW_RIVALS = (BIGBIRD, COMPOSITION, EXACT_TOPK)
 BEST_WINDOW = FLEX_WINDOWS[1]
@@ -70,7 +70,7 @@ def quick(threads: int) -> Preset:
         ),
         (
             Case(4096, True, threads),
-            _in(FLOAT32, SDPA, GUMBEL, GUMBEL + DISTILL) + _in(BFLOAT16, GUMBEL),
+            _in(FLOAT32, SDPA, SDPA + DISTILL, GUMBEL, GUMBEL + DISTILL) + _in(BFLOAT16, GUMBEL),
         ),
     ]
     return Preset(seconds=0.5, cases=cases, stages=[StageCase(4096, FLOAT32, threads)], memory=[])
@@ -185,7 +185,8 @@ def _stages(lengths: Sequence[int], threads: int) -> list[StageCase]:
 
 
 def _memory(lengths: Sequence[int]) -> list[MemoryCase]:
-    attentions = (SDPA, BEST_WINDOW, LONGFORMER, *SLOW_RIVALS, GUMBEL, GUMBEL + DISTILL)
+    dense = (SDPA, SDPA + DISTILL)
+    attentions = (*dense, BEST_WINDOW, LONGFORMER, *SLOW_RIVALS, GUMBEL, GUMBEL + DISTILL)
     return [
         MemoryCase(attention, length, backward)
         for attention in attentions
@@ -193,6 +194,6 @@ def _memory(lengths: Sequence[int]) -> list[MemoryCase]:
         for backward in (False, True)
         if not (attention in SLOW_RIVALS and length > SLOW_LENGTH)
         # SDPA's backward pass takes minutes beyond that.
-        if not (attention == SDPA and backward and length > 16384)
+        if not (attention in dense and backward and length > 16384)
         if backward or not attention.endswith(DISTILL)
     ]

@@ -84,9 +84,11 @@ def smart_bird_attention(
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
     """
+    q, k, v = ops.autocast(q, k, v)
+    q_sketch, k_sketch = ops.autocast(q_sketch, k_sketch)
+    ops.check_attention(q, k, v)
+    ops.check_sketches(q_sketch, k_sketch)
     ops.check_same_tokens(q_sketch, k_sketch, q, k)
-    if not isinstance(q, Tensor) or q.dim() != 4:
-        raise ValueError(f"q must be a Tensor [B, H, N, D], got {getattr(q, 'shape', type(q))}")
     if num_index_heads is None:
         num_index_heads = q.shape[1]
     ops.check_index_heads(num_index_heads, q)
@@ -196,6 +198,8 @@ def deal_keys(
     ops.check_count("num_samples", num_samples, 1)
     ops.check_count("num_index_heads", num_index_heads, 1)
     ops.check_room(num_samples, window, num_sinks, is_causal)
+    q_sketch, k_sketch = ops.autocast(q_sketch, k_sketch)
+    ops.check_sketches(q_sketch, k_sketch)
     q_sketch, k_sketch = q_sketch.detach(), k_sketch.detach()
     device, num_keys = k_sketch.device, k_sketch.shape[1]
     best = ops.sample_indices(

@@ -826,8 +826,9 @@ class SampleAnneal(_Schedule):
 def sketch_loss(model: nn.Module) -> Tensor:
     """Collect and clear the sketch losses that the last training pass of ``model`` left.
 
-    Add it to the training loss. It reaches sketch parameters only, so its weight is their learning
-    rate. A layer that was called more than once since the last collection counts its last call.
+    Add it to the training loss. Of a layer's parameters it reaches those of the sketch only; where
+    a sketch was given to the layer, what made that. A layer that was called more than once since
+    the last collection counts its last call.
 
     Args:
         model: holds :class:`SmartBirdAttention` layers, compiled or not.

@@ -10,7 +10,8 @@ scaled_dot_product_attention.
 
 Each call is a pure function of its arguments: random draws are those of ``seed``, an int64 tensor
 [2] (seed, offset), drawn from ``generator`` where None, and do not depend on the number of threads.
-The underlying dispatcher ops are ``torch.ops.smartbird.*``.
+A GPU draws other keys by it than a CPU ("gumbel", "multinomial"). Gradients have no gradients of
+their own: asking for them is a RuntimeError. The underlying dispatcher ops are ``torch.ops.smartbird.*``.
 """
 
 import math
@@ -19,7 +20,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from smartbird import _library as _library  # loads the compiled library
 
@@ -155,8 +155,8 @@ def sampled_attention(
     Returns:
         [B, H, N, Dv] in the dtype of ``q``.
     """
-    q, k, v = _autocast(q, k, v)
-    _check_attention(q, k, v)
+    q, k, v = autocast(q, k, v)
+    check_attention(q, k, v)
     q_sketch, k_sketch, num_samples, num_index_heads, method, sketch_scale, *masks, seed = (
         _sampling_arguments(
             q_sketch,
@@ -206,8 +206,8 @@ def _sampling_arguments(
     generator: torch.Generator | None = None,
 ) -> tuple[Any, ...]:
     """The checked arguments of the dispatcher's sketch_sample, without need_log_inclusion."""
-    q_sketch, k_sketch = _autocast(q_sketch, k_sketch)
-    _check_sketches(q_sketch, k_sketch)
+    q_sketch, k_sketch = autocast(q_sketch, k_sketch)
+    check_sketches(q_sketch, k_sketch)
     check_count("num_samples", num_samples, 1)
     check_count("num_index_heads", num_index_heads, 1)
     check_count("window", window, 0)
@@ -247,7 +247,7 @@ def gather_scores(q: Tensor, k: Tensor, indices: Tensor, *, scale: float | None 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range.
     """
-    q, k = _autocast(q, k)
+    q, k = autocast(q, k)
     _check_heads(q, k)
     _check_indices(indices, q)
     scores: Tensor = _call(_ops.gather_scores.default, q, k, indices, _scale(scale, q))
@@ -321,8 +321,8 @@ def gather_attention(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range.
     """
-    q, k, v = _autocast(q, k, v)
-    _check_attention(q, k, v)
+    q, k, v = autocast(q, k, v)
+    check_attention(q, k, v)
     _check_indices(indices, q)
     if bias is not None:
         bias = _expand_bias(bias, q, indices)
@@ -365,8 +365,8 @@ def sketch_lse(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range.
     """
-    q_sketch, k_sketch = _autocast(q_sketch, k_sketch)
-    _check_sketches(q_sketch, k_sketch)
+    q_sketch, k_sketch = autocast(q_sketch, k_sketch)
+    check_sketches(q_sketch, k_sketch)
     check_flag("is_causal", is_causal)
     _check_key_mask(key_mask, k_sketch)
     lse: Tensor = _call(
@@ -420,9 +420,9 @@ def distill_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range.
     """
-    q, k, q_sketch, k_sketch = _autocast(q, k, q_sketch, k_sketch)
+    q, k, q_sketch, k_sketch = autocast(q, k, q_sketch, k_sketch)
     _check_heads(q, k)
-    _check_sketches(q_sketch, k_sketch)
+    check_sketches(q_sketch, k_sketch)
     _check_tensor("q_sketch", q_sketch, 3, q)
     check_same_tokens(q_sketch, k_sketch, q, k)
     check_flag("is_causal", is_causal)
@@ -435,7 +435,7 @@ def distill_loss(
     if log_inclusion is not None:
         raise ValueError("log_inclusion must be None where indices is None")
     lse = _call(_ops.sketch_lse.default, q_sketch, k_sketch, sketch_scale, is_causal, key_mask)
-    valid = lse > -torch.inf
+    valid = lse != -torch.inf
     summed, _ = _call(_ops.summed_attention.default, q, k, k_sketch, scale, is_causal, key_mask)
     agreement = (q_sketch.to(summed.dtype) * summed).sum(-1) * (sketch_scale / q.shape[1])
     rows = (lse - agreement).masked_fill(~valid, 0)
@@ -462,6 +462,8 @@ def _sampled_distill(
                 f"log_inclusion must have the shape of indices {_shape(indices)}, "
                 f"got {_shape(log_inclusion)}"
             )
+        if log_inclusion.device != q.device:
+            raise ValueError(f"log_inclusion must be on {q.device}, got {log_inclusion.device}")
         bias = -log_inclusion.to(_acc_dtype(q))
     need_grads = torch.is_grad_enabled() and (q_sketch.requires_grad or k_sketch.requires_grad)
     loss: Tensor = _call(
@@ -515,7 +517,8 @@ def check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} must be at least {least} and below 2^31, got {value}")
 
 
-def _check_sketches(q_sketch: Tensor, k_sketch: Tensor) -> None:
+def check_sketches(q_sketch: Tensor, k_sketch: Tensor) -> None:
+    """Refuse what are no sketches [B, N, S] and [B, M, S], by name: TypeError, ValueError."""
     _check_tensor("q_sketch", q_sketch, 3)
     _check_tensor("k_sketch", k_sketch, 3, q_sketch)
     if q_sketch.shape[0] != k_sketch.shape[0] or q_sketch.shape[2] != k_sketch.shape[2]:
@@ -639,7 +642,8 @@ def check_index_heads(num_index_heads: int, q: Tensor) -> None:
         )
 
 
-def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse what cannot attend to each other, by name: TypeError, ValueError."""
     _check_heads(q, k)
     _check_tensor("v", v, 4, q)
     if v.shape[:3] != k.shape[:3]:
@@ -695,7 +699,8 @@ def _seed(seed: Tensor | None, like: Tensor, generator: torch.Generator | None) 
     return seed
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on for their device, as the ops take them."""
     first = tensors[0]
     if not isinstance(first, Tensor):
         return tensors
@@ -895,7 +900,7 @@ def compose_sampled_distill(
     """
     acc = _acc_dtype(q)
     lse = _ops.sketch_lse(q_sketch, k_sketch, sketch_scale, is_causal, key_mask)
-    valid = lse > -torch.inf
+    valid = lse != -torch.inf
     row_weight = valid.to(acc) / valid.sum().clamp(min=1)
     # In the accumulation type: the loss is a difference of sums that 8 bits would not hold.
     attention = (
@@ -909,7 +914,7 @@ def compose_sampled_distill(
         None,
     )
     per_head, head_lse = _ops.gather_attention(*attention)
-    target, mass = per_head.mean(1), (head_lse > -torch.inf).to(acc).mean(1)
+    target, mass = per_head.mean(1), (head_lse != -torch.inf).to(acc).mean(1)
     query = q_sketch.to(acc).masked_fill(~valid.unsqueeze(-1), 0)
     agreement = sketch_scale * (query * target).sum(-1)
     loss = (row_weight * (mass * lse.masked_fill(~valid, 0) - agreement)).sum()
@@ -1018,12 +1023,18 @@ def _save_sampled_distill(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
 def _sampled_distill_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> Any:
+    if torch.is_grad_enabled():  # of create_graph=True
+        _refuse_gradient(ctx)
     gradients: list[Tensor | None] = [None, None]
     if dloss is not None:
         gradients = [(gradient * dloss).to(ctx.dtype) for gradient in ctx.saved_tensors]
     return None, None, *gradients, *[None] * 7
+
+
+def _refuse_gradient(ctx: Any, *_: Any) -> Any:
+    """Of a gradient, which PyTorch would leave out of a sum with a warning at most."""
+    raise RuntimeError("the ops of smartbird can be differentiated once only")
 
 
 for _name, _fake in (
@@ -1048,3 +1059,5 @@ for _name, _backward, _save in (
     ("sampled_distill", _sampled_distill_backward, _save_sampled_distill),
 ):
     torch.library.register_autograd(f"smartbird::{_name}", _backward, setup_context=_save)
+for _name in ("gather_scores", "gather_attention", "sketch_lse", "summed_attention"):
+    torch.library.register_autograd(f"smartbird::{_name}_backward", _refuse_gradient)

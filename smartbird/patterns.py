@@ -1,9 +1,10 @@
 """Key indices that need no sketch: the patterns that a sampled one is held beside at equal K.
 
-Each function returns int32 indices [B, H_i, N, K] for ``smartbird.ops.gather_attention``,
-ascending, -1 in unused places at the end, B and H_i 1 where all sequences and heads share one
-pattern. Causal means that query i sees keys ``j <= i + (M - N)``; ``key_mask`` is bool [B, M], True
-where a key may be attended.
+The builders return int32 indices [B, H_i, N, K] for ``smartbird.ops.gather_attention``, ascending,
+-1 in unused places at the end. H_i is 1 where all heads share one pattern, and B where all
+sequences do: then ``indices.expand(len(q), -1, -1, -1)`` is what attention takes. Causal means that
+query i sees keys ``j <= i + (M - N)``; ``key_mask`` is bool [B, M], True where a key may be
+attended.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smartbird import ops
-from smartbird.ops import ascending, check_key_mask
+from smartbird.ops import ascending, check_count, check_flag, check_key_mask
 
 __all__ = [
     "bigbird_indices",
@@ -58,19 +59,14 @@ def window_indices(
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
     """
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
-    if key_mask is not None:
-        check_key_mask(key_mask, (len(key_mask), num_keys))
-        device = key_mask.device
+    check_count("window", window, 1)
+    _check_lengths(num_queries, num_keys, is_causal, key_mask)
+    device = device if key_mask is None else key_mask.device
     after = 0 if is_causal else window // 2
     before = window - 1 if is_causal else window // 2
     position = torch.arange(num_queries, device=device) + (num_keys - num_queries)
     keys = position[:, None] + torch.arange(-before, after + 1, device=device)
-    valid = ((keys >= 0) & (keys < num_keys))[None]
-    if key_mask is not None:
-        valid = valid & key_mask[:, keys.clamp(0, max(num_keys - 1, 0))]
-    return ascending(keys, valid, num_keys)[:, None]
+    return ascending(keys, _are_valid(keys, num_keys, key_mask), num_keys)[:, None]
 
 
 def strided_indices(
@@ -115,22 +111,21 @@ def strided_indices(
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
     """
-    for name, count in {"num_samples": num_samples, "num_index_heads": num_index_heads}.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+    check_count("num_samples", num_samples, 1)
+    check_count("num_index_heads", num_index_heads, 1)
+    _check_lengths(num_queries, num_keys, is_causal, key_mask)
     merged = num_index_heads == 1
     num_strided = num_samples // 2 if merged else num_samples
     num_local = num_samples - num_strided if merged else num_samples
     least = -(-num_keys // num_strided) if num_strided else 1
     stride = max(1, least) if stride is None else stride
-    if stride < max(1, least):
+    check_count("stride", stride, 1)
+    if stride < least:
         raise ValueError(
-            f"stride must be at least {max(1, least)} for {num_keys} keys in {num_strided} places, "
+            f"stride must be at least {least} for {num_keys} keys in {num_strided} places, "
             f"got {stride}"
         )
-    if key_mask is not None:
-        check_key_mask(key_mask, (len(key_mask), num_keys))
-        device = key_mask.device
+    device = device if key_mask is None else key_mask.device
 
     position = torch.arange(num_queries, device=device)[:, None] + (num_keys - num_queries)
     before = num_local - 1 if is_causal else num_local // 2
@@ -145,11 +140,9 @@ def strided_indices(
         keys = torch.stack(
             [local] * num_local_heads + [strided] * (num_index_heads - num_local_heads)
         )
-    valid = ((keys >= 0) & (keys < num_keys))[None]
+    valid = _are_valid(keys, num_keys, key_mask)
     if is_causal:
         valid = valid & (keys <= position)
-    if key_mask is not None:
-        valid = valid & key_mask[:, keys.clamp(0, max(num_keys - 1, 0))]
     return ascending(keys, valid, num_keys)
 
 
@@ -237,6 +230,7 @@ def bigbird_indices(
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
     """
+    _check_lengths(num_queries, num_keys, is_causal, key_mask)
     batch, device = (1, device) if key_mask is None else (key_mask.shape[0], key_mask.device)
     # A sketch of zeros gives every key the same chance.
     indices: Tensor = ops.sketch_sample(
@@ -281,6 +275,7 @@ def oracle_indices(
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
     """
+    check_flag("is_causal", is_causal)
     _check_scored(q, k, num_samples, key_mask)
     (batch, heads, num_queries, _), (kv_heads, num_keys) = q.shape, k.shape[1:3]
     grouped = torch.unflatten(q, 1, (kv_heads, heads // kv_heads))
@@ -291,7 +286,7 @@ def oracle_indices(
     for first in range(0, num_queries, rows_per_block):
         rows = slice(first, min(first + rows_per_block, num_queries))
         scores = grouped[..., rows, :].flatten(2, 3) @ k.mT
-        scores = scores.reshape(batch, heads, -1, num_keys)
+        scores = scores.reshape(batch, heads, rows.stop - rows.start, num_keys)
         valid = torch.ones((), dtype=torch.bool, device=q.device)
         if is_causal:
             row = torch.arange(rows.start, rows.stop, device=q.device)
@@ -342,6 +337,7 @@ def routing_indices(
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
     """
+    check_flag("is_causal", is_causal)
     _check_scored(q, k, num_samples, key_mask)
     _check_centroids(centroids, q)
     (batch, heads, num_queries, _), (kv_heads, num_keys) = q.shape, k.shape[1:3]
@@ -357,7 +353,8 @@ def routing_indices(
     best_keys = cluster.new_full(best.shape, -1)
     for first in range(0, num_keys, _ROUTED_KEYS):
         block = slice(first, min(first + _ROUTED_KEYS, num_keys))
-        affinity = (grouped @ _unit(k[:, :, block]).mT).view(batch, heads, num_clusters, -1)
+        affinity = (grouped @ _unit(k[:, :, block]).mT).flatten(1, 2)
+        affinity = affinity.unflatten(1, (heads, num_clusters))
         if key_mask is not None:
             affinity = affinity.masked_fill(~key_mask[:, None, None, block], -torch.inf)
         candidates = torch.arange(block.start, block.stop, device=q.device).expand(affinity.shape)
@@ -374,9 +371,7 @@ def routing_indices(
         ranked = _of_cluster(best_keys, cluster)
 
     own = position.expand(batch, 1, -1, -1)
-    own_valid = own >= 0
-    if key_mask is not None:
-        own_valid = own_valid & key_mask[:, position.clamp(min=0)][:, None]
+    own_valid = _are_valid(position, num_keys, key_mask)[:, None]
     missing = own_valid & (ranked != own).all(-1, keepdim=True)
     ranked[..., -1:] = torch.where(missing, own, ranked[..., -1:])
     return ascending(ranked, ranked >= 0, num_keys)
@@ -417,6 +412,15 @@ def update_centroids(
     return F.normalize(decay * centroids + (1.0 - decay) * F.normalize(sums, dim=-1), dim=-1)
 
 
+def _are_valid(keys: Tensor, num_keys: int, key_mask: Tensor | None) -> Tensor:
+    """Which of any integers are keys, and not masked: bool [B or 1, *keys.shape]."""
+    inside = (keys >= 0) & (keys < num_keys)
+    if key_mask is None:
+        return inside[None]
+    # One more column, for all that are no keys.
+    return F.pad(key_mask, (0, 1), value=False)[:, keys.masked_fill(~inside, num_keys)]
+
+
 def _unit(x: Tensor) -> Tensor:
     """Layer normalisation without scale and bias, to length 1 instead of sqrt(D)."""
     return F.normalize(x - x.mean(-1, keepdim=True), dim=-1)
@@ -440,9 +444,19 @@ def _best(scores: Tensor, keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return best, keys.gather(-1, places).masked_fill(best == -torch.inf, -1)
 
 
+def _check_lengths(
+    num_queries: int, num_keys: int, is_causal: bool, key_mask: Tensor | None
+) -> None:
+    check_count("num_queries", num_queries, 0)
+    check_count("num_keys", num_keys, 0)
+    check_flag("is_causal", is_causal)
+    if key_mask is not None:
+        batch = key_mask.shape[0] if isinstance(key_mask, Tensor) and key_mask.dim() else 0
+        check_key_mask(key_mask, (batch, num_keys))
+
+
 def _check_scored(q: Tensor, k: Tensor, num_samples: int, key_mask: Tensor | None) -> None:
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    check_count("num_samples", num_samples, 1)
     if q.dim() != 4 or k.dim() != 4 or (len(q), q.shape[3]) != (len(k), k.shape[3]):
         raise ValueError(
             "q and k must be [B, H, N, D] and [B, H_kv, M, D], "

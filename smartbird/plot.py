@@ -67,21 +67,29 @@ def _keep(
     return out
 
 
-def draw_rates(indices: Tensor, num_keys: int, *, cells: tuple[int, int] | None = None) -> Tensor:
-    """How often each query draws each key, relative to drawing all keys alike.
+def draw_rates(
+    indices: Tensor,
+    num_keys: int,
+    *,
+    is_causal: bool = False,
+    cells: tuple[int, int] | None = None,
+) -> Tensor:
+    """How often each query draws each key, relative to drawing all that it sees alike.
 
     Args:
         indices: integers [..., N, K], -1 in unused places.
         num_keys: M.
+        is_causal: query i sees keys ``j <= i + (M - N)`` only, instead of all.
         cells: pool queries and keys into this many intervals of equal length (at most N and M).
             None: one for each, which makes an N x M tensor.
 
     Returns:
-        float32 [cells]: 1 where keys are drawn as often as by chance, 0 where never. Chance is
-        that of the places in use, spread over all M keys.
+        float32 [cells]: 1 where keys are drawn as often as by chance, 0 where never. Chance spreads
+        the places that a query uses over the keys it sees.
 
     Raises:
-        ValueError: an index is not in [-1, M), or nothing is drawn.
+        ValueError: an index is not in [-1, M), or of a key that its query does not see, or nothing
+            is drawn.
     """
     num_queries = indices.shape[-2]
     rows, columns = cells or (num_queries, num_keys)
@@ -90,20 +98,30 @@ def draw_rates(indices: Tensor, num_keys: int, *, cells: tuple[int, int] | None 
     keys = indices[drawn].long()
     if not len(keys) or int(keys.max()) >= num_keys or int(indices.min()) < -1:
         raise ValueError(f"indices must be in [-1, {num_keys}) and not all -1")
-    query = torch.arange(num_queries, device=indices.device)[:, None].expand(indices.shape)[drawn]
-    cell = (query * rows // num_queries) * columns + keys * columns // num_keys
-    counts = cell.bincount(minlength=rows * columns).view(rows, columns).float()
-    # Intervals of queries and keys differ in length by up to one.
-    height = (torch.arange(num_queries, device=counts.device) * rows // num_queries).bincount()
-    width = (torch.arange(num_keys, device=counts.device) * columns // num_keys).bincount()
-    by_chance = len(keys) / (num_queries * num_keys)
-    return (counts / (height[:, None] * width * by_chance)).cpu()
+    position = torch.arange(num_queries, device=indices.device)
+    query = position[:, None].expand(indices.shape)[drawn]
+    num_seen = torch.full_like(position, num_keys)
+    if is_causal:
+        num_seen = (position + 1 + num_keys - num_queries).clamp(min=0)
+    if (keys >= num_seen[query]).any():
+        raise ValueError("indices must be at most i + (M - N) for query i where it is causal")
+    row = position * rows // num_queries
+    cell = row[query] * columns + keys * columns // num_keys
+    counts = cell.bincount(minlength=rows * columns).view(rows, columns)
+    # The first key of each interval of keys, and how many of its keys each query sees.
+    edges = -(-torch.arange(columns + 1, device=indices.device) * num_keys // columns)
+    seen = (num_seen[:, None] - edges[:-1]).clamp(min=0).minimum(edges.diff())
+    places = query.bincount(minlength=num_queries) / num_seen.clamp(min=1)
+    by_chance = seen.new_zeros(rows, columns, dtype=torch.float32)
+    by_chance.index_add_(0, row, places[:, None] * seen)
+    return torch.where(counts > 0, counts / by_chance, 0.0).cpu()
 
 
 def plot_heat_map(
     panels: Mapping[str, Tensor],
     num_keys: int,
     *,
+    is_causal: bool = False,
     tokens: Sequence[str] | None = None,
     cells: int = 96,
     columns: int = 4,
@@ -113,6 +131,7 @@ def plot_heat_map(
     Args:
         panels: indices [..., N, K] by title, for example one entry per layer or head.
         num_keys: M.
+        is_causal: query i sees keys ``j <= i + (M - N)`` only, instead of all.
         tokens: labels of queries and keys, for N = M of up to 48 tokens.
         cells: intervals that each axis is pooled into where it is longer.
         columns: panels side by side.
@@ -128,7 +147,7 @@ def plot_heat_map(
     if tokens is not None and len(tokens) > _MAX_LABELS:
         raise ValueError(f"tokens must be at most {_MAX_LABELS} to be read, got {len(tokens)}")
     rates = {
-        title: draw_rates(indices, num_keys, cells=(cells, cells))
+        title: draw_rates(indices, num_keys, is_causal=is_causal, cells=(cells, cells))
         for title, indices in panels.items()
     }
     columns = min(columns, len(panels))

@@ -215,6 +215,34 @@ def test_poison(backend: Backend, target: str) -> None:
     assert (k_sketch.grad[hidden] == 0).all()
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("where", ["q_sketch", "k_sketch"])
+def test_nan_in_a_row_that_counts_is_seen(backend: Backend, where: str, target: str) -> None:
+    x = make_inputs(CASE["masked_causal_gqa"], torch.float32, backend.device)
+    keywords = target_keywords(x, target) | x.masks()
+    sketches = {"q_sketch": x.q_sketch.clone(), "k_sketch": x.k_sketch.clone()}
+    row = x.valid().any(-1)[0].nonzero()[-1, 0]
+    at = row if where == "q_sketch" else x.key_mask[0].nonzero()[0, 0]
+    sketches[where][0, at] = math.nan
+    lse = backend.ops.sketch_lse(**sketches, **x.masks())
+    assert lse[0, row].isnan()
+    assert backend.ops.distill_loss(x.q, x.k, **sketches, **keywords).isnan()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_gradient_has_no_gradient(backend: Backend, target: str) -> None:
+    x = make_inputs(CASE["gqa"], torch.float32, backend.device)
+    q_sketch, k_sketch = leaves(x.q_sketch, x.k_sketch)
+    loss = backend.ops.distill_loss(x.q, x.k, q_sketch, k_sketch, **target_keywords(x, target))
+
+    def differentiate_twice() -> None:
+        (gradient,) = torch.autograd.grad(loss, q_sketch, create_graph=True)
+        gradient.square().sum().backward()
+
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        differentiate_twice()
+
+
 @pytest.mark.usefixtures("restore_num_threads")
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["gqa", "past_the_tiles"])

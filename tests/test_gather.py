@@ -168,6 +168,21 @@ def test_gradcheck(backend: Backend) -> None:
     assert torch.autograd.gradcheck(attention, leaves(x.q, x.k, x.v, bias))
 
 
+@pytest.mark.parametrize("op", ["gather_scores", "gather_attention", "sketch_lse"])
+def test_a_gradient_has_no_gradient(backend: Backend, op: str) -> None:
+    x = make_inputs(SMALL, torch.float32, backend.device)
+    (q,) = leaves(x.q_sketch if op == "sketch_lse" else x.q)
+    rest = {
+        "gather_scores": (x.k, x.indices.clamp(min=0)),
+        "gather_attention": (x.k, x.v, x.indices),
+        "sketch_lse": (x.k_sketch,),
+    }[op]
+    out = getattr(backend.ops, op)(q, *rest)
+    (gradient,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        gradient.square().sum().backward()
+
+
 def test_lse_is_float32_but_for_float64(backend: Backend) -> None:
     for dtype in DTYPES:
         x = make_inputs(SMALL, dtype, backend.device)
@@ -213,6 +228,65 @@ def test_poison(backend: Backend, dtype: torch.dtype) -> None:
     assert (k.grad[k.isnan()] == 0).all()
     assert (v.grad[v.isnan()] == 0).all()
     assert (bias.grad[unused] == 0).all()
+
+
+# What is attended and not finite shows, and goes nowhere else.
+
+
+@pytest.mark.parametrize(("where", "value"), [("q", math.nan), ("q", math.inf), ("k", math.nan)])
+@pytest.mark.parametrize("K", [9, 70])
+def test_what_is_not_finite_stays_in_its_rows(
+    backend: Backend, K: int, where: str, value: float
+) -> None:
+    """A row that meets it gives NaN, however many of its slots are empty; no other row changes."""
+    x = make_inputs(Case("causal", N=40, M=40, H=4, H_kv=2, H_i=4, K=K), torch.float32)
+    row = torch.arange(40)[:, None]
+    slot = torch.arange(K, dtype=torch.int32)
+    # Slots that are empty come first, in between and last; the last query has no others.
+    empty = (slot > row) | (slot % 5 == 3) | (slot < 2) | (row == 39)
+    indices = slot.masked_fill(empty, -1).expand(2, 4, 40, K).contiguous()
+    q, k = x.q.clone(), x.k.clone()
+    meets = torch.zeros(2, 4, 40, dtype=torch.bool)
+    if where == "q":
+        q[1, 1, 20] = value
+        meets[1, 1, 20] = True
+    else:
+        k[1, 1, 5, 0] = value
+        meets[1, 2:, 5:39] = True
+
+    def run(q: Tensor, k: Tensor) -> list[Tensor]:
+        parts = leaves(*(t.to(backend.device) for t in (q, k, x.v)))
+        entries = indices.to(backend.device)
+        out, lse = backend.ops.gather_attention(*parts, entries, return_lse=True)
+        out.sum().backward()
+        return [t.detach().cpu() for t in (out, lse, *(part.grad for part in parts))]
+
+    *rows, dk, dv = run(q, k)
+    *clean_rows, clean_dk, clean_dv = run(x.q, x.k)
+    for got, clean in zip(rows, clean_rows, strict=True):
+        assert torch.equal(got.isnan().reshape(2, 4, 40, -1).any(-1), meets)
+        assert torch.equal(got[~meets], clean[~meets])
+    # Gradients of keys that none of those rows names; the first and the last are such keys.
+    named = (meets.unsqueeze(-1) & (indices >= 0)).any(2)
+    named = (
+        torch.nn.functional.pad(named[..., :40], (0, max(0, 40 - K))).unflatten(1, (2, 2)).any(2)
+    )
+    assert not named[..., [0, 39]].any()
+    for got, clean in ((dk, clean_dk), (dv, clean_dv)):
+        torch.testing.assert_close(got[~named], clean[~named])
+
+
+def test_a_row_of_nan_is_not_an_empty_row(backend: Backend) -> None:
+    """Wherever its slots are: the first vector of slots or lane may hold none that counts."""
+    q = torch.full((1, 1, 1, 4), math.nan, device=backend.device)
+    k = v = torch.randn(1, 1, 50, 4, device=backend.device)
+    for K in (1, 3, 8, 33):
+        for slot in range(K):
+            indices = torch.full((1, 1, 1, K), -1, dtype=torch.int32, device=backend.device)
+            indices[..., slot] = 7
+            out, lse = backend.ops.gather_attention(q, k, v, indices, return_lse=True)
+            assert out.isnan().all(), (K, slot)
+            assert lse.isnan().all(), (K, slot)
 
 
 # Dropout.

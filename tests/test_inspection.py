@@ -157,23 +157,25 @@ def test_a_layer_in_dense_warmup_sees_every_key():
 # Documents
 
 
-@pytest.fixture(scope="module")
-def sotu():
+@pytest.fixture(scope="module", params=["sotu", "continuation"])
+def reader(request):
     # A few words for every year: reading all the real addresses takes seconds.
     text = "Fellow citizens, of the Senate and so on [NUM]. " * 10
     addresses = [sotu_module.Address(year, "", "", text) for year in range(1790, 2020)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sotu_module, "load_addresses", lambda: addresses)
-        return TASKS["sotu"](default_config("sotu", seq_len=40, vocab_size=512))
+        changes = {"num_pairs": 8} if request.param == "continuation" else {}
+        config = default_config(request.param, seq_len=40, vocab_size=512, **changes)
+        return TASKS[request.param](config)
 
 
-def test_a_text_is_read_as_the_task_reads_its_own(sotu, tmp_path):
+def test_a_text_is_read_as_the_task_reads_its_own(reader, tmp_path):
     file = tmp_path / "speech.txt"
     file.write_text("Fellow citizens, on 1862 [laughter] of the Senate " + "and so on " * 40)
-    document = read_document(sotu, file)
+    document = read_document(reader, file)
     assert document.source == "speech.txt"
     assert document.tokens.shape == (1, 40)
-    names = [sotu.token_name(token) for token in document.tokens[0].tolist()]
+    names = [reader.token_name(token) for token in document.tokens[0].tolist()]
     assert document.pieces == names
     assert "[NUM]" in names
     words = []
@@ -182,23 +184,23 @@ def test_a_text_is_read_as_the_task_reads_its_own(sotu, tmp_path):
     assert words[:9] == ["Fellow", "citizens", ",", "on", "[NUM]", "of", "the", "Senate", "and"]
 
 
-def test_without_a_text_the_first_validation_sequence_is_read(sotu):
+def test_without_a_text_the_first_validation_sequence_is_read(reader):
     _, task, _ = make("dense")
     document = read_document(task, None)
     assert document.tokens.equal(next(task.eval_batches("valid")).tokens[:1])
     assert document.pieces[0].startswith("k")
     assert document.pieces[1].startswith("v")
-    assert read_document(sotu, None).tokens.shape == (1, 40)
+    assert read_document(reader, None).tokens.shape == (1, 40)
 
 
 @pytest.mark.parametrize(
     ("content", "said"), [(b"", "no words"), (b" \n", "no words"), (b"\xff\xfe", "UTF-8")]
 )
-def test_a_file_that_is_no_text_is_named(sotu, tmp_path, content, said):
+def test_a_file_that_is_no_text_is_named(reader, tmp_path, content, said):
     file = tmp_path / "speech.txt"
     file.write_bytes(content)
     with pytest.raises(RunError, match=said) as error:
-        read_document(sotu, file)
+        read_document(reader, file)
     assert str(file) in str(error.value)
 
 

@@ -19,7 +19,7 @@ from smartbird.patterns import (
 )
 
 ONE = torch.eye(4)[:1, None]  # one centroid of one head
-SIZES = [(9, 9), (4, 9), (9, 4), (1, 1), (0, 5)]
+SIZES = [(9, 9), (4, 9), (9, 4), (1, 1), (0, 5), (5, 0)]
 
 
 def make_mask(num_keys: int) -> Tensor:
@@ -285,10 +285,39 @@ def test_patterns_feed_gather_attention(is_causal: bool) -> None:
         assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_no_sequences(is_causal: bool) -> None:
+    q, k = torch.randn(0, 4, 6, 8), torch.randn(0, 2, 6, 8)
+    mask = torch.ones(0, 6, dtype=torch.bool)
+    centroids = F.normalize(torch.randn(4, 3, 8), dim=-1)
+    for indices in (
+        oracle_indices(q, k, 3, is_causal=is_causal),
+        routing_indices(q, k, centroids, 3, is_causal=is_causal),
+        window_indices(6, 6, 3, is_causal=is_causal, key_mask=mask),
+        strided_indices(6, 6, 3, is_causal=is_causal, key_mask=mask),
+        random_indices(6, 6, 3, is_causal=is_causal, key_mask=mask),
+    ):
+        assert (indices.dtype, indices.shape[0], *indices.shape[2:]) == (torch.int32, 0, 6, 3)
+    torch.testing.assert_close(update_centroids(centroids, q), centroids)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "name"),
     [
         (lambda: window_indices(4, 4, 0), ValueError, "window"),
+        (lambda: window_indices(4, 4, 2.5), TypeError, "window"),
+        (lambda: window_indices(-1, 4, 2), ValueError, "num_queries"),
+        (lambda: window_indices(4, 4, 2, key_mask=[True]), TypeError, "key_mask"),
+        (lambda: window_indices(4, 4, 2, is_causal="no"), TypeError, "is_causal"),
+        (lambda: strided_indices(4, -1, 2), ValueError, "num_keys"),
+        (lambda: strided_indices(4, 4, 2, stride=2.0), TypeError, "stride"),
+        (lambda: random_indices(4, 4.0, 2), TypeError, "num_keys"),
+        (lambda: oracle_indices(*torch.randn(2, 1, 2, 3, 4), 2.0), TypeError, "num_samples"),
+        (
+            lambda: oracle_indices(*torch.randn(2, 1, 2, 3, 4), 2, is_causal=1),
+            TypeError,
+            "is_causal",
+        ),
         (lambda: window_indices(4, 4, 1, key_mask=torch.ones(2, 4)), TypeError, "key_mask"),
         (
             lambda: window_indices(4, 4, 1, key_mask=torch.ones(2, 5, dtype=torch.bool)),

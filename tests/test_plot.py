@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib", reason="pictures need the extra smartbird[plot
 
 from matplotlib.patches import Arc
 
+from smartbird.patterns import random_indices
 from smartbird.plot import draw_rates, plot_arcs, plot_heat_map, plot_recall, record_indices
 
 # Two draws (leading dimension) of two keys each, for three queries.
@@ -31,8 +32,9 @@ def png_size(figure: object) -> int:
 
 def test_draw_rates_count_draws_relative_to_chance() -> None:
     counts = torch.tensor([[2, 1, 1], [2, 0, 0], [0, 3, 1]])
-    # 10 places in use over 3 x 3 pairs.
-    torch.testing.assert_close(draw_rates(INDICES, 3), counts / (10 / 9))
+    # 4, 2 and 4 places in use over 3 keys each.
+    by_chance = torch.tensor([[4 / 3], [2 / 3], [4 / 3]])
+    torch.testing.assert_close(draw_rates(INDICES, 3), counts / by_chance)
 
 
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(13, 13), (13, 29), (3, 50), (40, 2)])
@@ -47,6 +49,33 @@ def test_pooled_rates_have_the_mean_of_all(num_queries: int, num_keys: int) -> N
 def test_pooled_rates_of_a_diagonal() -> None:
     diagonal = torch.arange(12)[:, None]
     torch.testing.assert_close(draw_rates(diagonal, 12, cells=(4, 4)), 4 * torch.eye(4))
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(60, 60), (20, 60), (60, 20)])
+@pytest.mark.parametrize("cells", [None, (1, 60), (4, 7)])
+def test_causal_keys_are_drawn_by_chance_from_those_seen(
+    num_queries: int, num_keys: int, cells: tuple[int, int] | None
+) -> None:
+    indices = random_indices(
+        num_queries, num_keys, 5, num_index_heads=4000, is_causal=True, seed=torch.tensor([1, 2])
+    )
+    rates = draw_rates(indices, num_keys, is_causal=True, cells=cells)
+    seen = draw_rates(
+        torch.arange(num_keys).where(
+            torch.ones(num_queries, num_keys).tril(num_keys - num_queries) > 0, -1
+        ),
+        num_keys,
+        is_causal=True,
+        cells=cells,
+    )
+    assert set(seen.unique().tolist()) <= {0.0, 1.0}
+    # Of 4000 heads, 333 or more draw a key of a query: five standard deviations.
+    torch.testing.assert_close(rates, seen, rtol=0, atol=5 / 333**0.5)
+
+
+def test_draw_rates_refuse_keys_that_a_causal_query_does_not_see() -> None:
+    with pytest.raises(ValueError, match="indices must be at most i"):
+        draw_rates(INDICES, 3, is_causal=True)
 
 
 @pytest.mark.parametrize(

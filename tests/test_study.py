@@ -262,6 +262,21 @@ def test_a_result_of_another_configuration_is_refused(write, tmp_path, capsys):
     assert f"{result}: is of another configuration" in capsys.readouterr().err
 
 
+def test_runs_of_different_data_are_not_averaged(write, tmp_path, capsys):
+    path, out = write(HEAD, BASE, WHICH), tmp_path / "out"
+    assert cli.main(["study", str(path), "--out", str(out)]) == 0
+    run = next(iter(study.load_study(path).runs))
+    result = out / run / "result.json"
+    record = json.loads(result.read_text())
+    assert record["fingerprint"].startswith("mqar-")
+    result.write_text(json.dumps({**record, "fingerprint": "mqar-0"}))
+    capsys.readouterr()
+    assert cli.main(["study", str(path), "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert str(result.parent) in error
+    assert "were made with different data" in error
+
+
 def test_without_time_nothing_is_run(write, tmp_path, capsys):
     path, out = write(HEAD, BASE, WHICH), tmp_path / "out"
     assert cli.main(["study", str(path), "--out", str(out), "--budget", "0"]) == 0
@@ -269,13 +284,44 @@ def test_without_time_nothing_is_run(write, tmp_path, capsys):
     assert {file.name for file in out.iterdir()} == {"tiny.md", "tiny.json"}
 
 
-def test_a_run_is_stopped_when_the_time_is_over(write, tmp_path):
+def test_a_run_is_stopped_when_the_time_is_over(write, tmp_path, monkeypatch):
     path = write(HEAD, BASE.replace("steps = 4", "steps = 1000000"), WHICH)
     tiny = study.load_study(path)
+    started, start = [], runner._start
+
+    def start_and_wait_for_a_checkpoint(config):
+        worker = start(config)
+        checkpoint = Path(config.out) / files.CHECKPOINT
+        while not checkpoint.exists():
+            assert worker.process.is_alive()
+            time.sleep(0.02)
+        started.append(checkpoint)
+        return worker
+
+    monkeypatch.setattr(runner, "_start", start_and_wait_for_a_checkpoint)
     progress = runner.execute(tiny.runs, tmp_path, jobs=1, budget=0.5)
     assert progress == runner.Progress(finished={}, failed={}, left=tuple(tiny.runs))
     assert not multiprocessing.active_children()
-    assert sum(directory.is_dir() for directory in tmp_path.iterdir()) <= 1
+    (checkpoint,) = started
+    assert "stopped at step" in (checkpoint.parent / runner.LOG).read_text()
+    files.load_checkpoint(checkpoint)
+
+
+def test_a_run_can_be_stopped_before_it_has_begun(write, tmp_path, monkeypatch):
+    """However early, and where a shell has the study ignore Ctrl-C."""
+
+    def press_ctrl_c(*_):
+        raise KeyboardInterrupt
+
+    path = write(HEAD, BASE.replace("steps = 4", "steps = 1000000"), WHICH)
+    monkeypatch.setattr(runner, "_ended", press_ctrl_c)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(tasks.Interrupted):
+            runner.execute(study.load_study(path).runs, tmp_path, jobs=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

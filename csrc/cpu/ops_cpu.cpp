@@ -40,8 +40,8 @@ void run(const TaskKernel<Params>& kernel, const Params& params) {
 void raise_value_error(int32_t error) {
   STD_TORCH_CHECK(error != kIndexOutOfRange, "smartbird: indices holds a value outside [-1, M)");
   STD_TORCH_CHECK(error != kSketchNotFinite,
-                  "smartbird: q_sketch or k_sketch holds NaN or infinity, or their scores overflow "
-                  "float32, in which all dtypes are sampled");
+                  "smartbird: q_sketch or k_sketch holds NaN or infinity, or numbers whose "
+                  "products overflow float32, in which all dtypes are sampled");
 }
 
 void read_seed(const Tensor& seed, uint64_t* key, uint64_t* offset) {

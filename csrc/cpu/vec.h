@@ -297,6 +297,13 @@ inline Elem<V> reduce_max(V v) {
   return lane[0];
 }
 
+// inf in place of NaN, which comparisons forget: the largest of such numbers is -inf only where all
+// are.
+template <typename V>
+inline V nan_to_inf(V x) {
+  return x == x ? x : broadcast(static_cast<Elem<V>>(__builtin_inff()));
+}
+
 // Elementwise maximum and minimum; where either is NaN, b. Spelled out: GCC makes a compare and a
 // blend of the ternary.
 template <typename V>

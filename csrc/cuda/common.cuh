@@ -84,6 +84,13 @@ __host__ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// inf in place of NaN, which comparisons forget: the largest of such numbers is the same in
+// whatever order they come, and is -inf only where all are.
+template <typename A>
+__device__ __forceinline__ A nan_to_inf(A x) {
+  return x == x ? x : static_cast<A>(kInf);
+}
+
 __device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
 __device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 __device__ __forceinline__ float log2_of(float x) { return log2f(x); }

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 1) dense_lse_kernel(const DenseParam
               (part >> col & 1) != 0 && causal_allows(p, row, tile * kTileCols + col);
           A& score = scores.x[n][2 * r + c];
           score = valid ? score * scale : none;
-          top = max_of(top, score);
+          top = max_of(top, nan_to_inf(score));
         }
       if (top == none) continue;
       sum[r] *= exp2_of(largest[r] - top);

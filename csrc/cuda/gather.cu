@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
 // Softmax and its product with values over some of a query's slots, not yet normalised.
 template <typename L>
 struct PartialAttention {
-  typename L::A largest;  // logit; all lanes alike
+  typename L::A largest;  // logit, inf where one is NaN; all lanes alike
   typename L::A sum;      // of exp(logit - largest); all lanes alike
   RowPart<L> out;         // of exp(logit - largest) * values, before sum_groups
 };
@@ -53,7 +53,7 @@ __device__ __forceinline__ PartialAttention<L> attend(const GatherParams& p, con
     const int64_t slot = tile * kWarpSize + lane_id();
     const int key = load_key(p, at, slot);
     const A logit = finish_logit(p, at, slot, key, gather_dots<L>(q, k, key));
-    const A largest = max_of(part.largest, max_lanes(logit));
+    const A largest = max_of(part.largest, max_lanes(nan_to_inf(logit)));
     if (largest == none) continue;
     const A rescale = exp_of(part.largest - largest);
     part.largest = largest;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
     }
   }
 
-  const A normalizer = part.sum > 0 ? 1 / part.sum : A{0};
+  const A normalizer = part.sum == 0 ? A{0} : 1 / part.sum;
   if (lane_id() < L::kLanes)
     store_part(part.out, normalizer, static_cast<int>(p.Dv),
                static_cast<T*>(p.out) + number * p.Dv);

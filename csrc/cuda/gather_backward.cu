@@ -40,7 +40,7 @@ __device__ __forceinline__ typename L::A score_slots(const GatherBackwardParams&
       const A factor = dropout_factor<A>(f, at, philox, slot);
       dweight = factor == 0 ? A{0} : factor * dweight;
     }
-    largest = max_of(largest, logit);
+    largest = max_of(largest, nan_to_inf(logit));
     if (slot < f.K) slots[slot] = {logit, dweight};
   }
   return max_lanes(largest);
@@ -67,7 +67,8 @@ __device__ __forceinline__ void attention_slot_grads(const GatherBackwardParams&
   const A dlse = p.dlse == nullptr ? A{0} : static_cast<const A*>(p.dlse)[at.number];
   const A shift = dlse - sum_lanes(delta) * normalizer;
   for (int64_t slot = lane_id(); slot < f.K; slot += kWarpSize) {
-    const A weight = slots[slot].weight * normalizer;
+    // Exactly 0 in slots without a key, also where the row's normalizer is NaN.
+    const A weight = slots[slot].weight == 0 ? A{0} : slots[slot].weight * normalizer;
     const A factor = dropout ? dropout_factor<A>(f, at, philox, slot) : A{1};
     slots[slot].dlogit = weight == 0 ? A{0} : weight * (slots[slot].dlogit + shift);
     slots[slot].weight = weight * factor;

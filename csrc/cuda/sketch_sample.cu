@@ -5,8 +5,9 @@
 // row and block of keys only the largest score and the sum of weights relative to it. Then a warp
 // takes one (row, head) at a time: a draw is found among the running sums of the blocks, and the
 // one block it falls in is scored again. What a row needs on chip is a few hundred sums, whatever M
-// is; nothing of size [N, M] exists. The methods are those of the CPU kernel, with the same random
-// numbers.
+// is; nothing of size [N, M] exists. The methods are those of the CPU kernel; `systematic` and
+// `topk` choose the same keys by a seed, `gumbel` and `multinomial` spend its numbers in another
+// way.
 #include "launch.h"
 #include "score_tile.cuh"
 
@@ -663,9 +664,10 @@ __device__ void sum_blocks(const SketchSampleParams& p, const Shared& s, int64_t
           for (int c = 0; c < 2; ++c) sum[r] += exp2f(x[n][c] - larger);
       }
     }
-    SMARTBIRD_DEVICE_CHECK(finite,
-                           "smartbird: q_sketch or k_sketch holds NaN or infinity, or their scores "
-                           "overflow float32, in which all dtypes are sampled");
+    SMARTBIRD_DEVICE_CHECK(
+        finite,
+        "smartbird: q_sketch or k_sketch holds NaN or infinity, or numbers whose "
+        "products overflow float32, in which all dtypes are sampled");
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float largest = max_lanes<4>(top[r]);

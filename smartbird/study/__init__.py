@@ -34,7 +34,7 @@ def run_study(
 
     Raises:
         ValueError: the study, or a marker of the page, is not what it must be; nothing was run.
-        RunError: the result of a run is damaged.
+        RunError: the result of a run is damaged, or of other data than those it is averaged with.
         OSError: a file cannot be read or written.
         Interrupted: after Ctrl-C, when all runs have stopped.
     """

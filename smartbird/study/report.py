@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from smartbird import markdown
 from smartbird.study.spec import Combination, Grid, Study
-from smartbird.tasks import Result, read_metrics
+from smartbird.tasks import Result, RunError, read_metrics
 from smartbird.tasks.files import METRICS
 
 try:
@@ -57,11 +57,18 @@ class Row:
 
 
 def grid_rows(grid: Grid, results: Mapping[str, Result]) -> list[Row]:
-    """A row for each combination of `grid`, from those of its runs that have a result."""
+    """A row for each combination of `grid`, from those of its runs that have a result.
+
+    Raises:
+        RunError: runs of one combination were made with different data.
+    """
     names = _telling_fields(grid.combinations)
     rows = []
     for combination in grid.combinations:
         finished = [results[run] for run in combination.runs if run in results]
+        if len({result.fingerprint for result in finished}) > 1:
+            directories = ", ".join(result.config.out for result in finished)
+            raise RunError(f"{directories}: were made with different data; remove the older ones")
         fields = {name: combination.fields[name] for name in names if name in combination.fields}
         curves = [_curve(result) for result in finished]
         rows.append(Row(fields, len(combination.runs), finished, curves))

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from tqdm import tqdm
 
@@ -97,7 +97,7 @@ def _execute(configs: Mapping[str, Config], jobs: int, deadline: float) -> dict[
             if not workers or time.monotonic() >= deadline:
                 return failed
             for run in _ended(workers, deadline):
-                code = workers.pop(run).exitcode
+                code = workers.pop(run).process.exitcode
                 if code not in (0, _STOPPED):
                     failed[run] = _reason(Path(configs[run].out), code)
                     bar.write(f"{run} failed: {failed[run]}", file=sys.stderr)
@@ -128,75 +128,84 @@ def read_result(config: Config) -> Result | None:
     return result
 
 
-_Workers = dict[str, BaseProcess]
+class _Worker(NamedTuple):
+    """A run in a process of its own, which stops when the lifeline is closed: when we die, too."""
+
+    process: BaseProcess
+    lifeline: connection.Connection
+
+
+_Workers = dict[str, _Worker]
 
 
 @contextlib.contextmanager
 def _workers() -> Iterator[_Workers]:
-    """Processes by run; those that are still there at the end are told to stop and waited for."""
+    """Workers by run; those that are still there at the end are told to stop and waited for."""
     workers: _Workers = {}
     try:
         yield workers
     finally:
         try:
             for worker in workers.values():
-                _interrupt(worker)
+                worker.lifeline.close()
             for worker in workers.values():
-                worker.join()
+                worker.process.join()
         except KeyboardInterrupt:
             for worker in workers.values():
-                worker.kill()
+                worker.process.kill()
             raise
 
 
-def _start(config: Config) -> BaseProcess:
+def _start(config: Config) -> _Worker:
     # Forks of a process that has imported the slow modules, and done nothing else, start at once.
     # The first optimizer of a process imports torch._dynamo.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo"])
-    worker = context.Process(target=_work, args=(config,), daemon=True)
-    worker.start()
-    return worker
-
-
-def _interrupt(worker: BaseProcess) -> None:
-    assert worker.pid is not None
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(worker.pid, signal.SIGINT)
+    theirs, ours = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(config, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
 
 
 def _ended(workers: _Workers, deadline: float) -> list[str]:
     """Waits until a worker ends or the deadline comes; gives the runs of those that ended."""
     timeout = None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
-    sentinels = {worker.sentinel: run for run, worker in workers.items()}
+    sentinels = {worker.process.sentinel: run for run, worker in workers.items()}
     ended = connection.wait(list(sentinels), timeout)
     runs = [sentinels[sentinel] for sentinel in ended if isinstance(sentinel, int)]
     for run in runs:
-        workers[run].join()
+        workers[run].process.join()
+        workers[run].lifeline.close()
     return runs
 
 
 def _reason(directory: Path, code: int | None) -> str:
     if code is not None and code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    lines = (directory / LOG).read_text(errors="replace").split("\n")
+    try:
+        lines = (directory / LOG).read_text(errors="replace").split("\n")
+    except OSError as error:  # the run may have failed to make it
+        return str(error)
     return next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
 
 
 # --- In the process of a run ---
 
 
-def _work(config: Config) -> NoReturn:
-    """Makes one run and writes its result."""
-    # Ctrl-C in a terminal goes to the study alone; it passes one on to each run.
+def _work(config: Config, lifeline: connection.Connection) -> NoReturn:
+    """Makes one run and writes its result; stops when the other end of `lifeline` is closed."""
+    # Ctrl-C in a terminal goes to the study alone, which tells each run to stop.
     os.setpgid(0, 0)
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
     directory = Path(config.out)
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / LOG, "a") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
         try:
+            # A shell may have had the study ignore it, and children inherit that.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            threading.Thread(target=_interrupt_at_end, args=(lifeline,), daemon=True).start()
             # The worker of a study that was killed may not have stopped yet.
             fcntl.flock(log, fcntl.LOCK_EX)
             log.truncate(0)
@@ -211,10 +220,8 @@ def _work(config: Config) -> NoReturn:
     sys.exit(0)
 
 
-def _stop_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
+def _interrupt_at_end(lifeline: connection.Connection) -> None:
+    connection.wait([lifeline])
     os.kill(os.getpid(), signal.SIGINT)
 
 

@@ -282,3 +282,6 @@ ATTENTIONS: dict[str, Callable[[Config, bool], nn.Module]] = {
     "routing": RoutingAttention,
     "oracle": OracleAttention,
 }
+
+# Those whose K keys hold the `window` nearest of a configuration.
+FORCING = ("smartbird", "untrained", "smartbird-restricted", "smartbird-largest", "random")

@@ -133,11 +133,6 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= LARGEST_COUNT:
                 raise ValueError(f"{name} must be from 1 to {LARGEST_COUNT}, got {value}")
-        if self.window > 0 and 2 * (self.window // 2) + 1 > self.num_samples:
-            raise ValueError(
-                f"window must leave its keys room among num_samples={self.num_samples}, "
-                f"got {self.window}"
-            )
         for name in ("window", "dense_warmup", "num_sinks", "anneal_samples", "anneal_steps"):
             value = getattr(self, name)
             if not 0 <= value <= LARGEST_COUNT:

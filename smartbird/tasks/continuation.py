@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from tokenizers import Encoding
 
 from smartbird.tasks.config import Config
 from smartbird.tasks.data import IGNORED, Batch, majority_share
@@ -59,6 +60,10 @@ class Continuation(Recall):
         """The piece of text that the tokenizer made a token of."""
         return self._corpus.token_name(token)
 
+    def read(self, text: str) -> tuple[str, Encoding]:
+        """Any text as the model is shown passages; see `Corpus.read`."""
+        return self._corpus.read(text, self.seq_len)
+
     def _generate(
         self, split: str, random: np.random.Generator, count: int, seq_len: int, questions: int
     ) -> Batch:
@@ -79,7 +84,7 @@ class Continuation(Recall):
     def _passages(
         self, split: str, random: np.random.Generator, count: int, length: int
     ) -> npt.NDArray[np.int64]:
-        """Passages [count, length], every one of the split's as likely as any other."""
+        """Passages [count, length] that start at any token that N tokens of an address follow."""
         starts = self._starts[split]
         ends = np.cumsum(starts)
         places = random.integers(ends[-1], size=count)

@@ -58,31 +58,38 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class MetricsFile:
-    """JSON lines that are cut back to a known length when a run is resumed.
-
-    Rows written after the checkpoint that a run is resumed from are dropped, since the resumed run
-    writes them again.
+    """JSON lines that only one process at a time can write.
 
     Args:
-        path: the file.
-        length: bytes that belong to the checkpoint; 0 starts an empty file.
+        path: the file, made where it is missing, locked until it is closed.
 
     Raises:
-        RunError: the file is shorter than `length`, or another process is writing it.
+        RunError: another process is writing it.
     """
 
-    def __init__(self, path: Path, length: int) -> None:
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = open(path, "ab")  # noqa: SIM115 - open as long as the run is
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
             raise RunError(f"{path}: another process is training into this directory") from error
+
+    def cut(self, length: int) -> None:
+        """Drops what was written after a checkpoint, as the resumed run writes it again.
+
+        Args:
+            length: bytes that belong to the checkpoint; 0 where the run begins.
+
+        Raises:
+            RunError: the file is shorter.
+        """
         size = self._file.seek(0, os.SEEK_END)
         if size < length:
-            self._file.close()
             raise RunError(
-                f"{path}: has {size} bytes, but {length} were there at the time of the checkpoint"
+                f"{self._path}: has {size} bytes, but {length} were there at the time of the "
+                "checkpoint"
             )
         self._file.truncate(length)
 
@@ -102,5 +109,12 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, oldest first."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of a metrics file, oldest first.
+
+    Raises:
+        RunError: a line of it is broken.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise RunError(f"{path}: cannot be read ({error})") from error

@@ -16,6 +16,7 @@ from smartbird import ops, patterns
 from smartbird.modules import SmartBirdAttention
 from smartbird.tasks.attention import PatternAttention, ProjectedAttention
 from smartbird.tasks.config import RunError
+from smartbird.tasks.continuation import Continuation
 from smartbird.tasks.data import Batch, Task
 from smartbird.tasks.model import Encoder
 from smartbird.tasks.sotu import Sotu
@@ -32,12 +33,14 @@ class LayerKeys:
 
     Attributes:
         indices: int32 [B, H_i, N, K]; None where the layer attends to every valid key.
+        is_causal: whether query i sees keys ``j <= i`` only.
         recall: float32 [B, H, N], the probability of dense attention on the chosen keys.
         best: likewise, on the K keys that hold most of it.
         chance: likewise, on as many random keys as were chosen, on average.
     """
 
     indices: Tensor | None
+    is_causal: bool
     recall: Tensor
     best: Tensor
     chance: Tensor
@@ -75,12 +78,13 @@ def look(model: Encoder, tokens: Tensor, key_mask: Tensor | None = None) -> list
         masks: dict[str, Any] = {"is_causal": is_causal, "key_mask": key_mask}
         recall = attention_recall(q, k, indices, **masks)
         if indices is None:
-            return LayerKeys(None, recall, recall, recall)
+            return LayerKeys(None, is_causal, recall, recall, recall)
         best = patterns.oracle_indices(q, k, indices.shape[-1], **masks)
         share = (_distinct(indices) >= 0).sum(-1) / _num_valid(q.shape[2], is_causal, key_mask)
         chance = share.repeat_interleave(q.shape[1] // indices.shape[1], dim=1)
         return LayerKeys(
             indices=indices,
+            is_causal=is_causal,
             recall=recall,
             best=attention_recall(q, k, best, **masks),
             chance=chance.masked_fill(recall.isnan(), torch.nan),
@@ -163,7 +167,7 @@ def read_document(task: Task, file: Path | None) -> Document:
         pieces = [task.token_name(token) for token in tokens.tolist()]
         source = "the first sequence of the validation split"
         return Document(source, tokens[None], pieces, [True] * len(pieces))
-    if not isinstance(task, Sotu):
+    if not isinstance(task, Sotu | Continuation):
         raise RunError(f"{file}: the task of this checkpoint reads no text; leave --text out")
     try:
         text = file.read_text(encoding="utf-8")

@@ -76,7 +76,7 @@ def numbers(found: Inspection) -> dict[str, Any]:
     return {
         "task": config.task,
         "attention": config.attention,
-        "num_samples": None if _is_dense(found) else config.num_samples,
+        "num_samples": _num_samples(found),
         "document": found.document.source,
         "num_tokens": len(found.document.pieces),
         "layers": [
@@ -133,8 +133,8 @@ def key_rates(layer: LayerKeys, head: int) -> list[float]:
         return []
     indices = head_indices(layer.indices, layer.recall.shape[1], head)
     num_keys = indices.shape[-2]
-    rates: list[float] = draw_rates(indices, num_keys, cells=(1, num_keys))[0].tolist()
-    return rates
+    rates = draw_rates(indices, num_keys, is_causal=layer.is_causal, cells=(1, num_keys))[0]
+    return list(rates.tolist())
 
 
 def head_indices(indices: Tensor, heads: int, head: int) -> Tensor:
@@ -142,8 +142,9 @@ def head_indices(indices: Tensor, heads: int, head: int) -> Tensor:
     return indices[:, head // (heads // indices.shape[1])]
 
 
-def _is_dense(found: Inspection) -> bool:
-    return all(layer.indices is None for layer in found.layers)
+def _num_samples(found: Inspection) -> int | None:
+    """K; None where every layer attends to all keys."""
+    return max((x.indices.shape[-1] for x in found.layers if x.indices is not None), default=None)
 
 
 def _means(shares: Tensor) -> list[float]:
@@ -179,6 +180,7 @@ def keys_picture(found: Inspection) -> Figure | None:
     return plot_heat_map(
         panels,
         len(pieces),
+        is_causal=found.layers[0].is_causal,
         tokens=pieces if len(pieces) <= LABELLED_TOKENS else None,
         columns=found.config.heads,
     )
@@ -190,19 +192,20 @@ def keys_picture(found: Inspection) -> Figure | None:
 def page(found: Inspection) -> str:
     """The page, complete in itself."""
     config, document = found.config, found.document
-    num_keys = "all" if _is_dense(found) else f"at most {config.num_samples}"
+    num_samples = _num_samples(found)
+    num_keys = "all" if num_samples is None else f"at most {num_samples}"
     keys = keys_picture(found)
     if keys is None:
         chosen = "<p>Its attention is dense: every query sees every key, so there is no choice.</p>"
     else:
         chosen = f"""<p>One panel for each layer and head. Queries down, keys across; 1 is what
-drawing all keys alike would give.</p>
+drawing all keys that a query sees alike would give.</p>
 {png_figure(keys, "heat maps of drawn keys")}
 {"".join(_layer_section(found, number) for number in range(len(found.layers)))}"""
     body = f"""<p>A model of task {html.escape(config.task)} with attention
 {html.escape(config.attention)}, {num_keys} keys for each query and head, {config.layers}
-layers and {config.heads} heads, trained for {config.steps} steps with seed {config.seed}, reads
-{html.escape(document.source)}: {len(document.pieces)} tokens.</p>
+layers and {config.heads} heads, of a training of {config.steps} steps with seed {config.seed},
+reads {html.escape(document.source)}: {len(document.pieces)} tokens.</p>
 <h2>How much of dense attention the chosen keys hold</h2>
 <p>Recall at K: the sum of dense attention's probabilities over the keys that a head chose, mean
 over queries. Dense attention is the softmax of that head's own queries and keys, all valid ones.

@@ -85,6 +85,17 @@ class Corpus:
         """The piece of text that the tokenizer made a token of."""
         return self.tokenizer.id_to_token(token) or UNKNOWN
 
+    def read(self, text: str, length: int) -> tuple[str, Encoding]:
+        """Any text as a model is shown it: cleaned as the addresses are, and cut to `length`.
+
+        Returns:
+            The cleaned text, which the offsets of the encoding refer to, and the encoding.
+        """
+        cleaned = clean(text)
+        encoding = self.tokenizer.encode(cleaned)
+        encoding.truncate(length)
+        return cleaned, encoding
+
     def _tokenize(self, addresses: list[Address]) -> list[npt.NDArray[np.int32]]:
         encodings = self.tokenizer.encode_batch([address.text for address in addresses])
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
@@ -168,15 +179,8 @@ class Sotu:
         return self._corpus.token_name(token)
 
     def read(self, text: str) -> tuple[str, Encoding]:
-        """Any text as the model is shown it: cleaned as the addresses are, and cut to `seq_len`.
-
-        Returns:
-            The cleaned text, which the offsets of the encoding refer to, and the encoding.
-        """
-        cleaned = clean(text)
-        encoding = self.tokenizer.encode(cleaned)
-        encoding.truncate(self.seq_len)
-        return cleaned, encoding
+        """Any text as the model is shown it; see `Corpus.read`."""
+        return self._corpus.read(text, self.seq_len)
 
     def _passages(self, split: str) -> Iterator[tuple[npt.NDArray[np.int32], int]]:
         for ids, label in zip(self._documents[split], self._labels[split], strict=True):

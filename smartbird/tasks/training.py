@@ -58,6 +58,7 @@ class Result:
         recall: of each layer, the share of dense attention's mass on the keys that it chooses, a
             mean over the heads and queries of the first test batch; see `sample_recall`. Empty for
             runs that were finished before it was measured.
+        fingerprint: of the task's data. Empty for runs that were finished before it was kept.
     """
 
     config: Config
@@ -70,6 +71,7 @@ class Result:
     peak_mib: float
     parameters: int
     recall: tuple[float, ...] = ()
+    fingerprint: str = ""
 
 
 def train(
@@ -112,13 +114,16 @@ def train(
 def load_model(checkpoint: str | Path) -> tuple[Encoder, Task]:
     """The model of a checkpoint, in evaluation mode, and its task (for `tokenizer` and batches).
 
+    It chooses keys as at the checkpoint's step: in dense warm-up, all of them.
+
     Raises:
         RunError: the checkpoint is missing or broken, or its task cannot be built here.
     """
     path = Path(checkpoint)
     state = load_checkpoint(path)
-    task, model = _build(_config_of(state, path))
-    _restore(path, state, task, {"model": model})
+    config = _config_of(state, path)
+    task, model = _build(config)
+    _restore(path, state, task, {"model": model, **_schedules(config, model)})
     return model.eval(), task
 
 
@@ -140,18 +145,14 @@ class _Run:
     """The state of a run, and its loop."""
 
     def __init__(self, config: Config, resume: bool, report: Callable[[Row], None]) -> None:
-        self.config, self.report = config, report
+        self.config, self.resume, self.report = config, resume, report
         directory = Path(config.out)
         self.checkpoint = directory / CHECKPOINT
-        state = self._read_checkpoint() if resume else None
-        if state is None:
-            _refuse_used(directory)
+        self._saved_state()  # refuses a directory before the work of building
         torch.manual_seed(config.seed)
         self.task, self.model = _build(config)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr)
-        self.warmup = DenseWarmup(self.model, config.dense_warmup)
-        most = config.anneal_samples or config.num_samples
-        self.anneal = SampleAnneal(self.model, most, config.anneal_steps)
+        self.schedules = _schedules(config, self.model)
         self.step = 0
         self.evaluated_at = 0
         self.valid: list[float] = []
@@ -159,19 +160,15 @@ class _Run:
         self.pending = [0.0, 0.0, 0.0]  # loss, correct and targets since the last train row
         self.seconds = 0.0
         self.peak_before = 0.0
-        if state is not None:
-            self._load(state)
         directory.mkdir(parents=True, exist_ok=True)
-        self.metrics = MetricsFile(directory / METRICS, state["metrics_bytes"] if state else 0)
-        reset_peak()
-        if state is None:
-            self._save()
+        self.metrics = MetricsFile(directory / METRICS)
 
     def close(self) -> None:
         self.metrics.close()
 
     def finish(self) -> Result:
         """Does what is left to do."""
+        self._begin()
         with (
             _first_interrupt_is_a_flag() as self.interrupted,
             tqdm(
@@ -203,7 +200,18 @@ class _Run:
             peak_mib=peak,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             recall=tuple(recall.tolist()),
+            fingerprint=self.task.fingerprint,
         )
+
+    def _begin(self) -> None:
+        # Asked again: until the metrics were locked, another process may have trained here.
+        state = self._saved_state()
+        self.metrics.cut(state["metrics_bytes"] if state else 0)
+        reset_peak()
+        if state is None:
+            self._save()
+        else:
+            self._load(state)
 
     def _loop(self, bar: tqdm[NoReturn]) -> None:
         config = self.config
@@ -245,8 +253,8 @@ class _Run:
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
         self.optimizer.step()
-        self.warmup.step()
-        self.anneal.step()
+        for schedule in self.schedules.values():
+            schedule.step()
         self.step += 1
         task_loss = loss_sum.item()
         for place, part in enumerate((task_loss, correct, count)):
@@ -301,13 +309,16 @@ class _Run:
             "metrics_bytes": self.metrics.sync(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "warmup": self.warmup.state_dict(),
-            "anneal": self.anneal.state_dict(),
+            **{name: schedule.state_dict() for name, schedule in self.schedules.items()},
             "random": torch.get_rng_state(),
         }
         save_checkpoint(self.checkpoint, state)
 
-    def _read_checkpoint(self) -> dict[str, Any]:
+    def _saved_state(self) -> dict[str, Any] | None:
+        """What to go on from; None where the run begins."""
+        if not self.resume:
+            _refuse_used(self.checkpoint.parent)
+            return None
         state = load_checkpoint(self.checkpoint)
         saved = _config_of(state, self.checkpoint).as_dict()
         for name, value in self.config.as_dict().items():
@@ -321,11 +332,8 @@ class _Run:
         parts = {
             "model": self.model,
             "optimizer": self.optimizer,
-            "warmup": self.warmup,
-            "anneal": self.anneal,
+            **self.schedules,
         }
-        # Checkpoints from before there was one to load.
-        state.setdefault("anneal", self.anneal.state_dict())
         _restore(self.checkpoint, state, self.task, parts)
         self.step, self.evaluated_at = state["step"], state["evaluated_at"]
         self.valid, self.test, self.pending = state["valid"], state["test"], state["pending"]
@@ -362,6 +370,15 @@ def _build(config: Config) -> tuple[Task, Encoder]:
     return task, model
 
 
+def _schedules(config: Config, model: Encoder) -> dict[str, DenseWarmup | SampleAnneal]:
+    """What changes in the model with the steps, by its name in a checkpoint."""
+    most = config.anneal_samples or config.num_samples
+    return {
+        "warmup": DenseWarmup(model, config.dense_warmup),
+        "anneal": SampleAnneal(model, most, config.anneal_steps),
+    }
+
+
 def _refuse_used(directory: Path) -> None:
     metrics = directory / METRICS
     if (directory / CHECKPOINT).exists() or (metrics.exists() and metrics.stat().st_size):
@@ -380,6 +397,8 @@ def _config_of(state: dict[str, Any], path: Path) -> Config:
 def _restore(path: Path, state: dict[str, Any], task: Task, parts: dict[str, Any]) -> None:
     if state["fingerprint"] != task.fingerprint:
         raise RunError(f"{path}: was trained on other data than its task gives here")
+    # Checkpoints from before there was one lack it.
+    state.setdefault("anneal", parts["anneal"].state_dict())
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
