@@ -11,7 +11,8 @@ scaled_dot_product_attention.
 Each call is a pure function of its arguments: random draws are those of ``seed``, an int64 tensor
 [2] (seed, offset), drawn from ``generator`` where None, and do not depend on the number of threads.
 A GPU draws other keys by it than a CPU ("gumbel", "multinomial"). Gradients have no gradients of
-their own: asking for them is a RuntimeError. The underlying dispatcher ops are ``torch.ops.smartbird.*``.
+their own: asking for them is a RuntimeError. The underlying dispatcher ops are
+``torch.ops.smartbird.*``.
 """
 
 import math

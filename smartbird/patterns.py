@@ -1,9 +1,9 @@
 """Key indices that need no sketch: the patterns that a sampled one is held beside at equal K.
 
 The builders return int32 indices [B, H_i, N, K] for ``smartbird.ops.gather_attention``, ascending,
--1 in unused places at the end. H_i is 1 where all heads share one pattern, and B where all
-sequences do: then ``indices.expand(len(q), -1, -1, -1)`` is what attention takes. Causal means that
-query i sees keys ``j <= i + (M - N)``; ``key_mask`` is bool [B, M], True where a key may be
+-1 in unused places at the end. H_i is 1 where all heads share one pattern; B is 1 where all
+sequences share it, and attention then takes ``indices.expand(len(q), -1, -1, -1)``. Causal means
+that query i sees keys ``j <= i + (M - N)``; ``key_mask`` is bool [B, M], True where a key may be
 attended.
 """
 

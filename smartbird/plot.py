@@ -27,6 +27,7 @@ except ImportError as error:
 
 __all__ = ["draw_rates", "plot_arcs", "plot_heat_map", "plot_recall", "record_indices"]
 
+_MOST_CELLS = 1 << 20  # of queries and intervals of keys that draw_rates holds at a time
 _MAX_LABELS = 48  # tokens that can be read along an axis of a panel
 _LEAST_RATE = 0.1  # where the colour scale of a heat map ends; 0 has no logarithm
 _INCHES = 0.26  # per token of an arc diagram
@@ -108,12 +109,14 @@ def draw_rates(
     row = position * rows // num_queries
     cell = row[query] * columns + keys * columns // num_keys
     counts = cell.bincount(minlength=rows * columns).view(rows, columns)
-    # The first key of each interval of keys, and how many of its keys each query sees.
-    edges = -(-torch.arange(columns + 1, device=indices.device) * num_keys // columns)
-    seen = (num_seen[:, None] - edges[:-1]).clamp(min=0).minimum(edges.diff())
     places = query.bincount(minlength=num_queries) / num_seen.clamp(min=1)
-    by_chance = seen.new_zeros(rows, columns, dtype=torch.float32)
-    by_chance.index_add_(0, row, places[:, None] * seen)
+    # The first key of each interval of keys; then, of some queries at a time, how many of each
+    # interval's keys they see.
+    edges = -(-torch.arange(columns + 1, device=indices.device) * num_keys // columns)
+    by_chance = torch.zeros(rows, columns, device=indices.device)
+    for some in position.split(max(1, _MOST_CELLS // columns)):
+        seen = (num_seen[some, None] - edges[:-1]).clamp(min=0).minimum(edges.diff())
+        by_chance.index_add_(0, row[some], places[some, None] * seen)
     return torch.where(counts > 0, counts / by_chance, 0.0).cpu()
 
 

@@ -98,7 +98,9 @@ inline int64_t attention_slot_grads(const GatherBackwardParams& P, GatherRow at,
   const Vec<A> zero{};
   Vec<A> delta{};
   for (int64_t j = 0; j < n; j += kLanes<A>) {
-    const Vec<A> p = load(weights + j) * normalizer, f = load(factors + j);
+    // Exactly 0 in slots without a key, also where the row's normalizer is NaN.
+    const Vec<A> w = load(weights + j), p = w == zero ? zero : w * normalizer;
+    const Vec<A> f = load(factors + j);
     // The gradient of p; zero times a value row of inf or NaN stays zero.
     const Vec<A> dp = p * f == zero ? zero : f * load(dlogits + j);
     store(weights + j, p);

@@ -512,7 +512,7 @@ SMARTBIRD_INLINE Vec<float> exp2(Vec<float> x) {
   return bit_cast<Vec<float>>(bit_cast<VecU>(p) + (bit_cast<VecU>(shifted) << 23));
 }
 
-// log(x) for normal x > 0 to 2 ulp; log(0) = -inf. Negative, subnormal or NaN: undefined.
+// log(x) for normal x > 0 to 2 ulp; log(0) = -inf, NaN stays. Negative or subnormal: undefined.
 SMARTBIRD_INLINE Vec<float> log(Vec<float> x) {
   constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
   constexpr int32_t kSqrtHalf = 0x3F3504F3;
@@ -530,7 +530,7 @@ SMARTBIRD_INLINE Vec<float> log(Vec<float> x) {
   p = p * t + 0.3333390951156616f;
   const Vec<float> t2 = t * t;
   const Vec<float> y = (p * t * t2 + n * kLn2Lo) - 0.5f * t2 + t + n * kLn2Hi;
-  return x == 0.0f ? broadcast(-__builtin_inff()) : (x == __builtin_inff() ? x : y);
+  return x == 0.0f ? broadcast(-__builtin_inff()) : (x < __builtin_inff() ? y : x);
 }
 
 inline float log_of(float x) { return log(broadcast(x))[0]; }  // as log()

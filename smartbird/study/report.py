@@ -66,7 +66,7 @@ def grid_rows(grid: Grid, results: Mapping[str, Result]) -> list[Row]:
     rows = []
     for combination in grid.combinations:
         finished = [results[run] for run in combination.runs if run in results]
-        if len({result.fingerprint for result in finished}) > 1:
+        if len({result.fingerprint for result in finished if result.fingerprint}) > 1:
             directories = ", ".join(result.config.out for result in finished)
             raise RunError(f"{directories}: were made with different data; remove the older ones")
         fields = {name: combination.fields[name] for name in names if name in combination.fields}

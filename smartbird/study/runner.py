@@ -163,8 +163,13 @@ def _start(config: Config) -> _Worker:
     context.set_forkserver_preload(["torch", "torch._dynamo"])
     theirs, ours = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(config, theirs), daemon=True)
-    process.start()
-    theirs.close()
+    try:
+        process.start()
+    except BaseException:  # Ctrl-C: the process may be there all the same
+        ours.close()
+        raise
+    finally:
+        theirs.close()
     return _Worker(process, ours)
 
 

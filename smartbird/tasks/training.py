@@ -168,19 +168,10 @@ class _Run:
 
     def finish(self) -> Result:
         """Does what is left to do."""
-        self._begin()
-        with (
-            _first_interrupt_is_a_flag() as self.interrupted,
-            tqdm(
-                total=self.config.steps,
-                initial=self.step,
-                desc=f"{self.config.task} {self.config.attention}",
-                unit="step",
-                disable=None,
-            ) as bar,
-        ):
+        with _first_interrupt_is_a_flag() as self.interrupted:
+            self._begin()
             try:
-                self._loop(bar)
+                self._loop()
                 first = next(iter(self.task.eval_batches("test")))
                 peak, recall = self._peak(), sample_recall(self.model, first).mean(1)
             except _Stop:
@@ -213,7 +204,21 @@ class _Run:
         else:
             self._load(state)
 
-    def _loop(self, bar: tqdm[NoReturn]) -> None:
+    def _loop(self) -> None:
+        config = self.config
+        with tqdm(
+            total=config.steps,
+            initial=self.step,
+            desc=f"{config.task} {config.attention}",
+            unit="step",
+            disable=None,
+        ) as bar:
+            self._steps(bar)
+        if not self.test:
+            self.test = self._evaluate("test")
+            self._save()
+
+    def _steps(self, bar: tqdm[NoReturn]) -> None:
         config = self.config
         while True:
             # Comes first, so that a run that was stopped while it evaluated begins with that.
@@ -231,9 +236,6 @@ class _Run:
             if self.step % config.checkpoint_every == 0:
                 self._save()
             self._stop_if_interrupted()
-        if not self.test:
-            self.test = self._evaluate("test")
-            self._save()
 
     def _train_step(self) -> float:
         """One optimizer step; gives its mean cross-entropy."""
