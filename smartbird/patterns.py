@@ -354,7 +354,7 @@ def routing_indices(
     for first in range(0, num_keys, _ROUTED_KEYS):
         block = slice(first, min(first + _ROUTED_KEYS, num_keys))
         affinity = (grouped @ _unit(k[:, :, block]).mT).flatten(1, 2)
-        affinity = affinity.unflatten(1, (heads, num_clusters))
+        affinity = torch.unflatten(affinity, 1, (heads, num_clusters))
         if key_mask is not None:
             affinity = affinity.masked_fill(~key_mask[:, None, None, block], -torch.inf)
         candidates = torch.arange(block.start, block.stop, device=q.device).expand(affinity.shape)

@@ -114,7 +114,7 @@ def draw_rates(
     # interval's keys they see.
     edges = -(-torch.arange(columns + 1, device=indices.device) * num_keys // columns)
     by_chance = torch.zeros(rows, columns, device=indices.device)
-    for some in position.split(max(1, _MOST_CELLS // columns)):
+    for some in torch.split(position, max(1, _MOST_CELLS // columns)):
         seen = (num_seen[some, None] - edges[:-1]).clamp(min=0).minimum(edges.diff())
         by_chance.index_add_(0, row[some], places[some, None] * seen)
     return torch.where(counts > 0, counts / by_chance, 0.0).cpu()
