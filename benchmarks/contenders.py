@@ -228,10 +228,8 @@ def _distilled(method: str) -> Callable[[Problem], Forward]:
 
 def _sdpa_distilled(p: Problem) -> Forward:
     """A step of dense warm-up: dense attention, and the loss that teaches the sketch by it."""
-    return lambda: (
-        scaled_dot_product_attention(p.q, p.k, p.v),
-        distill_loss(p.q, p.k, p.q_sketch, p.k_sketch),
-    )
+    attend = _sdpa(p)
+    return lambda: (*attend(), distill_loss(p.q, p.k, p.q_sketch, p.k_sketch))
 
 
 # ---- FlexAttention ----------------------------------------------------------------------------

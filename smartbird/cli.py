@@ -125,7 +125,12 @@ def _add_inspect(commands: _Commands) -> argparse.ArgumentParser:
     )
     add = inspect.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint.pt of `smartbird train`")
-    add("--text", type=Path, metavar="FILE", help="to read (sotu, continuation), not validation")
+    add(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="text to read (tasks sotu and continuation); default: validation",
+    )
     add("--out", type=Path, metavar="DIR", help="default: inspection, beside the checkpoint")
     return inspect
 
@@ -187,7 +192,10 @@ def _add_study(commands: _Commands) -> argparse.ArgumentParser:
         "writes tables and plots of them. The same command goes on with a study that was stopped.",
     )
     add = study.add_argument
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # Not every system says which cores are ours.
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     add("config", type=Path, metavar="CONFIG", help="the study, for example studies/quick.toml")
     add(
         "--out",

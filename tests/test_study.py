@@ -249,36 +249,37 @@ def test_a_damaged_result_is_named(write, tmp_path, capsys):
     assert str(out / run / "result.json") in errors
 
 
-def test_a_result_of_another_configuration_is_refused(write, tmp_path, capsys):
+@pytest.fixture
+def one_result(write, tmp_path, capsys):
+    """The command of a finished study, and the result of its first run: its file and content."""
     path, out = write(HEAD, BASE, WHICH), tmp_path / "out"
-    assert cli.main(["study", str(path), "--out", str(out)]) == 0
-    run = next(iter(study.load_study(path).runs))
-    result = out / run / "result.json"
-    record = json.loads(result.read_text())
+    command = ["study", str(path), "--out", str(out)]
+    assert cli.main(command) == 0
+    capsys.readouterr()
+    result = out / next(iter(study.load_study(path).runs)) / "result.json"
+    return command, result, json.loads(result.read_text())
+
+
+def test_a_result_of_another_configuration_is_refused(one_result, capsys):
+    command, result, record = one_result
     record["config"]["lr"] *= 2
     result.write_text(json.dumps(record))
-    capsys.readouterr()
-    assert cli.main(["study", str(path), "--out", str(out)]) == 1
+    assert cli.main(command) == 1
     assert f"{result}: is of another configuration" in capsys.readouterr().err
 
 
-def test_runs_of_different_data_are_not_averaged(write, tmp_path, capsys):
-    path, out = write(HEAD, BASE, WHICH), tmp_path / "out"
-    assert cli.main(["study", str(path), "--out", str(out)]) == 0
-    run = next(iter(study.load_study(path).runs))
-    result = out / run / "result.json"
-    record = json.loads(result.read_text())
+def test_runs_of_different_data_are_not_averaged(one_result, capsys):
+    command, result, record = one_result
     assert record["fingerprint"].startswith("mqar-")
     result.write_text(json.dumps({**record, "fingerprint": "mqar-0"}))
-    capsys.readouterr()
-    assert cli.main(["study", str(path), "--out", str(out)]) == 1
+    assert cli.main(command) == 1
     error = capsys.readouterr().err
     assert str(result.parent) in error
     assert "were made with different data" in error
     # One from before that was kept is not known to differ.
     del record["fingerprint"]
     result.write_text(json.dumps(record))
-    assert cli.main(["study", str(path), "--out", str(out)]) == 0
+    assert cli.main(command) == 0
 
 
 def test_without_time_nothing_is_run(write, tmp_path, capsys):

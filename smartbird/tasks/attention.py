@@ -283,5 +283,19 @@ ATTENTIONS: dict[str, Callable[[Config, bool], nn.Module]] = {
     "oracle": OracleAttention,
 }
 
-# Those whose K keys hold the `window` nearest of a configuration.
-FORCING = ("smartbird", "untrained", "smartbird-restricted", "smartbird-largest", "random")
+
+def check_forced_keys(config: Config, is_causal: bool) -> None:
+    """Refuse more forced keys than `num_samples`, of the attentions that force any.
+
+    Raises:
+        ValueError: says how many are forced, and by what.
+    """
+    if config.attention == "random":
+        ops.check_room(config.num_samples, config.window, 0, is_causal)
+    elif config.attention in (
+        "smartbird",
+        "untrained",
+        "smartbird-restricted",
+        "smartbird-largest",
+    ):
+        ops.check_room(config.num_samples, config.window, config.num_sinks, is_causal)

@@ -133,8 +133,9 @@ def key_rates(layer: LayerKeys, head: int) -> list[float]:
         return []
     indices = head_indices(layer.indices, layer.recall.shape[1], head)
     num_keys = indices.shape[-2]
-    rates = draw_rates(indices, num_keys, is_causal=layer.is_causal, cells=(1, num_keys))[0]
-    return list(rates.tolist())
+    (drawn,) = draw_rates(indices, num_keys, is_causal=layer.is_causal, cells=(1, num_keys))
+    rates: list[float] = drawn.tolist()
+    return rates
 
 
 def head_indices(indices: Tensor, heads: int, head: int) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from smartbird.ops import check_room
-from smartbird.tasks.attention import ATTENTIONS, FORCING
+from smartbird.tasks.attention import ATTENTIONS, check_forced_keys
 from smartbird.tasks.config import Config
 from smartbird.tasks.continuation import Continuation
 from smartbird.tasks.data import Task
@@ -62,7 +61,5 @@ def default_config(task: str, **changes: Any) -> Config:
             raise ValueError(f"{name} means nothing to task {task}, got {fields[name]}")
     fields.setdefault("out", f"runs/{task}-{fields['attention']}")
     config = Config(task=task, **fields)
-    if config.attention in FORCING:
-        num_sinks = 0 if config.attention == "random" else config.num_sinks
-        check_room(config.num_samples, config.window, num_sinks, TASKS[task].is_causal)
+    check_forced_keys(config, TASKS[task].is_causal)
     return config

@@ -331,11 +331,7 @@ class _Run:
         return state
 
     def _load(self, state: dict[str, Any]) -> None:
-        parts = {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            **self.schedules,
-        }
+        parts = {"model": self.model, "optimizer": self.optimizer, **self.schedules}
         _restore(self.checkpoint, state, self.task, parts)
         self.step, self.evaluated_at = state["step"], state["evaluated_at"]
         self.valid, self.test, self.pending = state["valid"], state["test"], state["pending"]
