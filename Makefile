@@ -30,17 +30,17 @@ SOURCES   := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA      := $(shell find csrc/cuda -name '*.cu' -o -name '*.cuh')
 CPP_FILES := $(SOURCES) $(CUDA) $(shell find tests -name '*.cpp' -o -name '*.h' 2>/dev/null)
 CMAKE      = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
-OP_TESTS  := tests/test_sketch_sample.py tests/test_gather.py tests/test_distill.py
-EMU_TESTS := $(OP_TESTS) tests/test_bad_input.py tests/test_opcheck.py tests/test_cuda_paths.py \
+OP_TESTS  := tests/ops/test_sketch_sample.py tests/ops/test_gather.py tests/ops/test_distill.py
+EMU_TESTS := $(OP_TESTS) tests/ops/test_bad_input.py tests/ops/test_opcheck.py tests/ops/test_cuda_paths.py \
     tests/emulation
 # Draws are those of the CPU in every order (tests/emulation/test_draws.py), so of the tests that
 # need very many of them test_law_of_the_set is enough in further orders.
 EMU_ONE_ORDER := horvitz or independent or unbiased
 # Wrong data is left to the emulation: it stops a real device, and every test after.
-GPU_TESTS := $(OP_TESTS) tests/test_opcheck.py tests/test_cuda_paths.py tests/test_gpu.py \
+GPU_TESTS := $(OP_TESTS) tests/ops/test_opcheck.py tests/ops/test_cuda_paths.py tests/ops/test_gpu.py \
     -k "not reference"
-GPU_SLOW_TESTS := tests/test_gather.py -k "offsets_beyond_32_bits and not reference"
-GPU_SANITIZER_TESTS := $(OP_TESTS) tests/test_cuda_paths.py \
+GPU_SLOW_TESTS := tests/ops/test_gather.py -k "offsets_beyond_32_bits and not reference"
+GPU_SANITIZER_TESTS := $(OP_TESTS) tests/ops/test_cuda_paths.py \
     -k "not reference and (past_the_tiles or masked_causal_gqa or cuda_paths)"
 GPU_BUILD = $(GPU_PYTHON) -c 'import torch; torch.cuda.is_available() or exit("error: torch " \
     + torch.__version__ + " of $(GPU_PYTHON) finds no usable GPU: see docs/cuda.md")'; \

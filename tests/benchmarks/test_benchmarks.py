@@ -599,6 +599,6 @@ def test_floor_seconds(
 
 
 def test_roofline_tables_of_the_document_are_up_to_date() -> None:
-    page = (Path(__file__).parent.parent / "docs/cuda.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/cuda.md").read_text()
     assert all(f"<!-- table roofline:{name} -->\n|" in page for name in roofline.TABLES)
     assert roofline.update_page(page) == page

@@ -132,7 +132,7 @@ def test_a_field_that_comes_later_leaves_a_run_its_name():
 
 
 def test_the_runs_of_the_documents_keep_their_names():
-    for path in sorted((Path(__file__).parents[1] / "docs" / "learning").glob("*.json")):
+    for path in sorted((Path(__file__).parents[2] / "docs" / "learning").glob("*.json")):
         for run, record in json.loads(path.read_text()).get("runs", {}).items():
             config = {
                 **record["config"],
@@ -506,7 +506,7 @@ def test_a_markdown_table():
     assert markdown.table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("studies/*.toml")))
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("studies/*.toml")))
 def test_the_studies_of_the_repository_can_be_read(path):
     assert len(study.load_study(path).runs) > 1
 
