@@ -11,14 +11,74 @@ namespace smartbird {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Replaces *mask by a contiguous tensor where it is not one.
-inline const uint8_t* mask_data(OptionalTensor* mask, int64_t B, int64_t M) {
-  if (!mask->has_value()) return nullptr;
-  check_type(**mask, "key_mask", ScalarType::Bool);
-  check_shape(**mask, "key_mask", {B, M});
-  *mask = torch::stable::contiguous(**mask);
-  return static_cast<const uint8_t*>((*mask)->const_data_ptr());
+// ---- who the rows are ---------------------------------------------------------------------------
+
+// What an op is told of its rows: see visible.h and registration.cpp. Tensors are made contiguous
+// in place and must outlive the Visible that points into them.
+struct RowArguments {
+  bool is_causal = false;
+  OptionalTensor key_mask{};
+  int64_t window = 0, num_sinks = 0;
+  OptionalTensor global_mask{};
+  std::optional<int64_t> query_offset{};
+  OptionalTensor positions{}, cu_seqlens_q{}, cu_seqlens_k{}, sequence_ids{};
+  int64_t first_head = 0;
+
+  // Of B batch elements of N queries and M keys.
+  Visible visible(int64_t B, int64_t N, int64_t M) {
+    STD_TORCH_CHECK(window >= 0 && num_sinks >= 0 && first_head >= 0,
+                    "window, num_sinks and first_head must be at least 0");
+    STD_TORCH_CHECK(M <= INT32_MAX, "smartbird: M must be below 2^31");
+    Visible v{};
+    v.queries = segments(&cu_seqlens_q, "cu_seqlens_q", B, N);
+    v.keys = segments(&cu_seqlens_k, "cu_seqlens_k", B, M);
+    STD_TORCH_CHECK(v.queries.n == v.keys.n && (v.queries.cu == nullptr) == (v.keys.cu == nullptr),
+                    "cu_seqlens_q and cu_seqlens_k must name the same sequences");
+    v.positions = data<int64_t>(&positions, "positions", ScalarType::Long, {B, N});
+    v.has_offset = query_offset.has_value();
+    v.query_offset = query_offset.value_or(0);
+    v.sequence_ids = data<int64_t>(&sequence_ids, "sequence_ids", ScalarType::Long, {v.queries.n});
+    v.first_head = first_head;
+    v.is_causal = is_causal;
+    v.window = window;
+    v.num_sinks = num_sinks;
+    v.key_mask = mask_data(&key_mask, "key_mask", B, M);
+    v.global_mask = mask_data(&global_mask, "global_mask", B, M);
+    return v;
+  }
+
+ private:
+  template <typename T>
+  static const T* data(OptionalTensor* t, const char* name, ScalarType type,
+                       std::initializer_list<int64_t> shape) {
+    if (!t->has_value()) return nullptr;
+    check_type(**t, name, type);
+    check_shape(**t, name, shape);
+    *t = torch::stable::contiguous(**t);
+    return (*t)->const_data_ptr<T>();
+  }
+
+  static const uint8_t* mask_data(OptionalTensor* mask, const char* name, int64_t B, int64_t M) {
+    return reinterpret_cast<const uint8_t*>(data<bool>(mask, name, ScalarType::Bool, {B, M}));
+  }
+
+  static Segments segments(OptionalTensor* cu, const char* name, int64_t B, int64_t length) {
+    if (!cu->has_value()) return {length, B, nullptr};
+    check_dim(**cu, name, 1);
+    STD_TORCH_CHECK(B == 1 && (*cu)->size(0) >= 1, name, " needs a batch of 1 and an entry");
+    const int64_t n = (*cu)->size(0) - 1;
+    return {length, n, data<int32_t>(cu, name, ScalarType::Int, {n + 1})};
+  }
+};
+
+// Of queries alone, as dropout needs them: a packed sequence counts its positions from 0 unless
+// told otherwise.
+inline Visible query_rows(int64_t B, int64_t N, int64_t M, RowArguments* rows) {
+  rows->cu_seqlens_k = rows->cu_seqlens_q;
+  return rows->visible(B, N, rows->cu_seqlens_q.has_value() ? N : M);
 }
+
+// ---- the ops' own inputs ------------------------------------------------------------------------
 
 inline SampleMethod method_named(const std::string& name) {
   if (name == "gumbel") return SampleMethod::kGumbel;
@@ -29,39 +89,45 @@ inline SampleMethod method_named(const std::string& name) {
   return SampleMethod::kTopK;
 }
 
-// Sizes, queries and what may be drawn; not keys, seed, mask or outputs.
+// Heads of queries and keys: H a multiple of H_k.
+inline void check_groups(int64_t H, int64_t H_k, const char* what) {
+  STD_TORCH_CHECK(H_k > 0 && H > 0 && H % H_k == 0, what);
+}
+
+// Sizes, queries and what may be drawn; not keys, seed or outputs.
 inline SketchSampleParams sketch_sample_params(const Tensor& q_sketch, const Tensor& k_sketch,
                                                int64_t num_samples, int64_t num_index_heads,
                                                const std::string& method, double scale,
-                                               bool is_causal, int64_t window, int64_t num_sinks) {
-  check_dim(q_sketch, "q_sketch", 3);
-  check_dim(k_sketch, "k_sketch", 3);
-  check_shape(k_sketch, "k_sketch", {q_sketch.size(0), k_sketch.size(1), q_sketch.size(2)});
-  check_type(k_sketch, "k_sketch", q_sketch.scalar_type());
-  STD_TORCH_CHECK(
-      num_samples >= 1 && num_index_heads >= 1 && window >= 0 && num_sinks >= 0,
-      "num_samples and num_index_heads must be at least 1, window and num_sinks at least 0");
-  STD_TORCH_CHECK(window <= num_samples && num_sinks <= num_samples && num_samples <= INT32_MAX,
-                  "num_samples must be below 2^31, window and num_sinks no larger than it");
-  STD_TORCH_CHECK(q_sketch.size(2) >= 1, "S must be at least 1");
-  STD_TORCH_CHECK(k_sketch.size(1) <= INT32_MAX, "smartbird: M must be below 2^31");
-  const int64_t forced = num_sinks + (is_causal || window == 0 ? window : window / 2 * 2 + 1);
-  STD_TORCH_CHECK(forced <= num_samples, "window and num_sinks force more keys than num_samples");
+                                               RowArguments* rows) {
+  check_dim(q_sketch, "q_sketch", 4);
+  check_dim(k_sketch, "k_sketch", 4);
   SketchSampleParams p{};
   p.B = q_sketch.size(0);
-  p.N = q_sketch.size(1);
-  p.S = q_sketch.size(2);
-  p.M = k_sketch.size(1);
+  p.H_s = q_sketch.size(1);
+  p.N = q_sketch.size(2);
+  p.S = q_sketch.size(3);
+  p.H_ks = k_sketch.size(1);
+  p.M = k_sketch.size(2);
   p.K = num_samples;
   p.H_i = num_index_heads;
+  check_shape(k_sketch, "k_sketch", {p.B, p.H_ks, p.M, p.S});
+  check_type(k_sketch, "k_sketch", q_sketch.scalar_type());
+  check_groups(p.H_s, p.H_ks, "the sketches of queries must be a multiple of those of keys");
+  check_groups(p.H_i, p.H_s, "num_index_heads must be a multiple of the sketches");
+  STD_TORCH_CHECK(p.K >= 1 && p.K <= INT32_MAX, "num_samples must be in [1, 2^31)");
+  STD_TORCH_CHECK(p.S >= 1, "S must be at least 1");
+  p.visible = rows->visible(p.B, p.N, p.M);
+  const Visible& v = p.visible;
+  STD_TORCH_CHECK(v.window <= p.K && v.num_sinks <= p.K,
+                  "window and num_sinks must be no larger than num_samples");
+  const int64_t near = v.is_causal || v.window == 0 ? v.window : v.window / 2 * 2 + 1;
+  STD_TORCH_CHECK(v.num_sinks + near <= p.K,
+                  "window and num_sinks force more keys than num_samples");
   p.dtype = dtype_of(q_sketch, "q_sketch");
   p.q_sketch = q_sketch.const_data_ptr();
   set_strides(q_sketch, p.q_stride);
   p.scale = scale;
   p.method = method_named(method);
-  p.is_causal = is_causal;
-  p.window = window;
-  p.num_sinks = num_sinks;
   p.row_end = p.N;
   return p;
 }
@@ -82,10 +148,8 @@ inline GatherParams gather_params(const Tensor& q, const Tensor& k, int64_t num_
   p.K = num_samples;
   check_shape(k, "k", {p.B, p.H_kv, p.M, p.D});
   check_type(k, "k", q.scalar_type());
-  STD_TORCH_CHECK(p.H_kv > 0 && p.H % p.H_kv == 0,
-                  "the heads of q must be a multiple of the heads of k");
-  STD_TORCH_CHECK(p.H_i > 0 && p.H % p.H_i == 0,
-                  "the heads of q must be a multiple of the heads of indices");
+  check_groups(p.H, p.H_kv, "the heads of q must be a multiple of the heads of k");
+  check_groups(p.H, p.H_i, "the heads of q must be a multiple of the heads of indices");
   STD_TORCH_CHECK(p.D >= 1 && p.K >= 1, "D and K must be at least 1");
   STD_TORCH_CHECK(p.M <= INT32_MAX, "smartbird: M must be below 2^31");
   STD_TORCH_CHECK(p.N * p.K <= INT32_MAX, "smartbird: N * K must be below 2^31");
@@ -122,9 +186,9 @@ inline void add_bias(const OptionalTensor& bias, GatherParams* p) {
   set_strides(*bias, p->bias_stride);
 }
 
-// v, bias and dropout, without the seed.
+// v, bias, dropout and who the rows are that it depends on; without the seed.
 inline void add_values(const Tensor& v, const OptionalTensor& bias, double dropout_p,
-                       const OptionalTensor& seed, GatherParams* p) {
+                       const OptionalTensor& seed, RowArguments* rows, GatherParams* p) {
   check_dim(v, "v", 4);
   check_shape(v, "v", {p->B, p->H_kv, p->M, v.size(3)});
   STD_TORCH_CHECK(dtype_of(v, "v") == p->dtype, "v must have the dtype of q");
@@ -136,15 +200,15 @@ inline void add_values(const Tensor& v, const OptionalTensor& bias, double dropo
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p must be in [0, 1]");
   STD_TORCH_CHECK(dropout_p == 0 || seed.has_value(), "dropout needs a seed");
   p->dropout_p = dropout_p;
+  p->visible = query_rows(p->B, p->N, p->M, rows);
 }
 
+// q [B, H, N, D] and k [B, H_k, M, D].
 inline void check_dense(const Tensor& q, const Tensor& k) {
-  STD_TORCH_CHECK(q.dim() == k.dim() && (q.dim() == 3 || q.dim() == 4),
-                  "q and k must have 3 or 4 dimensions alike");
-  STD_TORCH_CHECK(q.size(0) == k.size(0) && q.size(q.dim() - 1) == k.size(k.dim() - 1),
-                  "q and k must agree in batch and feature size");
-  STD_TORCH_CHECK(q.dim() == 3 || (k.size(1) > 0 && q.size(1) > 0 && q.size(1) % k.size(1) == 0),
-                  "the heads of q must be a multiple of the heads of k");
+  check_dim(q, "q", 4);
+  check_dim(k, "k", 4);
+  check_shape(k, "k", {q.size(0), k.size(1), k.size(2), q.size(3)});
+  check_groups(q.size(1), k.size(1), "the heads of q must be a multiple of the heads of k");
   check_type(k, "k", q.scalar_type());
 }
 

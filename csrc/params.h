@@ -3,13 +3,16 @@
 // device assertions: fields of packed tiles, of errors and of a range of rows are the CPU's,
 // `device_seed`, `k_sketch` and `cols` are CUDA's.
 //
-// Sizes: B batch, N queries, M keys, H heads, H_kv key/value heads, H_i index heads, D head dim, Dv
-// value dim, S sketch dim, K samples per query and index head. Strides count elements; the last
-// dimension is contiguous. `acc` stands for the accumulation type: double for float64 inputs, float
-// for all others.
+// Sizes: B batch, N queries, M keys, H heads, H_kv key/value heads, H_i index heads, H_s sketches,
+// H_ks sketches of keys (H_ks divides H_s, which divides H_i), D head dim, Dv value dim, S sketch
+// dim, K samples per query and index head. Of a packed call (see visible.h) B is 1, N and M are
+// those of all sequences together. Strides count elements; the last dimension is contiguous. `acc`
+// stands for the accumulation type: double for float64 inputs, float for all others.
 #pragma once
 
 #include <cstdint>
+
+#include "visible.h"
 
 namespace smartbird {
 
@@ -22,13 +25,15 @@ enum ValueError : int32_t { kNoError = 0, kIndexOutOfRange = 1, kSketchNotFinite
 
 constexpr double kLog2e = 1.4426950408889634;
 
-constexpr int64_t kTile = 32;        // keys per tile: two AVX-512 vectors of float
 constexpr int64_t kFeaturePad = 16;  // rows padded to this are whole vectors everywhere
 
-// Rearranges key rows so that a vector holds one feature of neighbouring keys, and two such vectors
-// lie side by side: a plain [D, M] layout at power-of-two M would make all D streams collide in L1.
+// Rearranges rows so that a vector holds one feature of neighbouring rows, and two such vectors lie
+// side by side: a plain [D, M] layout at power-of-two M would make all D streams collide in L1.
+// Each segment begins a tile of its own, at Segments::first_block(segment, kTile), so that where a
+// sequence lies in a call does not change how its keys are summed.
 struct PackParams {
-  int64_t B, H, M, D;
+  int64_t B, H, D;
+  Segments rows;  // M of them in each batch element, in T = rows.blocks_per_batch(kTile) tiles
   DType dtype;
   bool to_double;  // tiles and key_bias are double, else float
   const void* x;   // [B, H, M, D]
@@ -37,35 +42,32 @@ struct PackParams {
   bool interleave;          // the keys of a tile in the order that the sampler sums them in
   const uint8_t* key_mask;  // [B, M] contiguous, 0 = may not be attended; or null
 
-  void* tiles;  // [B, H, ceil(M / 32), D, 32] out; zeros for masked keys and beyond M
-  void*
-      key_bias;  // [B, ceil(M / 32) * 32] out: 0 where the key may be attended, else -inf; or null
-  float* tile_norm;  // [B, H, ceil(M / 32)] out: largest Euclidean norm of a tile's keys; or null
+  void* tiles;       // [B, H, T, D, 32] out; zeros for masked keys and where a tile has no row
+  void* key_bias;    // [B, T * 32] out: 0 where the key may be attended, else -inf; or null
+  float* tile_norm;  // [B, H, T] out: largest Euclidean norm of a tile's keys; or null
 };
 
 struct SketchSampleParams {
-  int64_t B, N, M, S, H_i, K;
+  int64_t B, N, M, S, H_s, H_ks, H_i, K;
   DType dtype;
-  const void* q_sketch;  // [B, N, S]
-  int64_t q_stride[2];
-  const uint8_t* key_mask;  // [B, M] contiguous, 0 = may not be attended; or null
+  Visible visible;
+  const void* q_sketch;  // [B, H_s, N, S]
+  int64_t q_stride[3];
   double scale;
   SampleMethod method;
-  bool is_causal;
-  int64_t window;
-  int64_t num_sinks;
   int64_t row_begin, row_end;  // the queries to draw for, all that the outputs hold
   uint64_t seed, offset;
+  int64_t most_keys;  // of a sequence
 
   const int64_t*
       device_seed;  // [2] (seed, offset) in place of the two above, not known to the host
 
-  const void* k_sketch;  // [B, M, S]
-  int64_t k_stride[2];
+  const void* k_sketch;  // [B, H_ks, M, S]
+  int64_t k_stride[3];
   const float* k_tiles;   // packed k_sketch, interleaved, see PackParams
   const float* key_bias;  // packed key_mask, interleaved
   const float* tile_norm;
-  int32_t* indices;      // [B, H_i, rows, K] out
+  int32_t* indices;      // [B, H_i, rows, K] out: rows of k_sketch
   float* log_inclusion;  // [B, H_i, rows, K] out, or null
   int32_t* error;        // [1] out
 };
@@ -88,6 +90,7 @@ struct GatherParams {
   int64_t H_bias;  // H or H_i: head h has the bias of h / (H / H_bias)
   double scale;
   double dropout_p;
+  Visible visible;  // who the queries are: for dropout only
   uint64_t seed, offset;
   const int64_t*
       device_seed;  // [2] (seed, offset) in place of the two above, not known to the host
@@ -136,9 +139,9 @@ struct InvertParams {
   int32_t* entries;    // [B, H_i, N * K] out
 };
 
-// Streamed softmax attention over all valid keys; no [N, M] tensor ever exists. `rows` are what a
-// task owns a block of, `cols` what it streams: (queries, keys), but in the gradient of the keys
-// (keys, queries).
+// Streamed softmax attention over the free keys of each row (visible.h); no [N, M] tensor ever
+// exists. `rows` are what a task owns a block of, `cols` what it streams: (queries, keys), but in
+// the gradient of the keys (keys, queries).
 //   weight[r, c] = exp2(rows[r] . cols[c] * scale - (row_shift[r] + col_shift[c]) * log2(e)) *
 //   col_weight[c]
 // over valid pairs. The queries carry the softmax scale times log2(e), whichever side they are on,
@@ -146,54 +149,54 @@ struct InvertParams {
 struct DenseParams {
   int64_t B, H, R, C, D, Dv;
   DType dtype;
-  const void* rows;  // [B, H or H_kv, R, D]
+  Visible visible;        // key_mask is that of `rows` or of `cols`, whichever are the keys
+  bool cols_are_queries;  // else rows are
+  const void* rows;       // [B, H or fewer heads, R, D]
   int64_t row_stride[3];
-  int64_t rows_per_head,
-      cols_per_head;  // heads that share one head of rows / of col_tiles (H / H_kv, or 1)
-  double scale;       // factor of the rows
-  const void* cols;   // [B, H or H_kv, C, D]
+  int64_t rows_per_head, cols_per_head;  // heads that share one head of rows / of cols
+  double scale;                          // factor of the rows
+  const void* cols;                      // [B, H or fewer heads, C, D]
   int64_t col_stride[3];
-  const uint8_t* col_mask;  // [B, C] contiguous, 0 = this column takes no part; or null
-  const void* col_tiles;    // acc, packed cols, see PackParams
-  const void* col_bias;     // acc [B, ceil(C / 32) * 32] 0 or -inf; or null
-  const uint8_t* row_mask;  // [B, R] contiguous, 0 = this row takes no part; or null
-  // Causal: row r sees the columns c with c <= r + causal_offset (rows are queries), or, with
-  // cols_are_queries, those with c >= r - causal_offset.
-  bool is_causal, cols_are_queries;
-  int64_t causal_offset;  // M - N
+  const void* col_tiles;  // acc, packed cols, see PackParams
+  const void* col_bias;   // acc [B, T * 32] 0 or -inf
 
-  // dense_lse: writes lse. dense_mean: reads the shifts and weights, sums weight[r, c] * values[c]
-  // over heads.
-  void* lse;  // acc [B, H, R] out: log-sum-exp over the row's valid columns, -inf if none
+  // dense_lse: writes lse. dense_mean: reads the shifts and weights, and sums weight[r, c] *
+  // values[c] over the H / H_out heads of each head of out; head h takes the values of head
+  // h / (H / H_v). One of H_out and H_v divides the other, both divide H.
+  int64_t H_v, H_out;
+  void* lse;  // acc [B, H, R] out: log-sum-exp over the row's free columns, -inf if none
   const void* row_shift;   // acc [B, H, R], or null for 0
   const void* col_shift;   // acc [B, H, C], or null for 0
-  const void* col_weight;  // acc [B, C], or null for 1
-  const void* values;      // acc [B, C, Dv] contiguous
-  void* out;               // acc [B, R, Dv] out: sum over heads and columns
+  const void* col_weight;  // acc [B, H_v, C], or null for 1
+  const void* values;      // acc [B, H_v, C, Dv] contiguous
+  void* out;               // acc [B, H_out, R, Dv] out: sum over heads and columns
 };
 
-// The distillation loss on sampled keys with its gradients, see cpu/distill-inl.h. Tasks take
-// `chunk` queries each. The CPU's only: CUDA composes it of the kernels above.
+// The distillation loss on sampled keys with its gradients, see cpu/distill-inl.h. A task takes one
+// sketch and a block of `chunk` queries of one segment, of which there are Q =
+// visible.queries.num_blocks(chunk). The CPU's only: CUDA composes it of the kernels above.
 struct DistillParams {
-  GatherParams gather;   // q, k, indices and bias of the target; v, dropout and outputs unused
+  GatherParams gather;  // q, k, indices and bias of the target; v, dropout and outputs unused
+  Visible visible;
+  int64_t H_s, H_ks;
   int64_t S, S_pad;      // S_pad a multiple of kFeaturePad
-  int64_t M_pad;         // a multiple of kTile
-  const void* q_sketch;  // [B, N, S]
-  int64_t q_sketch_stride[2];
-  const void* k_rows;          // acc [B, M_pad, S_pad]; zeros in padding and masked keys
-  const void* k_tiles;         // acc, packed k_sketch, see PackParams
-  const void* key_bias;        // acc [B, M_pad] 0 or -inf
-  const uint8_t* key_mask;     // [B, M] contiguous, 0 = may not be attended; or null
-  const int64_t* first_valid;  // [B] first key that key_mask allows, M if none
+  int64_t T;             // tiles of keys, visible.keys.blocks_per_batch(kTile)
+  const void* q_sketch;  // [B, H_s, N, S]
+  int64_t q_sketch_stride[3];
+  const void* k_rows;    // acc [B, H_ks, T * 32, S_pad]; zeros in padding and masked keys
+  const void* k_tiles;   // acc, packed k_sketch, see PackParams
+  const void* key_bias;  // acc [B, T * 32] 0 or -inf
   double sketch_scale;
-  double row_weight;  // 1 / number of rows with a valid key
-  bool is_causal;
+  const int32_t* valid_before;  // [B, M + 1] valid keys below each in its batch element; or null
+                                // where all are valid
+  double row_weight;            // of a row and sketch in the loss
   int64_t chunk;
 
-  double* loss_parts;  // [B, chunks] out
-  void* dk_parts;      // acc [B, chunks, M_pad, S_pad] scratch; null where no gradient is wanted
-  void* dq_sketch;     // acc [B, N, S] out; or null
-  void* dk_sketch;     // acc [B, M, S] out
+  double* loss_parts;  // [H_s, Q] out
+  void* dk_parts;     // acc [H_s, Q, part_keys, S_pad] scratch, or null where no gradient is wanted
+  int64_t part_keys;  // keys of the longest sequence, in whole tiles
+  void* dq_sketch;    // acc [B, H_s, N, S] out; or null
+  void* dk_sketch;    // acc [B, H_ks, M, S] out
 };
 
 }  // namespace smartbird

@@ -1,6 +1,7 @@
 // Counter-based random numbers, one source for host and device: Philox4x32-10 of Salmon et al.,
 // "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A number is a pure function of (seed,
-// offset, stream, batch, head, row, draw), so tiling and threads never change a result.
+// offset, stream, sequence, head, position, draw), so neither tiling, threads nor the place in a
+// call ever change a result.
 #pragma once
 
 #include <cstdint>
@@ -52,12 +53,12 @@ SMARTBIRD_HOST_DEVICE static inline PhiloxKey philox_key(uint64_t seed, uint64_t
   return {mixed.word[0], mixed.word[1]};
 }
 
-// Where the numbers of one row live: draw block `n` of the row is philox4x32({n, row, head, batch},
-// key).
-SMARTBIRD_HOST_DEVICE static inline PhiloxBlock philox_counter(int64_t batch, int64_t head,
-                                                               int64_t row, uint32_t block) {
-  return {{block, static_cast<uint32_t>(row), static_cast<uint32_t>(head),
-           static_cast<uint32_t>(batch)}};
+// Where the numbers of one row live: block `n` of the row at `position` in `head` is philox4x32(
+// philox_counter(head, position, n), key), with the key of its sequence, see visible.h.
+SMARTBIRD_HOST_DEVICE static inline PhiloxBlock philox_counter(int64_t head, int64_t position,
+                                                               uint32_t block) {
+  return {{block, static_cast<uint32_t>(position), static_cast<uint32_t>(head),
+           static_cast<uint32_t>(static_cast<uint64_t>(position) >> 32)}};
 }
 
 // Draws of a row are numbered so that 16 blocks give 64 draws word by word, as vector code

@@ -26,16 +26,17 @@ constexpr int kRows = (kTile + kGroup - 1) / kGroup * kGroup;
 template <typename A>
 constexpr A kInf = static_cast<A>(__builtin_inf());
 
-struct Span {
-  int64_t begin, end;
-};
-
-// What a task works on: kRows rows of one batch element, of all heads.
+// What a task works on: kRows rows of one sequence, of all heads. Rows and columns are counted from
+// the first of the sequence.
 template <typename A>
 struct RowBlock {
-  int64_t b, first, count;  // rows [first, first + count)
-  Span visible[kRows];      // the columns a row may see; empty where it takes no part
-  Span seen;                // hull of `visible`
+  Sequence sequence;
+  int64_t b, first, count;       // rows [first, first + count)
+  int64_t first_row, first_col;  // of the sequence within its batch element
+  int64_t num_cols, first_tile;  // its columns, and the tile that they begin at
+  Span visible[kRows];           // the columns a row may see; empty where it takes no part
+  Span hole[kRows];              // those of them that its window takes
+  Span seen;                     // hull of `visible`
 
   A* scores;  // [kGroup, 32] of one group and tile
   A* weight;  // [kRows, 32] summed over heads, of one tile
@@ -67,18 +68,18 @@ inline int64_t scratch_elements(const DenseParams& p) {
 
 // ---- rows ---------------------------------------------------------------------------------------
 
-// The columns that row r may see as far as causality allows.
-inline Span causal_span(const DenseParams& p, int64_t r) {
-  if (!p.is_causal) return {0, p.C};
-  if (p.cols_are_queries) return {min_of(p.C, max_of<int64_t>(0, r - p.causal_offset)), p.C};
-  return {0, min_of(p.C, max_of<int64_t>(0, r + p.causal_offset + 1))};
+// The columns that row r may see, as far as masks allow: those of the result outside `hole`.
+inline Span free_columns(const DenseParams& p, const Sequence& sequence, int64_t r, Span* hole) {
+  if (p.cols_are_queries) return free_queries(p.visible, sequence, r, hole);
+  return free_keys(p.visible, sequence, position_of(p.visible, sequence, r), hole);
 }
 
 // Writes -row_shift of every head; false where row i of the block takes no part in any.
 template <typename A>
 inline bool load_shift(const DenseParams& p, int64_t i, RowBlock<A>* block) {
-  const int64_t r = block->first + i;
-  const bool exists = i < block->count && (p.row_mask == nullptr || p.row_mask[block->b * p.R + r]);
+  const int64_t r = block->first_row + block->first + i;
+  const uint8_t* mask = p.cols_are_queries ? p.visible.key_mask : nullptr;
+  const bool exists = i < block->count && (mask == nullptr || mask[block->b * p.R + r]);
   bool takes_part = false;
   for (int64_t h = 0; h < p.H; ++h) {
     A shift = exists ? A{0} : -kInf<A>;
@@ -91,13 +92,27 @@ inline bool load_shift(const DenseParams& p, int64_t i, RowBlock<A>* block) {
   return takes_part;
 }
 
+inline const Segments& row_segments(const DenseParams& p) {
+  return p.cols_are_queries ? p.visible.keys : p.visible.queries;
+}
+
+inline const Segments& col_segments(const DenseParams& p) {
+  return p.cols_are_queries ? p.visible.queries : p.visible.keys;
+}
+
 template <typename T, typename A = acc_t<T>>
 inline RowBlock<A> load_rows(const DenseParams& p, int64_t task, void* scratch) {
-  const int64_t blocks = ceil_div(p.R, kRows);
+  const SegmentBlock range = segment_block(row_segments(p), kRows, task);
   RowBlock<A> block;
-  block.b = task / blocks;
-  block.first = task % blocks * kRows;
-  block.count = min_of<int64_t>(kRows, p.R - block.first);
+  block.sequence = sequence_at(p.visible, range.segment);
+  const Sequence& sequence = block.sequence;
+  block.b = sequence.batch;
+  block.first = range.begin;
+  block.count = max_of<int64_t>(0, range.end - range.begin);
+  block.first_row = p.cols_are_queries ? sequence.first_key : sequence.first_query;
+  block.first_col = p.cols_are_queries ? sequence.first_query : sequence.first_key;
+  block.num_cols = p.cols_are_queries ? sequence.num_queries : sequence.num_keys;
+  block.first_tile = col_segments(p).first_block(range.segment, kTile);
   block.scores = static_cast<A*>(scratch);  // what vectors load comes first: aligned
   block.weight = block.scores + kGroup * kTile;
   block.values = block.weight + kRows * kTile;
@@ -105,10 +120,12 @@ inline RowBlock<A> load_rows(const DenseParams& p, int64_t task, void* scratch) 
   block.shift = block.out + kRows * padded_values<A>(p);
   block.rows = block.shift + p.H * kRows;
 
-  block.seen = {p.C, 0};
+  block.seen = {block.num_cols, 0};
   for (int64_t i = 0; i < kRows; ++i) {
-    const int64_t r = block.first + i;
-    block.visible[i] = load_shift(p, i, &block) ? causal_span(p, r) : Span{0, 0};
+    const int64_t r = block.first_row + block.first + i;
+    block.visible[i] = block.hole[i] = Span{0, 0};
+    if (load_shift(p, i, &block))
+      block.visible[i] = free_columns(p, sequence, block.first + i, &block.hole[i]);
     const bool sees = block.visible[i].begin < block.visible[i].end;
     if (sees) {
       block.seen.begin = min_of(block.seen.begin, block.visible[i].begin);
@@ -129,23 +146,22 @@ inline RowBlock<A> load_rows(const DenseParams& p, int64_t task, void* scratch) 
 // ---- columns ------------------------------------------------------------------------------------
 
 template <typename A>
-inline ColumnTile<A> load_columns(const DenseParams& p, int64_t b, int64_t h, int64_t t) {
-  const int64_t tiles = ceil_div(p.C, kTile), heads = p.H / p.cols_per_head;
+inline ColumnTile<A> load_columns(const DenseParams& p, const RowBlock<A>& block, int64_t h,
+                                  int64_t t) {
+  const int64_t tiles = col_segments(p).blocks_per_batch(kTile), heads = p.H / p.cols_per_head;
+  const int64_t b = block.b, at = block.first_tile + t, column = block.first_col + t * kTile;
   ColumnTile<A> tile;
   tile.first = t * kTile;
   tile.features = static_cast<const A*>(p.col_tiles) +
-                  ((b * heads + h / p.cols_per_head) * tiles + t) * p.D * kTile;
-  const int64_t n = min_of(kTile, p.C - tile.first);
+                  ((b * heads + h / p.cols_per_head) * tiles + at) * p.D * kTile;
+  const A* bias = static_cast<const A*>(p.col_bias) + (b * tiles + at) * kTile;
   for (int64_t c = 0; c < kTile; ++c) {
-    tile.bias[c] = c < n ? A{0} : -kInf<A>;
+    tile.bias[c] = bias[c];
     tile.shift[c] = 0;
   }
-  if (p.col_bias != nullptr) {
-    const A* bias = static_cast<const A*>(p.col_bias) + b * tiles * kTile + tile.first;
-    for (int64_t c = 0; c < n; ++c) tile.bias[c] = bias[c];
-  }
   if (p.col_shift != nullptr) {
-    const A* shift = static_cast<const A*>(p.col_shift) + (b * p.H + h) * p.C + tile.first;
+    const int64_t n = min_of(kTile, block.num_cols - tile.first);
+    const A* shift = static_cast<const A*>(p.col_shift) + (b * p.H + h) * p.C + column;
     for (int64_t c = 0; c < n; ++c) {
       if (tile.bias[c] != 0 || shift[c] == -kInf<A>)
         tile.bias[c] = -kInf<A>;
@@ -159,12 +175,13 @@ inline ColumnTile<A> load_columns(const DenseParams& p, int64_t b, int64_t h, in
   return tile;
 }
 
+// Head h_v of the values, of the columns of a tile.
 template <typename A>
-inline void load_values(const DenseParams& p, const ColumnTile<A>& tile, const bool* takes_part,
-                        RowBlock<A>* block) {
+inline void load_values(const DenseParams& p, const ColumnTile<A>& tile, int64_t h_v,
+                        const bool* takes_part, RowBlock<A>* block) {
   const int64_t ld = padded_values<A>(p);
   for (int64_t c = 0; c < kTile; ++c) {
-    const int64_t column = block->b * p.C + tile.first + c;
+    const int64_t column = (block->b * p.H_v + h_v) * p.C + block->first_col + tile.first + c;
     A* row = block->values + c * ld;
     for (int64_t d = 0; d < ld; ++d) row[d] = 0;
     if (!takes_part[c]) continue;
@@ -188,9 +205,13 @@ inline bool sees_any(const RowBlock<A>& block, int64_t group, const ColumnTile<A
 template <typename A>
 inline bool sees_all(const RowBlock<A>& block, int64_t group, const ColumnTile<A>& tile) {
   if (!tile.complete) return false;
-  for (int64_t i = group; i < group + kGroup; ++i)
-    if (block.visible[i].begin > tile.first || block.visible[i].end < tile.first + kTile)
-      return false;
+  const int64_t end = tile.first + kTile;
+  for (int64_t i = group; i < group + kGroup; ++i) {
+    const Span& visible = block.visible[i];
+    const Span& hole = block.hole[i];
+    if (visible.begin > tile.first || visible.end < end) return false;
+    if (hole.begin < hole.end && hole.begin < end && hole.end > tile.first) return false;
+  }
   return true;
 }
 
@@ -208,9 +229,12 @@ inline void score_group(int64_t h, int64_t group, int64_t D, const ColumnTile<A>
   for (int64_t i = group; i < group + kGroup; ++i) {
     const A begin = static_cast<A>(block->visible[i].begin - tile.first);
     const A end = static_cast<A>(block->visible[i].end - tile.first);
+    const A hole = static_cast<A>(block->hole[i].begin - tile.first);
+    const A after = static_cast<A>(block->hole[i].end - tile.first);
     for (int c = 0; c < kTile; c += kLanes<A>) {
       const Vec<A> column = iota<A>() + static_cast<A>(c);
-      const auto valid = (column >= begin) & (column < end) & (load(tile.bias + c) > -kInf<A>);
+      const auto valid = (column >= begin) & (column < end) &
+                         ((column < hole) | (column >= after)) & (load(tile.bias + c) > -kInf<A>);
       A* scores = block->scores + (i - group) * kTile + c;
       store(scores, valid ? load(scores) : broadcast(-kInf<A>));
     }
@@ -288,7 +312,7 @@ inline void lse_task(const DenseParams& p, int64_t task, void* scratch) {
   for (int64_t h = 0; h < p.H; ++h) {
     Sum<A> sums[kRows];
     for (int64_t t = block.seen.begin / kTile; t * kTile < block.seen.end; ++t) {
-      const ColumnTile<A> tile = load_columns<A>(p, block.b, h, t);
+      const ColumnTile<A> tile = load_columns<A>(p, block, h, t);
       for (int64_t group = 0; group < kRows; group += kGroup) {
         if (!sees_any(block, group, tile)) continue;
         score_group(h, group, p.D, tile, &block);
@@ -296,7 +320,7 @@ inline void lse_task(const DenseParams& p, int64_t task, void* scratch) {
           add_scores(block.scores + (i - group) * kTile, &sums[i]);
       }
     }
-    A* lse = static_cast<A*>(p.lse) + (block.b * p.H + h) * p.R + block.first;
+    A* lse = static_cast<A*>(p.lse) + (block.b * p.H + h) * p.R + block.first_row + block.first;
     for (int64_t i = 0; i < block.count; ++i) {
       const double sum = reduce_add(sums[i].lanes);
       // The reference itself counts 1: a sum of 0 had no column.
@@ -306,54 +330,68 @@ inline void lse_task(const DenseParams& p, int64_t task, void* scratch) {
   }
 }
 
-// block->weight[i, c] becomes, or from the second head on gains, 2^(score - shifts).
+// block->weight[i, c] becomes, or where it is not the first head that is summed gains,
+// 2^(score - shifts).
 template <typename A>
-inline void add_weights(int64_t h, int64_t group, const ColumnTile<A>& tile, RowBlock<A>* block) {
+inline void add_weights(int64_t h, int64_t group, bool is_first, const ColumnTile<A>& tile,
+                        RowBlock<A>* block) {
   for (int64_t i = group; i < group + kGroup; ++i) {
     const A shift = block->shift[h * kRows + i];
     const A* scores = block->scores + (i - group) * kTile;
     A* weight = block->weight + i * kTile;
     for (int c = 0; c < kTile; c += kLanes<A>) {
       const Vec<A> w = exp2(load(scores + c) + (load(tile.shift + c) + shift));
-      store(weight + c, h == 0 ? w : load(weight + c) + w);
+      store(weight + c, is_first ? w : load(weight + c) + w);
     }
   }
+}
+
+// block->out += what the heads [begin, end), which share values, give of column tile t.
+template <typename A>
+inline void add_tile(const DenseParams& p, int64_t t, int64_t begin, int64_t end,
+                     RowBlock<A>* block) {
+  const int64_t ld = padded_values<A>(p);
+  ColumnTile<A> tile;
+  bool takes_part[kTile] = {};
+  for (int64_t h = begin; h < end; ++h) {
+    tile = load_columns<A>(p, *block, h, t);
+    for (int64_t c = 0; c < kTile; ++c) takes_part[c] |= tile.bias[c] != -kInf<A>;
+    for (int64_t group = 0; group < kRows; group += kGroup) {
+      if (!sees_any(*block, group, tile)) continue;
+      score_group(h, group, p.D, tile, block);
+      add_weights(h, group, h == begin, tile, block);
+    }
+  }
+  load_values(p, tile, begin / (p.H / p.H_v), takes_part, block);
+  for (int64_t group = 0; group < kRows; group += kGroup)
+    if (sees_any(*block, group, tile))
+      add_group_product(block->weight + group * kTile, block->values, ld, block->out + group * ld);
 }
 
 template <typename T, typename A = acc_t<T>>
 inline void mean_task(const DenseParams& p, int64_t task, void* scratch) {
   RowBlock<A> block = load_rows<T>(p, task, scratch);
-  const int64_t ld = padded_values<A>(p);
-  for (int64_t i = 0; i < kRows * ld; ++i) block.out[i] = 0;
-
-  for (int64_t t = block.seen.begin / kTile; t * kTile < block.seen.end; ++t) {
-    ColumnTile<A> tile;
-    bool takes_part[kTile] = {};
-    for (int64_t h = 0; h < p.H; ++h) {
-      tile = load_columns<A>(p, block.b, h, t);
-      for (int64_t c = 0; c < kTile; ++c) takes_part[c] |= tile.bias[c] != -kInf<A>;
-      for (int64_t group = 0; group < kRows; group += kGroup) {
-        if (!sees_any(block, group, tile)) continue;
-        score_group(h, group, p.D, tile, &block);
-        add_weights(h, group, tile, &block);
-      }
+  const int64_t ld = padded_values<A>(p), out_heads = p.H / p.H_out,
+                shared = p.H / max_of(p.H_v, p.H_out);  // heads with one head of values and of out
+  for (int64_t h_out = 0; h_out < p.H_out; ++h_out) {
+    for (int64_t i = 0; i < kRows * ld; ++i) block.out[i] = 0;
+    for (int64_t t = block.seen.begin / kTile; t * kTile < block.seen.end; ++t)
+      for (int64_t h = h_out * out_heads; h < (h_out + 1) * out_heads; h += shared)
+        add_tile(p, t, h, h + shared, &block);
+    A* out = static_cast<A*>(p.out) +
+             ((block.b * p.H_out + h_out) * p.R + block.first_row + block.first) * p.Dv;
+    for (int64_t i = 0; i < block.count; ++i) {
+      const bool sees = block.visible[i].begin < block.visible[i].end;
+      for (int64_t d = 0; d < p.Dv; ++d) out[i * p.Dv + d] = sees ? block.out[i * ld + d] : A{0};
     }
-    load_values(p, tile, takes_part, &block);
-    for (int64_t group = 0; group < kRows; group += kGroup)
-      if (sees_any(block, group, tile))
-        add_group_product(block.weight + group * kTile, block.values, ld, block.out + group * ld);
-  }
-
-  A* out = static_cast<A*>(p.out) + (block.b * p.R + block.first) * p.Dv;
-  for (int64_t i = 0; i < block.count; ++i) {
-    const bool sees = block.visible[i].begin < block.visible[i].end;
-    for (int64_t d = 0; d < p.Dv; ++d) out[i * p.Dv + d] = sees ? block.out[i * ld + d] : A{0};
   }
 }
 
 }  // namespace dense
 
-inline int64_t dense_num_tasks(const DenseParams& p) { return p.B * ceil_div(p.R, dense::kRows); }
+inline int64_t dense_num_tasks(const DenseParams& p) {
+  return dense::row_segments(p).num_blocks(dense::kRows);
+}
 
 inline int64_t dense_scratch_bytes(const DenseParams& p) {
   return p.dtype == DType::kFloat64
@@ -367,8 +405,9 @@ inline void dense_lse(const DenseParams& p, int64_t task, void* scratch) {
   dispatch_dtype(p.dtype, [&](auto t) { dense::lse_task<decltype(t)>(p, task, scratch); });
 }
 
-// rows [B, H, R, D], cols [B, H, C, D], values [B, C, Dv] -> out [B, R, Dv]: the sum over heads and
-// valid columns of exp(rows . cols * scale - row_shift - col_shift) * col_weight * values.
+// rows [B, H, R, D], cols [B, H, C, D], values [B, H_v, C, Dv] -> out [B, H_out, R, Dv]: the sum
+// over heads and free columns of exp(rows . cols * scale - row_shift - col_shift) * col_weight *
+// values.
 inline void dense_mean(const DenseParams& p, int64_t task, void* scratch) {
   dispatch_dtype(p.dtype, [&](auto t) { dense::mean_task<decltype(t)>(p, task, scratch); });
 }

@@ -286,13 +286,17 @@ inline A exp_and_sum(A* logits, int64_t n, A largest) {
 // factors[j] of the slots j < n: 0 where dropout takes the slot, else 1 / (1 - p). Slot j has draw
 // j of the row.
 template <typename A>
-inline void dropout_factors(const GatherParams& P, GatherRow at, PhiloxKey key, int64_t n,
+inline void dropout_factors(const GatherParams& P, GatherRow at, PhiloxKey stream, int64_t n,
                             A* factors) {
   const A kept = P.dropout_p < 1 ? static_cast<A>(1 / (1 - P.dropout_p)) : A{0};
   const float dropout_p = static_cast<float>(P.dropout_p);
+  const Sequence sequence = sequence_at(P.visible, P.visible.queries.of_row(at.b, at.i));
+  const PhiloxKey key = sequence_key(stream, sequence);
+  const int64_t position = position_of(P.visible, sequence, at.i - sequence.first_query);
+  const int64_t head = P.visible.first_head * (P.H / P.H_i) + at.h;
   uint32_t draws[kDrawsPerChunk];
   for (int64_t begin = 0; begin < n; begin += kDrawsPerChunk) {
-    philox_chunk(key, at.b, at.h, at.i, static_cast<uint32_t>(begin / kDrawsPerChunk), draws);
+    philox_chunk(key, head, position, static_cast<uint32_t>(begin / kDrawsPerChunk), draws);
     const int64_t count = min_of<int64_t>(n - begin, kDrawsPerChunk);
     for (int64_t j = 0; j < count; ++j)
       factors[begin + j] = uniform_float(draws[j]) >= dropout_p ? kept : A{0};

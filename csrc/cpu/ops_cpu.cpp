@@ -2,7 +2,6 @@
 // are spread over torch's threads.
 #include <atomic>
 #include <cstdlib>
-#include <memory>
 #include <string>
 #include <tuple>
 
@@ -12,8 +11,23 @@
 namespace smartbird {
 namespace {
 
-struct FreeDeleter {
-  void operator()(void* p) const { std::free(p); }
+// Scratch of 64-byte aligned pieces. Plain malloc, aligned by hand: glibc before 2.38 may leave the
+// gaps that aligned_alloc makes unused for ever, and a process grows with every call.
+class ScratchMemory {
+ public:
+  explicit ScratchMemory(int64_t bytes)
+      : memory_(static_cast<char*>(std::malloc(static_cast<size_t>(bytes + 64)))) {
+    STD_TORCH_CHECK(memory_ != nullptr, "smartbird ran out of memory: ", bytes,
+                    " bytes of scratch");
+  }
+  ~ScratchMemory() { std::free(memory_); }
+  ScratchMemory(const ScratchMemory&) = delete;
+  ScratchMemory& operator=(const ScratchMemory&) = delete;
+
+  char* aligned() const { return memory_ + (64 - reinterpret_cast<uintptr_t>(memory_) % 64) % 64; }
+
+ private:
+  char* memory_;
 };
 
 // Tasks are fetched one by one, so that rows of unequal length (causal) and threads of unequal
@@ -24,15 +38,12 @@ void run(const TaskKernel<Params>& kernel, const Params& params) {
   if (tasks == 0) return;
   const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   const int64_t bytes = (kernel.scratch_bytes(params) + 63) / 64 * 64;
-  std::unique_ptr<void, FreeDeleter> scratch(
-      std::aligned_alloc(64, std::max<int64_t>(64, bytes * threads)));
-  STD_TORCH_CHECK(scratch != nullptr, "smartbird ran out of memory: ", bytes * threads,
-                  " bytes of scratch");
+  const ScratchMemory scratch(bytes * threads);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-        kernel.run(params, task, static_cast<char*>(scratch.get()) + t * bytes);
+        kernel.run(params, task, scratch.aligned() + t * bytes);
   });
 }
 
@@ -52,31 +63,55 @@ void read_seed(const Tensor& seed, uint64_t* key, uint64_t* offset) {
   *offset = static_cast<uint64_t>(words.const_data_ptr<int64_t>()[1]);
 }
 
+// What a device would have to be asked for: that the sequences of a packed call are in order.
+void check_segments(const Segments& segments, const char* name) {
+  if (segments.cu == nullptr) return;
+  int64_t last = 0;
+  bool ordered = segments.cu[0] == 0;
+  for (int64_t s = 0; s <= segments.n; ++s) {
+    ordered = ordered && segments.cu[s] >= last;
+    last = segments.cu[s];
+  }
+  STD_TORCH_CHECK(ordered && last <= segments.length, "smartbird: ", name,
+                  " must ascend from 0 to no more than the number of rows, ", segments.length,
+                  ", got an end of ", last);
+}
+
+void check_sequences(const Visible& v) {
+  check_segments(v.queries, "cu_seqlens_q");
+  check_segments(v.keys, "cu_seqlens_k");
+}
+
+int64_t longest(const Segments& segments) {
+  if (segments.cu == nullptr) return segments.length;
+  int64_t most = 0;
+  for (int64_t s = 0; s < segments.count(); ++s)
+    most = std::max(most, segments.rows(s).end - segments.rows(s).begin);
+  return most;
+}
+
 // ---- packing ------------------------------------------------------------------------------------
 
 struct Packed {
   Tensor tiles, key_bias, tile_norm;
 };
 
-// x [B, H, M, D] (or [B, M, D] with H = 1) with contiguous rows.
-Packed pack(const Tensor& x, const uint8_t* key_mask, bool to_double, double scale = 1,
-            bool interleave = false) {
+// x [B, H, M, D] with contiguous rows.
+Packed pack(const Tensor& x, const Segments& rows, const uint8_t* key_mask, bool to_double,
+            double scale = 1, bool interleave = false) {
   PackParams p{};
-  const int64_t last = x.dim() - 1;
   p.B = x.size(0);
-  p.H = last == 3 ? x.size(1) : 1;
-  p.M = x.size(last - 1);
-  p.D = x.size(last);
+  p.H = x.size(1);
+  p.D = x.size(3);
+  p.rows = rows;
   p.dtype = dtype_of(x, "x");
   p.to_double = to_double;
   p.x = x.const_data_ptr();
-  p.stride[0] = x.stride(0);
-  p.stride[1] = last == 3 ? x.stride(1) : 0;
-  p.stride[2] = x.stride(last - 1);
+  for (int d = 0; d < 3; ++d) p.stride[d] = x.stride(d);
   p.scale = scale;
   p.interleave = interleave;
   p.key_mask = key_mask;
-  const int64_t tiles = (p.M + kTile - 1) / kTile;
+  const int64_t tiles = rows.blocks_per_batch(kTile);
   const ScalarType type = to_double ? ScalarType::Double : ScalarType::Float;
   Packed packed{new_tensor(x, {p.B, p.H, tiles, p.D, kTile}, type),
                 new_tensor(x, {p.B, tiles * kTile}, type),
@@ -90,28 +125,31 @@ Packed pack(const Tensor& x, const uint8_t* key_mask, bool to_double, double sca
 
 // ---- sketch_sample ------------------------------------------------------------------------------
 
-// Packed keys (which must outlive the params), mask and seed.
-Packed add_keys(const Tensor& k, OptionalTensor* key_mask, const Tensor& seed,
-                SketchSampleParams* p) {
-  p->key_mask = mask_data(key_mask, p->B, p->M);
+// Packed keys (which must outlive the params) and seed.
+Packed add_keys(const Tensor& k, const Tensor& seed, SketchSampleParams* p) {
+  check_sequences(p->visible);
   read_seed(seed, &p->seed, &p->offset);
-  Packed packed = pack(k, p->key_mask, /*to_double=*/false, /*scale=*/1, /*interleave=*/true);
+  p->most_keys = longest(p->visible.keys);
+  Packed packed = pack(k, p->visible.keys, p->visible.key_mask, /*to_double=*/false, /*scale=*/1,
+                       /*interleave=*/true);
   p->k_tiles = packed.tiles.const_data_ptr<float>();
   p->key_bias = packed.key_bias.const_data_ptr<float>();
   p->tile_norm = packed.tile_norm.const_data_ptr<float>();
   return packed;
 }
 
-std::tuple<Tensor, Tensor> sketch_sample_cpu(const Tensor& q_sketch, const Tensor& k_sketch,
-                                             int64_t num_samples, int64_t num_index_heads,
-                                             std::string method, double scale, bool is_causal,
-                                             OptionalTensor key_mask, int64_t window,
-                                             int64_t num_sinks, const Tensor& seed,
-                                             bool need_log_inclusion) {
+std::tuple<Tensor, Tensor> sketch_sample_cpu(
+    const Tensor& q_sketch, const Tensor& k_sketch, int64_t num_samples, int64_t num_index_heads,
+    std::string method, double scale, bool is_causal, OptionalTensor key_mask, int64_t window,
+    int64_t num_sinks, OptionalTensor global_mask, std::optional<int64_t> query_offset,
+    OptionalTensor positions, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+    OptionalTensor sequence_ids, int64_t first_head, const Tensor& seed, bool need_log_inclusion) {
   const Tensor q = with_contiguous_rows(q_sketch), k = with_contiguous_rows(k_sketch);
-  SketchSampleParams p = sketch_sample_params(q, k, num_samples, num_index_heads, method, scale,
-                                              is_causal, window, num_sinks);
-  const Packed packed = add_keys(k, &key_mask, seed, &p);
+  RowArguments rows{is_causal, key_mask,     window,       num_sinks,    global_mask, query_offset,
+                    positions, cu_seqlens_q, cu_seqlens_k, sequence_ids, first_head};
+  SketchSampleParams p =
+      sketch_sample_params(q, k, num_samples, num_index_heads, method, scale, &rows);
+  const Packed packed = add_keys(k, seed, &p);
   const Tensor indices = new_tensor(q, {p.B, p.H_i, p.N, p.K}, ScalarType::Int);
   const int64_t kept = need_log_inclusion ? p.K : 0;
   const Tensor log_inclusion = new_tensor(q, {p.B, p.H_i, p.N, kept}, ScalarType::Float);
@@ -139,14 +177,21 @@ Tensor gather_scores_cpu(const Tensor& q_, const Tensor& k_, const Tensor& indic
   return out;
 }
 
-std::tuple<Tensor, Tensor> gather_attention_cpu(const Tensor& q_, const Tensor& k_,
-                                                const Tensor& v_, const Tensor& indices_,
-                                                OptionalTensor bias, double scale, double dropout_p,
-                                                OptionalTensor seed) {
+std::tuple<Tensor, Tensor> gather_attention_cpu(
+    const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& indices_,
+    OptionalTensor bias, double scale, double dropout_p, OptionalTensor seed,
+    std::optional<int64_t> query_offset, OptionalTensor positions, OptionalTensor cu_seqlens_q,
+    OptionalTensor sequence_ids, int64_t first_head) {
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                v = with_contiguous_rows(v_), indices = with_contiguous_rows(indices_);
+  RowArguments rows{.query_offset = query_offset,
+                    .positions = positions,
+                    .cu_seqlens_q = cu_seqlens_q,
+                    .sequence_ids = sequence_ids,
+                    .first_head = first_head};
   GatherParams p = gather_params(q, k, indices, scale);
-  add_values(v, bias, dropout_p, seed, &p);
+  add_values(v, bias, dropout_p, seed, &rows, &p);
+  check_sequences(p.visible);
   if (seed.has_value()) read_seed(*seed, &p.seed, &p.offset);
   const Tensor out = new_tensor(q, {p.B, p.H, p.N, p.Dv}, q.scalar_type());
   const Tensor lse = new_tensor(q, {p.B, p.H, p.N}, acc_type(p.dtype));
@@ -170,17 +215,24 @@ Tensor sampled_attention_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v
                              int64_t num_index_heads, std::string method, bool correction,
                              double scale, double sketch_scale, bool is_causal,
                              OptionalTensor key_mask, int64_t window, int64_t num_sinks,
-                             double dropout_p, const Tensor& seed) {
+                             OptionalTensor global_mask, std::optional<int64_t> query_offset,
+                             OptionalTensor positions, OptionalTensor cu_seqlens_q,
+                             OptionalTensor cu_seqlens_k, OptionalTensor sequence_ids,
+                             int64_t first_head, double dropout_p, const Tensor& seed) {
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                v = with_contiguous_rows(v_), q_sketch = with_contiguous_rows(q_sketch_),
                k_sketch = with_contiguous_rows(k_sketch_);
+  RowArguments rows_of{is_causal,    key_mask,     window,    num_sinks,
+                       global_mask,  query_offset, positions, cu_seqlens_q,
+                       cu_seqlens_k, sequence_ids, first_head};
   SketchSampleParams s = sketch_sample_params(q_sketch, k_sketch, num_samples, num_index_heads,
-                                              method, sketch_scale, is_causal, window, num_sinks);
+                                              method, sketch_scale, &rows_of);
   GatherParams g = gather_params(q, k, num_index_heads, num_samples, scale);
-  add_values(v, std::nullopt, dropout_p, seed, &g);
+  add_values(v, std::nullopt, dropout_p, seed, &rows_of, &g);
+  g.visible = s.visible;
   STD_TORCH_CHECK(s.B == g.B && s.N == g.N && s.M == g.M,
                   "q_sketch and k_sketch must have the tokens of q and k");
-  const Packed packed = add_keys(k_sketch, &key_mask, seed, &s);
+  const Packed packed = add_keys(k_sketch, seed, &s);
   g.seed = s.seed, g.offset = s.offset;
 
   const int64_t row_bytes = std::max<int64_t>(1, s.B * s.H_i * s.K * 4);
@@ -300,13 +352,21 @@ std::tuple<Tensor, Tensor> gather_scores_backward_cpu(const Tensor& dscores, con
 std::tuple<Tensor, Tensor, Tensor, Tensor> gather_attention_backward_cpu(
     const Tensor& dout_, OptionalTensor dlse_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
     const Tensor& indices_, OptionalTensor bias, double scale, double dropout_p,
-    OptionalTensor seed, bool need_dqk, bool need_dv, bool need_dbias, bool /*deterministic*/) {
+    OptionalTensor seed, std::optional<int64_t> query_offset, OptionalTensor positions,
+    OptionalTensor cu_seqlens_q, OptionalTensor sequence_ids, int64_t first_head, bool need_dqk,
+    bool need_dv, bool need_dbias, bool /*deterministic*/) {
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                v = with_contiguous_rows(v_), indices = with_contiguous_rows(indices_);
   const Tensor dout = torch::stable::contiguous(dout_);
+  RowArguments rows{.query_offset = query_offset,
+                    .positions = positions,
+                    .cu_seqlens_q = cu_seqlens_q,
+                    .sequence_ids = sequence_ids,
+                    .first_head = first_head};
   GatherBackwardParams p{};
   p.fwd = gather_params(q, k, indices, scale);
-  add_values(v, bias, dropout_p, seed, &p.fwd);
+  add_values(v, bias, dropout_p, seed, &rows, &p.fwd);
+  check_sequences(p.fwd.visible);
   if (seed.has_value()) read_seed(*seed, &p.fwd.seed, &p.fwd.offset);
   const GatherParams& f = p.fwd;
   check_shape(dout, "dout", {f.B, f.H, f.N, f.Dv});
@@ -338,162 +398,206 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_attention_backward_cpu(
 
 // ---- streamed dense -----------------------------------------------------------------------------
 
-// rows [B, H, R, D] (or [B, R, D]) against packed cols of `cols` heads and C columns.
-DenseParams dense_params(const Tensor& rows, const Packed& cols, int64_t C, double scale) {
+// q [B, H, N, D] and k [B, H_k, M, D] with contiguous rows, and which keys each row may see.
+struct DenseInputs {
+  Tensor q, k;
+  Visible visible;
+  DType dtype;
+  double scale;
+
+  DenseInputs(const Tensor& q_, const Tensor& k_, double scale_, RowArguments* rows)
+      : q(with_contiguous_rows(q_)), k(with_contiguous_rows(k_)), scale(scale_) {
+    check_dense(q, k);
+    dtype = dtype_of(q, "q");
+    visible = rows->visible(q.size(0), q.size(2), k.size(2));
+    check_sequences(visible);
+  }
+
+  Packed pack_keys() const {
+    return pack(k, visible.keys, visible.key_mask, dtype == DType::kFloat64);
+  }
+  Packed pack_queries() const {
+    return pack(q, visible.queries, nullptr, dtype == DType::kFloat64, scale * kLog2e);
+  }
+  Tensor new_lse() const {
+    return new_tensor(q, {q.size(0), q.size(1), q.size(2)}, acc_type(dtype));
+  }
+  void check_lse(const Tensor& lse, const char* name) const {
+    check_type(lse, name, acc_type(dtype));
+    check_shape(lse, name, {q.size(0), q.size(1), q.size(2)});
+  }
+};
+
+// One side as rows, the other packed as columns.
+DenseParams dense_params(const DenseInputs& in, const Packed& cols, bool cols_are_queries) {
+  const Tensor& rows = cols_are_queries ? in.k : in.q;
   DenseParams p{};
-  const int64_t last = rows.dim() - 1;
-  const int64_t row_heads = last == 3 ? rows.size(1) : 1, col_heads = cols.tiles.size(1);
   p.B = rows.size(0);
-  p.H = std::max(row_heads, col_heads);
-  p.R = rows.size(last - 1);
-  p.C = C;
-  p.D = rows.size(last);
-  p.dtype = dtype_of(rows, "rows");
+  p.H = in.q.size(1);
+  p.R = rows.size(2);
+  p.C = cols_are_queries ? in.q.size(2) : in.k.size(2);
+  p.D = rows.size(3);
+  p.dtype = in.dtype;
+  p.visible = in.visible;
+  p.cols_are_queries = cols_are_queries;
   p.rows = rows.const_data_ptr();
-  p.row_stride[0] = rows.stride(0);
-  p.row_stride[1] = last == 3 ? rows.stride(1) : 0;
-  p.row_stride[2] = rows.stride(last - 1);
-  p.rows_per_head = p.H / row_heads;
-  p.cols_per_head = p.H / col_heads;
-  p.scale = scale;
+  for (int d = 0; d < 3; ++d) p.row_stride[d] = rows.stride(d);
+  p.rows_per_head = p.H / rows.size(1);
+  p.cols_per_head = p.H / cols.tiles.size(1);
+  p.scale = cols_are_queries ? 1 : in.scale * kLog2e;  // the packed queries carry it
   p.col_tiles = cols.tiles.const_data_ptr();
   p.col_bias = cols.key_bias.const_data_ptr();
   return p;
 }
 
-// The forward: lse [B, H, N] (or [B, N]) of q against k.
-Tensor dense_lse(const Tensor& q, const Packed& keys, int64_t M, double scale, bool is_causal,
-                 Tensor lse) {
-  DenseParams p = dense_params(q, keys, M, scale * kLog2e);
-  p.is_causal = is_causal;
-  p.causal_offset = M - p.R;
+// lse [B, H, N].
+Tensor dense_lse(const DenseInputs& in, const Packed& keys) {
+  DenseParams p = dense_params(in, keys, false);
+  const Tensor lse = in.new_lse();
   p.lse = lse.mutable_data_ptr();
   run(active_kernels().dense_lse, p);
   return lse;
 }
 
-Tensor sketch_lse_cpu(const Tensor& q_sketch, const Tensor& k_sketch, double scale, bool is_causal,
-                      OptionalTensor key_mask) {
-  check_dim(q_sketch, "q_sketch", 3);
-  check_dense(q_sketch, k_sketch);
-  const Tensor q = with_contiguous_rows(q_sketch), k = with_contiguous_rows(k_sketch);
-  const uint8_t* mask = mask_data(&key_mask, k.size(0), k.size(1));
-  const DType dtype = dtype_of(q, "q_sketch");
-  const Packed keys = pack(k, mask, dtype == DType::kFloat64);
-  return dense_lse(q, keys, k.size(1), scale, is_causal,
-                   new_tensor(q, {q.size(0), q.size(1)}, acc_type(dtype)));
+// out [B, num_sums, rows, Dv] = sum over heads and columns of weight * values [B, H_v, cols, Dv].
+Tensor dense_mean(DenseParams p, const Tensor& values, int64_t num_sums) {
+  p.H_v = values.size(1);
+  p.H_out = num_sums;
+  check_groups(p.H, p.H_v, "the heads of q must be a multiple of those of the values");
+  check_groups(p.H, p.H_out, "the heads of q must be a multiple of the sums");
+  check_groups(std::max(p.H_v, p.H_out), std::min(p.H_v, p.H_out),
+               "the sums and the heads of the values must divide one another");
+  p.Dv = values.size(3);
+  p.values = values.const_data_ptr();
+  const Tensor out = new_tensor(values, {p.B, p.H_out, p.R, p.Dv}, acc_type(p.dtype));
+  p.out = out.mutable_data_ptr();
+  run(active_kernels().dense_mean, p);
+  return out;
 }
 
-// out [B, M, Dv] = sum over heads and queries of softmax weight * query_weight * values: the
-// transposed product.
-Tensor dense_transposed(const Tensor& q, const Tensor& k, const Tensor& lse, const uint8_t* mask,
-                        double scale, bool is_causal, const void* query_weight,
-                        const Tensor& values) {
-  const DType dtype = dtype_of(q, "q");
-  const int64_t N = q.size(q.dim() - 2), M = k.size(k.dim() - 2);
-  const Packed queries = pack(q, nullptr, dtype == DType::kFloat64, scale * kLog2e);
-  DenseParams p = dense_params(k, queries, N, 1);
-  p.row_mask = mask;
-  p.is_causal = is_causal;
-  p.cols_are_queries = true;
-  p.causal_offset = M - N;
+// out [B, num_sums, N, Dv]: softmax weights times values of keys.
+Tensor dense_forward(const DenseInputs& in, const Packed& keys, const Tensor& lse,
+                     const Tensor& values, int64_t num_sums) {
+  DenseParams p = dense_params(in, keys, false);
+  p.row_shift = lse.const_data_ptr();
+  return dense_mean(p, values, num_sums);
+}
+
+// out [B, num_sums, M, Dv]: the transposed product, with values of queries and a weight of each.
+Tensor dense_transposed(const DenseInputs& in, const Tensor& lse, const void* query_weight,
+                        const Tensor& values, int64_t num_sums) {
+  const Packed queries = in.pack_queries();
+  DenseParams p = dense_params(in, queries, true);
   p.col_shift = lse.const_data_ptr();
   p.col_weight = query_weight;
-  p.Dv = values.size(2);
-  p.values = values.const_data_ptr();
-  const Tensor out = new_tensor(q, {p.B, M, p.Dv}, acc_type(dtype));
-  p.out = out.mutable_data_ptr();
-  run(active_kernels().dense_mean, p);
-  return out;
+  return dense_mean(p, values, num_sums);
 }
 
-// out [B, N, Dv] = sum over heads and keys of softmax weight * values.
-Tensor dense_forward(const Tensor& q, const Packed& keys, int64_t M, const Tensor& lse,
-                     double scale, bool is_causal, const Tensor& values) {
-  DenseParams p = dense_params(q, keys, M, scale * kLog2e);
-  p.is_causal = is_causal;
-  p.causal_offset = M - p.R;
-  p.row_shift = lse.const_data_ptr();
-  p.Dv = values.size(2);
-  p.values = values.const_data_ptr();
-  const Tensor out = new_tensor(q, {p.B, p.R, p.Dv}, acc_type(p.dtype));
-  p.out = out.mutable_data_ptr();
-  run(active_kernels().dense_mean, p);
-  return out;
+Tensor sketch_lse_cpu(const Tensor& q_sketch, const Tensor& k_sketch, double scale, bool is_causal,
+                      OptionalTensor key_mask, int64_t window, std::optional<int64_t> query_offset,
+                      OptionalTensor positions, OptionalTensor cu_seqlens_q,
+                      OptionalTensor cu_seqlens_k) {
+  RowArguments rows{.is_causal = is_causal,
+                    .key_mask = key_mask,
+                    .window = window,
+                    .query_offset = query_offset,
+                    .positions = positions,
+                    .cu_seqlens_q = cu_seqlens_q,
+                    .cu_seqlens_k = cu_seqlens_k};
+  const DenseInputs in(q_sketch, k_sketch, scale, &rows);
+  return dense_lse(in, in.pack_keys());
 }
 
 // Without the factors `dlse` of a row and `scale`, which the caller multiplies in: see
-// smartbird/ops.py.
-std::tuple<Tensor, Tensor> sketch_lse_backward_cpu(const Tensor& dlse_, const Tensor& q_sketch,
-                                                   const Tensor& k_sketch, const Tensor& lse_,
-                                                   double scale, bool is_causal,
-                                                   OptionalTensor key_mask) {
-  check_dim(q_sketch, "q_sketch", 3);
-  check_dense(q_sketch, k_sketch);
-  const Tensor q = with_contiguous_rows(q_sketch), k = with_contiguous_rows(k_sketch);
-  const DType dtype = dtype_of(q, "q_sketch");
+// smartbird/ops/dense.py.
+std::tuple<Tensor, Tensor> sketch_lse_backward_cpu(
+    const Tensor& dlse_, const Tensor& q_sketch, const Tensor& k_sketch, const Tensor& lse_,
+    double scale, bool is_causal, OptionalTensor key_mask, int64_t window,
+    std::optional<int64_t> query_offset, OptionalTensor positions, OptionalTensor cu_seqlens_q,
+    OptionalTensor cu_seqlens_k) {
+  RowArguments rows{.is_causal = is_causal,
+                    .key_mask = key_mask,
+                    .window = window,
+                    .query_offset = query_offset,
+                    .positions = positions,
+                    .cu_seqlens_q = cu_seqlens_q,
+                    .cu_seqlens_k = cu_seqlens_k};
+  const DenseInputs in(q_sketch, k_sketch, scale, &rows);
   const Tensor dlse = torch::stable::contiguous(dlse_), lse = torch::stable::contiguous(lse_);
-  for (const Tensor* t : {&dlse, &lse}) {
-    check_type(*t, "dlse, lse", acc_type(dtype));
-    check_shape(*t, "dlse, lse", {q.size(0), q.size(1)});
-  }
-  const uint8_t* mask = mask_data(&key_mask, k.size(0), k.size(1));
-  const Packed keys = pack(k, mask, dtype == DType::kFloat64);
-  const Tensor dq = dense_forward(q, keys, k.size(1), lse, scale, is_causal, to_acc(k, dtype));
-  const Tensor dk =
-      dense_transposed(q, k, lse, mask, scale, is_causal, dlse.const_data_ptr(), to_acc(q, dtype));
+  in.check_lse(dlse, "dlse");
+  in.check_lse(lse, "lse");
+  const int64_t H_s = in.q.size(1), H_ks = in.k.size(1);
+  const Tensor dq = dense_forward(in, in.pack_keys(), lse, to_acc(in.k, in.dtype), H_s);
+  const Tensor dk = dense_transposed(in, lse, dlse.const_data_ptr(), to_acc(in.q, in.dtype), H_ks);
   return {dq, dk};
 }
 
-std::tuple<Tensor, Tensor> summed_attention_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v,
-                                                double scale, bool is_causal,
-                                                OptionalTensor key_mask) {
-  check_dim(q_, "q", 4);
-  check_dense(q_, k_);
-  check_dim(v, "v", 3);
-  check_shape(v, "v", {k_.size(0), k_.size(2), v.size(2)});
-  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_);
-  const DType dtype = dtype_of(q, "q");
-  const int64_t M = k.size(2);
-  const Packed keys = pack(k, mask_data(&key_mask, k.size(0), M), dtype == DType::kFloat64);
-  const Tensor lse = dense_lse(q, keys, M, scale, is_causal,
-                               new_tensor(q, {q.size(0), q.size(1), q.size(2)}, acc_type(dtype)));
-  return {dense_forward(q, keys, M, lse, scale, is_causal, to_acc(v, dtype)), lse};
+std::tuple<Tensor, Tensor> summed_attention_cpu(
+    const Tensor& q, const Tensor& k, const Tensor& v, int64_t num_sums, double scale,
+    bool is_causal, OptionalTensor key_mask, int64_t window, std::optional<int64_t> query_offset,
+    OptionalTensor positions, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k) {
+  RowArguments rows{.is_causal = is_causal,
+                    .key_mask = key_mask,
+                    .window = window,
+                    .query_offset = query_offset,
+                    .positions = positions,
+                    .cu_seqlens_q = cu_seqlens_q,
+                    .cu_seqlens_k = cu_seqlens_k};
+  const DenseInputs in(q, k, scale, &rows);
+  check_dim(v, "v", 4);
+  check_shape(v, "v", {k.size(0), v.size(1), k.size(2), v.size(3)});
+  const Packed keys = in.pack_keys();
+  const Tensor lse = dense_lse(in, keys);
+  return {dense_forward(in, keys, lse, to_acc(v, in.dtype), num_sums), lse};
 }
 
-Tensor summed_attention_backward_cpu(const Tensor& dout, const Tensor& q_, const Tensor& k_,
-                                     const Tensor& lse_, double scale, bool is_causal,
-                                     OptionalTensor key_mask) {
-  check_dim(q_, "q", 4);
-  check_dense(q_, k_);
-  check_dim(dout, "dout", 3);
-  const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
-               lse = torch::stable::contiguous(lse_);
-  const DType dtype = dtype_of(q, "q");
-  check_shape(dout, "dout", {q.size(0), q.size(2), dout.size(2)});
-  check_type(lse, "lse", acc_type(dtype));
-  check_shape(lse, "lse", {q.size(0), q.size(1), q.size(2)});
-  const uint8_t* mask = mask_data(&key_mask, k.size(0), k.size(2));
-  return dense_transposed(q, k, lse, mask, scale, is_causal, nullptr, to_acc(dout, dtype));
+Tensor summed_attention_backward_cpu(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                     const Tensor& lse_, int64_t num_values, double scale,
+                                     bool is_causal, OptionalTensor key_mask, int64_t window,
+                                     std::optional<int64_t> query_offset, OptionalTensor positions,
+                                     OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k) {
+  RowArguments rows{.is_causal = is_causal,
+                    .key_mask = key_mask,
+                    .window = window,
+                    .query_offset = query_offset,
+                    .positions = positions,
+                    .cu_seqlens_q = cu_seqlens_q,
+                    .cu_seqlens_k = cu_seqlens_k};
+  const DenseInputs in(q, k, scale, &rows);
+  check_dim(dout, "dout", 4);
+  check_shape(dout, "dout", {q.size(0), dout.size(1), q.size(2), dout.size(3)});
+  const Tensor lse = torch::stable::contiguous(lse_);
+  in.check_lse(lse, "lse");
+  return dense_transposed(in, lse, nullptr, to_acc(dout, in.dtype), num_values);
 }
 
 // ---- distillation on sampled keys ---------------------------------------------------------------
 
-// k_sketch [B, M, S] as acc [B, M_pad, S_pad], zeros in the padding and where the mask hides a key:
-// what a weight of zero multiplies must be finite.
+// k_sketch [B, H_ks, M, S] as acc [B, H_ks, T * 32, S_pad], each segment from a tile of its own on;
+// zeros in the padding and where the mask hides a key: what a weight of zero multiplies must be
+// finite.
 template <typename A>
 Tensor padded_keys(const Tensor& k, const DistillParams& p) {
-  const int64_t B = k.size(0), M = k.size(1);
+  const int64_t heads = k.size(0) * k.size(1), M = k.size(2);
+  const Segments& keys = p.visible.keys;
   const ScalarType type = acc_type(p.gather.dtype);
-  const Tensor source = to_acc(k, p.gather.dtype), out = new_tensor(k, {B, p.M_pad, p.S_pad}, type);
+  const Tensor source = to_acc(k, p.gather.dtype),
+               out = new_tensor(k, {k.size(0), k.size(1), p.T * kTile, p.S_pad}, type);
   const A* from = source.const_data_ptr<A>();
   A* to = out.mutable_data_ptr<A>();
-  torch::stable::parallel_for(0, B * p.M_pad, 1 << 12, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / p.M_pad, m = row % p.M_pad;
-      const bool valid = m < M && (p.key_mask == nullptr || p.key_mask[b * M + m]);
-      for (int64_t d = 0; d < p.S_pad; ++d)
-        to[row * p.S_pad + d] = valid && d < p.S ? from[(b * M + m) * p.S + d] : A{0};
+  torch::stable::parallel_for(0, heads * p.T, 1 << 7, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t head = tile / p.T, b = head / k.size(1);
+      const SegmentBlock block = segment_block(keys, kTile, tile % p.T);
+      const int64_t first = keys.rows(block.segment).begin + block.begin;
+      for (int64_t c = 0; c < kTile; ++c) {
+        const int64_t m = first + c;
+        const bool valid = block.begin + c < block.end &&
+                           (p.visible.key_mask == nullptr || p.visible.key_mask[b * M + m]);
+        A* row = to + (tile * kTile + c) * p.S_pad;
+        for (int64_t d = 0; d < p.S_pad; ++d)
+          row[d] = valid && d < p.S ? from[(head * M + m) * p.S + d] : A{0};
+      }
     }
   });
   return out;
@@ -506,69 +610,100 @@ constexpr int64_t kChunkBytes = int64_t{64} << 20;
 
 int64_t distill_chunk(const DistillParams& p) {
   const GatherParams& g = p.gather;
-  const int64_t buffer = std::max<int64_t>(1, g.B * p.M_pad * p.S_pad * acc_bytes(g.dtype));
-  const int64_t fewest = (kFewestTasks + g.B - 1) / std::max<int64_t>(1, g.B);
-  const int64_t chunks = std::clamp<int64_t>(kChunkBytes / buffer, fewest, kMostChunks);
+  const int64_t tasks = std::max<int64_t>(1, g.B * p.H_s);
+  const int64_t buffer = std::max<int64_t>(1, p.part_keys * p.S_pad * acc_bytes(g.dtype));
+  const int64_t fewest = (kFewestTasks + tasks - 1) / tasks;
+  const int64_t chunks = std::clamp<int64_t>(kChunkBytes / (tasks * buffer), fewest, kMostChunks);
   return std::max(kLeastChunk, (g.N + chunks - 1) / chunks);
+}
+
+// How many rows have a free key.
+int64_t count_free_rows(const Visible& v, const int32_t* valid_before) {
+  int64_t count = 0;
+  for (int64_t segment = 0; segment < v.queries.n; ++segment) {
+    const Sequence s = sequence_at(v, segment);
+    for (int64_t i = 0; i < s.num_queries; ++i) count += has_free_key(v, s, i, valid_before);
+  }
+  return count;
 }
 
 std::tuple<Tensor, Tensor, Tensor> sampled_distill_cpu(
     const Tensor& q_, const Tensor& k_, const Tensor& q_sketch_, const Tensor& k_sketch_,
     const Tensor& indices_, OptionalTensor bias, double scale, double sketch_scale, bool is_causal,
-    OptionalTensor key_mask, bool need_grads) {
+    OptionalTensor key_mask, int64_t window, std::optional<int64_t> query_offset,
+    OptionalTensor positions, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool mean,
+    bool need_grads) {
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                q_sketch = with_contiguous_rows(q_sketch_),
                k_sketch = with_contiguous_rows(k_sketch_), indices = with_contiguous_rows(indices_);
+  RowArguments rows{.is_causal = is_causal,
+                    .key_mask = key_mask,
+                    .window = window,
+                    .query_offset = query_offset,
+                    .positions = positions,
+                    .cu_seqlens_q = cu_seqlens_q,
+                    .cu_seqlens_k = cu_seqlens_k};
   DistillParams p{};
   p.gather = gather_params(q, k, indices, scale);
   GatherParams& g = p.gather;
   add_bias(bias, &g);
-  check_dim(q_sketch, "q_sketch", 3);
-  p.S = q_sketch.size(2);
-  check_shape(q_sketch, "q_sketch", {g.B, g.N, p.S});
-  check_shape(k_sketch, "k_sketch", {g.B, g.M, p.S});
+  check_dim(q_sketch, "q_sketch", 4);
+  check_dim(k_sketch, "k_sketch", 4);
+  p.H_s = q_sketch.size(1);
+  p.H_ks = k_sketch.size(1);
+  p.S = q_sketch.size(3);
+  check_shape(q_sketch, "q_sketch", {g.B, p.H_s, g.N, p.S});
+  check_shape(k_sketch, "k_sketch", {g.B, p.H_ks, g.M, p.S});
   check_type(q_sketch, "q_sketch", q.scalar_type());
   check_type(k_sketch, "k_sketch", q.scalar_type());
+  check_groups(p.H_s, p.H_ks, "the sketches of queries must be a multiple of those of keys");
+  check_groups(g.H, p.H_s, "the heads of q must be a multiple of the sketches");
+  p.visible = rows.visible(g.B, g.N, g.M);
+  check_sequences(p.visible);
   p.S_pad = (p.S + kFeaturePad - 1) / kFeaturePad * kFeaturePad;
-  p.M_pad = (g.M + kTile - 1) / kTile * kTile;
+  p.T = p.visible.keys.blocks_per_batch(kTile);
+  p.part_keys = (longest(p.visible.keys) + kTile - 1) / kTile * kTile;
   p.q_sketch = q_sketch.const_data_ptr();
   set_strides(q_sketch, p.q_sketch_stride);
-  p.key_mask = mask_data(&key_mask, g.B, g.M);
   p.sketch_scale = sketch_scale;
-  p.is_causal = is_causal;
   const bool is_double = g.dtype == DType::kFloat64;
-  const Packed packed = pack(k_sketch, p.key_mask, is_double);
+  const Packed packed = pack(k_sketch, p.visible.keys, p.visible.key_mask, is_double);
   const Tensor k_rows =
       is_double ? padded_keys<double>(k_sketch, p) : padded_keys<float>(k_sketch, p);
   p.k_tiles = packed.tiles.const_data_ptr();
   p.key_bias = packed.key_bias.const_data_ptr();
   p.k_rows = k_rows.const_data_ptr();
 
-  std::vector<int64_t> first_valid(static_cast<size_t>(g.B), 0);
-  int64_t valid_rows = 0;
-  for (int64_t b = 0; b < g.B; ++b) {
-    int64_t& first = first_valid[static_cast<size_t>(b)];
-    while (first < g.M && p.key_mask != nullptr && !p.key_mask[b * g.M + first]) ++first;
-    // A causal row i sees the keys j <= i + M - N.
-    if (first < g.M) valid_rows += is_causal ? std::min(g.N, g.M - first) : g.N;
+  std::vector<int32_t> valid_before;
+  if (p.visible.key_mask != nullptr) {
+    valid_before.resize(static_cast<size_t>(g.B * (g.M + 1)), 0);
+    for (int64_t b = 0; b < g.B; ++b)
+      for (int64_t m = 0; m < g.M; ++m)
+        valid_before[static_cast<size_t>(b * (g.M + 1) + m + 1)] =
+            valid_before[static_cast<size_t>(b * (g.M + 1) + m)] +
+            (p.visible.key_mask[b * g.M + m] != 0);
+    p.valid_before = valid_before.data();
   }
-  p.first_valid = first_valid.data();
-  p.row_weight = 1.0 / static_cast<double>(std::max<int64_t>(1, valid_rows));
+  p.row_weight = 1;
+  if (mean) {
+    const int64_t count = p.H_s * count_free_rows(p.visible, p.valid_before);
+    p.row_weight = 1.0 / static_cast<double>(std::max<int64_t>(1, count));
+  }
 
   p.chunk = distill_chunk(p);
-  const int64_t chunks = (g.N + p.chunk - 1) / p.chunk;
+  const int64_t blocks = p.visible.queries.num_blocks(p.chunk);
   const ScalarType acc = acc_type(g.dtype);
   const auto gradient = [&](std::vector<int64_t> shape) {
     return new_tensor(q, need_grads ? shape : std::vector<int64_t>{0}, acc);
   };
-  const Tensor dq = gradient({g.B, g.N, p.S}), dk = gradient({g.B, g.M, p.S}),
-               dk_parts = gradient({g.B, chunks, p.M_pad, p.S_pad});
+  const Tensor dq = gradient({g.B, p.H_s, g.N, p.S}), dk = gradient({g.B, p.H_ks, g.M, p.S}),
+               dk_parts = gradient({p.H_s, blocks, p.part_keys, p.S_pad});
   if (need_grads) {
     p.dq_sketch = dq.mutable_data_ptr();
     p.dk_sketch = dk.mutable_data_ptr();
     p.dk_parts = dk_parts.mutable_data_ptr();
   }
-  std::vector<double> loss_parts(static_cast<size_t>(g.B * chunks));
+  std::vector<double> loss_parts(static_cast<size_t>(p.H_s * blocks));
   p.loss_parts = loss_parts.data();
   int32_t error = kNoError;
   g.error = &error;

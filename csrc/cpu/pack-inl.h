@@ -11,7 +11,7 @@ namespace smartbird::SMARTBIRD_ISA {
 constexpr int64_t kPackTilesPerTask = 8;
 
 inline int64_t pack_tasks_per_head(const PackParams& p) {
-  return ceil_div(ceil_div(p.M, kTile), kPackTilesPerTask);
+  return ceil_div(p.rows.blocks_per_batch(kTile), kPackTilesPerTask);
 }
 
 inline int64_t pack_num_tasks(const PackParams& p) { return p.B * p.H * pack_tasks_per_head(p); }
@@ -65,17 +65,20 @@ inline float largest_norm(const A* __restrict tile, int64_t D) {
 
 template <typename T, typename A>
 inline void pack_task(const PackParams& p, int64_t task) {
-  const int64_t tasks_per_head = pack_tasks_per_head(p), num_tiles = ceil_div(p.M, kTile);
+  const int64_t tasks_per_head = pack_tasks_per_head(p), num_tiles = p.rows.blocks_per_batch(kTile);
   const int64_t bh = task / tasks_per_head, b = bh / p.H, h = bh % p.H;
   const int64_t first = task % tasks_per_head * kPackTilesPerTask;
   const T* x = static_cast<const T*>(p.x) + b * p.stride[0] + h * p.stride[1];
-  const uint8_t* mask = p.key_mask == nullptr ? nullptr : p.key_mask + b * p.M;
+  const uint8_t* mask = p.key_mask == nullptr ? nullptr : p.key_mask + b * p.rows.length;
 
   for (int64_t t = first; t < min_of(first + kPackTilesPerTask, num_tiles); ++t) {
-    const int64_t key = t * kTile, n = min_of(kTile, p.M - key);
-    const uint8_t* tile_mask = mask == nullptr ? nullptr : mask + key;
+    // Of a batch, block numbers go on from element to element; all elements are alike.
+    const SegmentBlock block = segment_block(p.rows, kTile, t);
+    const int64_t row = p.rows.rows(block.segment).begin + block.begin;
+    const int64_t n = max_of<int64_t>(0, block.end - block.begin);
+    const uint8_t* tile_mask = mask == nullptr ? nullptr : mask + row;
     A* tile = static_cast<A*>(p.tiles) + (bh * num_tiles + t) * p.D * kTile;
-    pack_tile(x + key * p.stride[2], p.stride[2], p.D, n, p.scale, p.interleave, tile_mask, tile);
+    pack_tile(x + row * p.stride[2], p.stride[2], p.D, n, p.scale, p.interleave, tile_mask, tile);
     if (p.tile_norm != nullptr) p.tile_norm[bh * num_tiles + t] = largest_norm(tile, p.D);
     if (p.key_bias != nullptr && h == 0) {
       A* bias = static_cast<A*>(p.key_bias) + (b * num_tiles + t) * kTile;
@@ -87,7 +90,7 @@ inline void pack_task(const PackParams& p, int64_t task) {
   }
 }
 
-// x [B, H, M, D] -> tiles [B, H, ceil(M / 32), D, 32], key_bias and tile_norm.
+// x [B, H, M, D] -> tiles [B, H, T, D, 32], key_bias and tile_norm.
 inline void pack(const PackParams& p, int64_t task, void*) {
   dispatch_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);

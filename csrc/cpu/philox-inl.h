@@ -28,12 +28,12 @@ inline void multiply_wide(VecU a, uint32_t b, VecU* high, VecU* low) {
 #endif
 }
 
-// The draws 64 * chunk, ..., 64 * chunk + 63 of (batch, head, row).
-inline void philox_chunk(PhiloxKey key, int64_t batch, int64_t head, int64_t row, uint32_t chunk,
+// The draws 64 * chunk, ..., 64 * chunk + 63 of (head, position).
+inline void philox_chunk(PhiloxKey key, int64_t head, int64_t position, uint32_t chunk,
                          uint32_t out[kDrawsPerChunk]) {
   constexpr int L = kLanes<float>;
   constexpr int kBlocks = kDrawsPerChunk / 4;
-  const PhiloxBlock first = philox_counter(batch, head, row, chunk * kBlocks);
+  const PhiloxBlock first = philox_counter(head, position, chunk * kBlocks);
   for (int b = 0; b < kBlocks; b += L) {
     VecU c0, c1 = VecU{} + first.word[1], c2 = VecU{} + first.word[2], c3 = VecU{} + first.word[3];
     for (int l = 0; l < L; ++l) c0[l] = first.word[0] + static_cast<uint32_t>(b + l);
@@ -56,22 +56,22 @@ inline void philox_chunk(PhiloxKey key, int64_t batch, int64_t head, int64_t row
   }
 }
 
-// Independent Exp(1) variables of one (batch, head, row) in order, a chunk at a time: -log of 64
+// Independent Exp(1) variables of one (head, position) in order, a chunk at a time: -log of 64
 // uniforms of 24 bits, and of 16 more that are made of the 8 bits those leave over.
 class ExponentialStream {
  public:
-  ExponentialStream(PhiloxKey key, int64_t batch, int64_t head, int64_t row)
-      : key_(key), batch_(batch), head_(head), row_(row) {}
+  ExponentialStream(PhiloxKey key, int64_t head, int64_t position)
+      : key_(key), head_(head), position_(position) {}
 
   // The next n, and zeros up to whole vectors.
   void take(int64_t n, float* out) {
     const int64_t padded = ceil_div(n, kLanes<float>) * kLanes<float>;
     for (int64_t i = n; i < padded; ++i) out[i] = 0;
     while (n > 0) {
-      if (position_ == kSize) refill();
-      const int64_t count = min_of<int64_t>(n, kSize - position_);
-      std::memcpy(out, values_ + position_, static_cast<size_t>(count) * sizeof(float));
-      position_ += static_cast<int>(count);
+      if (used_ == kSize) refill();
+      const int64_t count = min_of<int64_t>(n, kSize - used_);
+      std::memcpy(out, values_ + used_, static_cast<size_t>(count) * sizeof(float));
+      used_ += static_cast<int>(count);
       out += count;
       n -= count;
     }
@@ -82,7 +82,7 @@ class ExponentialStream {
 
   void refill() {
     alignas(64) uint32_t words[kSize];
-    philox_chunk(key_, batch_, head_, row_, chunk_++, words);
+    philox_chunk(key_, head_, position_, chunk_++, words);
     for (int i = 0; i < kSpare; ++i) {
       uint32_t word = 0;
       for (int part = 0; part < 4; ++part) word |= (words[part * kSpare + i] & 0xFFu) << (8 * part);
@@ -95,13 +95,13 @@ class ExponentialStream {
       // The largest would round to 1, and no spacing may be 0.
       store(values_ + i, -log(min((grid + 0.5f) * 0x1p-24f, broadcast(0x1.fffffep-1f))));
     }
-    position_ = 0;
+    used_ = 0;
   }
 
   PhiloxKey key_;
-  int64_t batch_, head_, row_;
+  int64_t head_, position_;
   uint32_t chunk_ = 0;
-  int position_ = kSize;
+  int used_ = kSize;  // of values_
   alignas(64) float values_[kSize];
 };
 

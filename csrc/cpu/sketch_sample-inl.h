@@ -1,8 +1,9 @@
-// q_sketch [B, N, S], k_sketch [B, M, S] -> indices, log_inclusion [B, H_i, N, K]: every index head
-// draws its own keys of a row from softmax(q_sketch k_sketch^T scale).
+// q_sketch [B, H_s, N, S], k_sketch [B, H_ks, M, S] -> indices, log_inclusion [B, H_i, N, K]: every
+// index head draws its own keys of a row from softmax(q_sketch k_sketch^T scale).
 //
-// A row's scores are made once, for all heads, as weights 2^(score - reference) in a buffer of one
-// thread, with running sums of them made tile by tile while the weights are in registers' reach:
+// A row's scores are made once, for all heads of a sketch, as weights 2^(score - reference) in a
+// buffer of one thread, with running sums of them made tile by tile while the weights are in
+// registers' reach:
 // `cum` within blocks of 32 keys, `block_start` over blocks. To draw a key is to find a uniform
 // number among the running sums: a guide table names the block, one compare over 32 sums names the
 // key. Numbers are drawn in ascending order, so the keys come out in ascending order too, and
@@ -26,9 +27,10 @@ namespace sampling {
 constexpr int kRows = kLanes<float> == 16 ? 8 : 4;
 constexpr int kRowsPerTask = 16;  // enough work that fetching a task costs nothing
 
-// While |score| cannot exceed this, 2^score needs no reference: 2^86 * 2^20 keys stays far inside
-// float.
-constexpr float kPlainExpBound = 86.0f;
+// While a row's largest weight is within these, 2^score needs no reference: 2^86 * 2^20 keys stays
+// far inside float, and what underflows beside 2^-40 is below what draws resolve. The row alone
+// decides.
+constexpr float kLeastPlainWeight = 0x1p-40f, kMostPlainWeight = 0x1p86f;
 // Below this total, weights relative to the largest have begun to underflow: score again relative
 // to the rest.
 constexpr double kUnderflow = 1e-25;
@@ -66,9 +68,10 @@ struct Row {
 };
 
 struct Scratch {
-  float* q;             // [kRows, S] queries times scale * log2(e)
-  KeyList forced;       // [kRows, K] of each row: keys that are taken without drawing
-  KeyList blank;        // [kRows, blanks] of each row: those, and what lies beyond its limit
+  float* q;        // [kRows, S] queries times scale * log2(e)
+  KeyList forced;  // [kRows, K] of each row: keys that are taken without drawing
+  KeyList
+      blank;  // [kRows, blanks] of each row: those, and what its last block has beyond its limit
   KeyList taken;        // [K] keys of the head at hand
   int32_t* batch;       // [padded K] keys just drawn
   int32_t* place;       // [K]
@@ -79,7 +82,9 @@ struct Scratch {
   Row rest;             // the row at hand without the keys taken so far
 };
 
-inline int64_t padded_keys(const SketchSampleParams& p) { return ceil_div(p.M, kTile) * kTile; }
+inline int64_t padded_keys(const SketchSampleParams& p) {
+  return ceil_div(p.most_keys, kTile) * kTile;
+}
 
 // Four entries per block: three of four draws then need no step beyond the guide's block.
 inline int guide_bits(int64_t blocks) {
@@ -88,7 +93,7 @@ inline int guide_bits(int64_t blocks) {
   return bits;
 }
 
-inline int64_t blanks_per_row(const SketchSampleParams& p) { return p.K + kTile + kRows; }
+inline int64_t blanks_per_row(const SketchSampleParams& p) { return p.K + kTile; }
 
 inline Scratch lay_out(const SketchSampleParams& p, ScratchAllocator* arena) {
   constexpr int L = kLanes<float>;
@@ -172,11 +177,6 @@ inline void merge(KeyList more, int32_t* place, KeyList* list) {
 }
 
 // ---- a row --------------------------------------------------------------------------------------
-
-// The keys [0, limit) of a row may be attended as far as key_mask allows.
-inline int64_t key_limit(const SketchSampleParams& p, int64_t i) {
-  return p.is_causal ? max_of<int64_t>(0, min_of(p.M, i + p.M - p.N + 1)) : p.M;
-}
 
 // Puts `value` where a key cannot be drawn.
 inline void put(const KeyList& keys, float value, float* weight) {
@@ -306,10 +306,24 @@ inline void gather_weights(const Row& row, const KeyList& list, float* weights) 
   }
 }
 
-// What one row's draws share.
+// What the rows of a task share: a sequence and a sketch.
+struct TaskContext {
+  const SketchSampleParams* p;
+  Sequence sequence;
+  int64_t sketch;
+  const float* k_tiles;  // of the sequence's keys
+  const float* key_bias;
+  const uint8_t* key_mask;  // or null
+  PhiloxKey key, arrival_key;
+
+  int64_t heads() const { return p->H_i / p->H_s; }  // that the sketch serves
+};
+
+// What one row's draws share. Queries and keys are counted from the first of the sequence.
 struct RowContext {
   const SketchSampleParams* p;
-  int64_t b, i;
+  const TaskContext* task;
+  int64_t i, position;
   const float* q;  // [S] scaled query
   int64_t limit;   // keys [0, limit) may be attended as far as key_mask allows
   int64_t valid;   // how many those are
@@ -319,13 +333,16 @@ struct RowContext {
   int64_t blocks() const { return ceil_div(limit, kTile); }
 };
 
+// The address of a head's random numbers.
+inline int64_t draw_head(const RowContext& c, int64_t head) {
+  return c.p->visible.first_head + c.task->sketch * c.task->heads() + head;
+}
+
 // weight = score of one row.
 inline void score_row(const RowContext& c, float* weight) {
-  const SketchSampleParams& p = *c.p;
-  const int64_t tiles = ceil_div(p.M, kTile);
+  const int64_t S = c.p->S;
   for (int64_t t = 0; t < c.blocks(); ++t)
-    score_tile<1>(c.q, p.S, p.k_tiles + (c.b * tiles + t) * p.S * kTile, p.S,
-                  p.key_bias + (c.b * tiles + t) * kTile,
+    score_tile<1>(c.q, S, c.task->k_tiles + t * S * kTile, S, c.task->key_bias + t * kTile,
                   [&](int, int column, Vec<float> s) { store(weight + t * kTile + column, s); });
 }
 
@@ -558,8 +575,11 @@ struct Output {
 
 inline Output output_row(const RowContext& c, int64_t head) {
   const SketchSampleParams& p = *c.p;
-  const int64_t rows = p.row_end - p.row_begin;
-  const int64_t at = ((c.b * p.H_i + head) * rows + c.i - p.row_begin) * p.K;
+  const Sequence& sequence = c.task->sequence;
+  const int64_t rows = p.row_end - p.row_begin,
+                index_head = c.task->sketch * c.task->heads() + head;
+  const int64_t row = sequence.first_query + c.i - p.row_begin;
+  const int64_t at = ((sequence.batch * p.H_i + index_head) * rows + row) * p.K;
   return {p.indices + at, p.log_inclusion == nullptr ? nullptr : p.log_inclusion + at};
 }
 
@@ -570,7 +590,8 @@ inline void write_indices(const RowContext& c, const KeyList& certain, Scratch* 
     std::memcpy(s->batch, certain.key, bytes);
     merge({s->batch, certain.size}, s->place, &s->taken);
   }
-  std::memcpy(out.indices, s->taken.key, static_cast<size_t>(s->taken.size) * sizeof(int32_t));
+  const int32_t first_key = static_cast<int32_t>(c.task->sequence.first_key);
+  for (int64_t j = 0; j < s->taken.size; ++j) out.indices[j] = s->taken.key[j] + first_key;
   for (int64_t j = s->taken.size; j < c.p->K; ++j) out.indices[j] = -1;
 }
 
@@ -604,14 +625,15 @@ inline void write_certain(const RowContext& c, const KeyList& forced, Scratch* s
   if (out.log_inclusion != nullptr)
     for (int64_t j = 0; j < c.p->K; ++j)
       out.log_inclusion[j] = j < s->taken.size ? 0.0f : -__builtin_inff();
-  for (int64_t head = 1; head < c.p->H_i; ++head) copy_head(c, 0, head);
+  for (int64_t head = 1; head < c.task->heads(); ++head) copy_head(c, 0, head);
 }
 
-inline void sample_gumbel(const RowContext& c, PhiloxKey key, PhiloxKey arrival_key, const Row& row,
-                          Scratch* s) {
-  for (int64_t head = 0; head < c.p->H_i; ++head) {
+inline void sample_gumbel(const RowContext& c, const Row& row, Scratch* s) {
+  for (int64_t head = 0; head < c.task->heads(); ++head) {
     const Output out = output_row(c, head);
-    ExponentialStream spacings(key, c.b, head, c.i), arrivals(arrival_key, c.b, head, c.i);
+    const int64_t address = draw_head(c, head);
+    ExponentialStream spacings(c.task->key, address, c.position),
+        arrivals(c.task->arrival_key, address, c.position);
     double reference = row.reference;
     const double time = draw_distinct(
         c, &spacings, out.log_inclusion == nullptr ? nullptr : &arrivals, row, s, &reference);
@@ -632,15 +654,16 @@ inline void sample_gumbel(const RowContext& c, PhiloxKey key, PhiloxKey arrival_
   }
 }
 
-inline void sample_systematic(RowContext c, PhiloxKey key, const Row& row, Scratch* s) {
+inline void sample_systematic(RowContext c, const Row& row, Scratch* s) {
   const Row* remaining;
   const int64_t places = cap_inclusion(&c, row, s, &remaining);
   if (places == 0) return write_certain(c, c.forced, s);
   const float inclusion_scale =
       static_cast<float>(static_cast<double>(places) / remaining->total());
-  for (int64_t head = 0; head < c.p->H_i; ++head) {
+  for (int64_t head = 0; head < c.task->heads(); ++head) {
     const Output out = output_row(c, head);
-    const uint32_t bits = philox4x32(philox_counter(c.b, head, c.i, 0), key).word[0];
+    const PhiloxBlock counter = philox_counter(draw_head(c, head), c.position, 0);
+    const uint32_t bits = philox4x32(counter, c.task->key).word[0];
     draw_systematic(*remaining, places, bits, s);
     write_indices(c, c.forced, s, out);
     if (out.log_inclusion == nullptr) continue;
@@ -650,11 +673,11 @@ inline void sample_systematic(RowContext c, PhiloxKey key, const Row& row, Scrat
   }
 }
 
-inline void sample_multinomial(const RowContext& c, PhiloxKey key, const Row& row, Scratch* s) {
+inline void sample_multinomial(const RowContext& c, const Row& row, Scratch* s) {
   const float inclusion_scale = static_cast<float>(static_cast<double>(c.to_draw) / row.total());
-  for (int64_t head = 0; head < c.p->H_i; ++head) {
+  for (int64_t head = 0; head < c.task->heads(); ++head) {
     const Output out = output_row(c, head);
-    ExponentialStream spacings(key, c.b, head, c.i);
+    ExponentialStream spacings(c.task->key, draw_head(c, head), c.position);
     take_draws(&spacings, c.to_draw, s->spacing, s->draws);
     find_keys(row, s->draws, c.to_draw, s->spacing, s->taken.key);
     s->taken.size = c.to_draw;
@@ -667,21 +690,6 @@ inline void sample_multinomial(const RowContext& c, PhiloxKey key, const Row& ro
 }
 
 // ---- rows together ------------------------------------------------------------------------------
-
-// Lists the forced keys of row i.
-inline void list_forced(const SketchSampleParams& p, const uint8_t* key_mask, int64_t i,
-                        int64_t limit, KeyList* forced) {
-  const auto take = [&](int64_t j) {
-    if (key_mask == nullptr || key_mask[j]) forced->key[forced->size++] = static_cast<int32_t>(j);
-  };
-  int64_t next = 0;
-  while (next < limit && forced->size < p.num_sinks) take(next++);
-  if (p.window == 0) return;
-  const int64_t position = i + p.M - p.N;
-  const int64_t first = p.is_causal ? position - p.window + 1 : position - p.window / 2;
-  const int64_t last = p.is_causal ? position : position + p.window / 2;
-  for (int64_t j = max_of(first, next); j <= min_of(last, limit - 1); ++j) take(j);
-}
 
 inline int64_t count_valid(const uint8_t* key_mask, int64_t limit) {
   if (key_mask == nullptr) return limit;
@@ -698,8 +706,10 @@ inline double query_factor(const SketchSampleParams& p) {
 }
 
 template <typename T>
-inline float load_query(const SketchSampleParams& p, int64_t b, int64_t i, float* q) {
-  const T* x = static_cast<const T*>(p.q_sketch) + b * p.q_stride[0] + i * p.q_stride[1];
+inline float load_query(const TaskContext& task, int64_t i, float* q) {
+  const SketchSampleParams& p = *task.p;
+  const T* x = static_cast<const T*>(p.q_sketch) + task.sequence.batch * p.q_stride[0] +
+               task.sketch * p.q_stride[1] + (task.sequence.first_query + i) * p.q_stride[2];
   const double factor = query_factor(p);
   float square = 0;
   for (int64_t d = 0; d < p.S; ++d) {
@@ -711,44 +721,49 @@ inline float load_query(const SketchSampleParams& p, int64_t b, int64_t i, float
 
 inline bool is_finite(float x) { return x - x == 0; }
 
-// Of query i: everything but to_draw and the scaled query itself.
-inline RowContext row_context(const SketchSampleParams& p, int64_t b, int64_t i, int r,
-                              int64_t group_limit, const Scratch& s) {
-  const uint8_t* key_mask = p.key_mask == nullptr ? nullptr : p.key_mask + b * p.M;
+// Of query i, the r-th of those scored together: everything but the scaled query itself.
+inline RowContext row_context(const TaskContext& task, int64_t i, int r, const Scratch& s) {
+  const SketchSampleParams& p = *task.p;
   RowContext c{};
   c.p = &p;
-  c.b = b;
+  c.task = &task;
   c.i = i;
+  c.position = position_of(p.visible, task.sequence, i);
   c.q = s.q + r * p.S;
-  c.limit = key_limit(p, i);
-  c.valid = count_valid(key_mask, c.limit);
+  c.limit = key_limit(p.visible, task.sequence, c.position);
+  c.valid = count_valid(task.key_mask, c.limit);
   c.forced.key = s.forced.key + r * p.K;
   c.blank.key = s.blank.key + r * blanks_per_row(p);
-  list_forced(p, key_mask, i, c.limit, &c.forced);
+  for_each_forced(p.visible, task.sequence, c.position, p.K,
+                  [&](int64_t j) { c.forced.key[c.forced.size++] = static_cast<int32_t>(j); });
   c.to_draw = c.valid > p.K ? p.K - c.forced.size : 0;
   c.blank.size = c.forced.size;
   std::memcpy(c.blank.key, c.forced.key, static_cast<size_t>(c.forced.size) * sizeof(int32_t));
-  for (int64_t j = c.limit; j < ceil_div(group_limit, kTile) * kTile; ++j)
+  for (int64_t j = c.limit; j < c.blocks() * kTile; ++j)
     c.blank.key[c.blank.size++] = static_cast<int32_t>(j);
   return c;
 }
 
-// Scores of kRows rows over the keys below `limit` to the rows' weights; with kExp to 2 to their
-// power, blanked, with their running sums, all while a tile's weights are at hand.
+// Scores of kRows rows over the keys of each to the rows' weights; with kExp to 2 to their power,
+// blanked, with their running sums, all while a tile's weights are at hand.
 template <bool kExp>
-inline void score_rows(const RowContext* rows, int64_t count, int64_t limit, Scratch* s) {
-  const SketchSampleParams& p = *rows[0].p;
-  const int64_t tiles = ceil_div(p.M, kTile);
+inline void score_rows(const RowContext* rows, int64_t count, Scratch* s) {
+  const TaskContext& task = *rows[0].task;
+  const int64_t S = task.p->S;
   int64_t next[kRows] = {};  // of each row's blank keys
-  for (int64_t r = 0; r < count; ++r) begin_sums(&s->rows[r]);
-  for (int64_t t = 0; t < ceil_div(limit, kTile); ++t) {
-    const int64_t tile = rows[0].b * tiles + t;
-    score_tile<kRows>(s->q, p.S, p.k_tiles + tile * p.S * kTile, p.S, p.key_bias + tile * kTile,
+  int64_t blocks = 0;
+  for (int64_t r = 0; r < count; ++r) {
+    begin_sums(&s->rows[r]);
+    blocks = max_of(blocks, rows[r].blocks());
+  }
+  for (int64_t t = 0; t < blocks; ++t) {
+    score_tile<kRows>(s->q, S, task.k_tiles + t * S * kTile, S, task.key_bias + t * kTile,
                       [&](int r, int column, Vec<float> score) {
                         store(s->rows[r].weight + t * kTile + column, kExp ? exp2(score) : score);
                       });
     if (!kExp) continue;
     for (int64_t r = 0; r < count; ++r) {
+      if (t >= rows[r].blocks()) continue;
       const KeyList& blank = rows[r].blank;
       while (next[r] < blank.size && blank.key[next[r]] < (t + 1) * kTile)
         s->rows[r].weight[interleaved(blank.key[next[r]++])] = 0;
@@ -757,10 +772,70 @@ inline void score_rows(const RowContext* rows, int64_t count, int64_t limit, Scr
   }
 }
 
+// Whether the weights of score_rows<true> serve, so that no maximum need be taken out.
+inline bool is_plain(const Row& row) {
+  const float largest = reduce_max(row.top);
+  return largest >= kLeastPlainWeight && largest <= kMostPlainWeight;
+}
+
+// Draws for all heads of a row from its weights and running sums.
+inline void draw_row(const RowContext& c, Row* row, Scratch* s) {
+  index_blocks(row);
+  if (c.p->method == SampleMethod::kGumbel)
+    sample_gumbel(c, *row, s);
+  else if (c.p->method == SampleMethod::kSystematic)
+    sample_systematic(c, *row, s);
+  else
+    sample_multinomial(c, *row, s);
+}
+
+// Draws for the rows that have something to draw, all of one task.
+inline void draw_rows(const RowContext* rows, int64_t count, Scratch* s) {
+  bool rest[kRows] = {};
+  bool any_rest = false;
+  const bool topk = rows[0].p->method == SampleMethod::kTopK;
+  if (!topk) score_rows<true>(rows, count, s);
+  for (int64_t r = 0; r < count; ++r) {
+    if (rows[r].to_draw == 0) continue;
+    rest[r] = topk || !is_plain(s->rows[r]);
+    any_rest |= rest[r];
+    if (rest[r]) continue;
+    s->rows[r].reference = 0;
+    draw_row(rows[r], &s->rows[r], s);
+  }
+  if (!any_rest) return;
+  score_rows<false>(rows, count, s);
+  for (int64_t r = 0; r < count; ++r) {
+    if (!rest[r]) continue;
+    const RowContext& c = rows[r];
+    Row& row = s->rows[r];
+    put(c.blank, -__builtin_inff(), row.weight);
+    if (topk) {
+      s->taken.size = 0;
+      take_largest(row.weight, c.limit, c.to_draw, &s->taken);
+      write_certain(c, c.forced, s);
+      continue;
+    }
+    normalise(c.blocks(), &row);
+    sum_row(c.blocks(), &row);
+    draw_row(c, &row, s);
+  }
+}
+
+// A row all of whose keys are certain: all its valid keys, or its forced ones.
+inline void write_certain_row(const RowContext& c, Scratch* s) {
+  s->taken.size = 0;
+  if (c.valid > c.p->K) return write_certain(c, c.forced, s);
+  for (int64_t j = 0; j < c.limit; ++j)
+    if (c.task->key_mask == nullptr || c.task->key_mask[j])
+      s->taken.key[s->taken.size++] = static_cast<int32_t>(j);
+  write_certain(c, {nullptr, 0}, s);
+}
+
 }  // namespace sampling
 
 inline int64_t sketch_sample_num_tasks(const SketchSampleParams& p) {
-  return p.B * ceil_div(p.row_end - p.row_begin, sampling::kRowsPerTask);
+  return p.H_s * p.visible.queries.num_blocks(sampling::kRowsPerTask);
 }
 
 inline int64_t sketch_sample_scratch_bytes(const SketchSampleParams& p) {
@@ -769,85 +844,57 @@ inline int64_t sketch_sample_scratch_bytes(const SketchSampleParams& p) {
   return arena.bytes();
 }
 
-inline void sketch_sample(const SketchSampleParams& p, int64_t task, void* scratch) {
+inline void sketch_sample(const SketchSampleParams& p, int64_t number, void* scratch) {
   using namespace sampling;
-  ScratchAllocator arena(scratch);
-  Scratch s = lay_out(p, &arena);
-  const PhiloxKey key = philox_key(p.seed, p.offset, kSampleStream);
-  const PhiloxKey arrival_key = philox_key(p.seed, p.offset, kArrivalStream);
-  const int64_t blocks_per_batch = ceil_div(p.row_end - p.row_begin, kRowsPerTask),
-                tiles = ceil_div(p.M, kTile);
-  const int64_t b = task / blocks_per_batch,
-                first = p.row_begin + task % blocks_per_batch * kRowsPerTask;
+  const SegmentBlock block = segment_block(p.visible.queries, kRowsPerTask, number / p.H_s);
+  TaskContext task{};
+  task.p = &p;
+  task.sequence = sequence_at(p.visible, block.segment);
+  task.sketch = number % p.H_s;
+  const Sequence& sequence = task.sequence;
+  const int64_t begin = max_of(block.begin, p.row_begin - sequence.first_query),
+                end = min_of(block.end, p.row_end - sequence.first_query);
+  if (begin >= end) return;
+  const int64_t tiles = p.visible.keys.blocks_per_batch(kTile),
+                first_tile = p.visible.keys.first_block(block.segment, kTile),
+                k_head = sequence.batch * p.H_ks + task.sketch / (p.H_s / p.H_ks);
+  task.k_tiles = p.k_tiles + (k_head * tiles + first_tile) * p.S * kTile;
+  task.key_bias = p.key_bias + (sequence.batch * tiles + first_tile) * kTile;
+  task.key_mask = mask_of(p.visible, sequence, p.visible.key_mask);
+  task.key = sequence_key(philox_key(p.seed, p.offset, kSampleStream), sequence);
+  task.arrival_key = sequence_key(philox_key(p.seed, p.offset, kArrivalStream), sequence);
 
   float key_norm = 0;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const float norm = p.tile_norm[b * tiles + t];
+  for (int64_t t = 0; t < ceil_div(sequence.num_keys, kTile); ++t) {
+    const float norm = p.tile_norm[k_head * tiles + first_tile + t];
     key_norm = is_finite(norm) ? max_of(key_norm, norm) : __builtin_inff();
   }
-
-  for (int64_t i0 = first; i0 < min_of(first + kRowsPerTask, p.row_end); i0 += kRows) {
-    const int64_t rows = min_of<int64_t>(kRows, p.row_end - i0);
-    const int64_t group_limit = key_limit(p, i0 + rows - 1);
+  ScratchAllocator arena(scratch);
+  Scratch s = lay_out(p, &arena);
+  for (int64_t i0 = begin; i0 < end; i0 += kRows) {
+    const int64_t rows = min_of<int64_t>(kRows, end - i0);
     RowContext context[kRows];
     float query_norm = 0;
     bool draws = false;
     std::memset(s.q, 0, static_cast<size_t>(kRows * p.S) * sizeof(float));
     dispatch_dtype(p.dtype, [&](auto dtype) {
       for (int r = 0; r < rows; ++r) {
-        context[r] = row_context(p, b, i0 + r, r, group_limit, s);
+        context[r] = row_context(task, i0 + r, r, s);
         draws |= context[r].to_draw > 0;
         if (context[r].valid == 0) continue;  // such a query is not looked at, whatever it holds
-        const float norm = load_query<decltype(dtype)>(p, b, i0 + r, s.q + r * p.S);
+        const float norm = load_query<decltype(dtype)>(task, i0 + r, s.q + r * p.S);
         query_norm = is_finite(norm) ? max_of(query_norm, norm) : __builtin_inff();
       }
     });
-    const float bound =
-        query_norm * key_norm;  // Cauchy-Schwarz: no |score| of these rows is larger
+    // Cauchy-Schwarz: no |score| of these rows is larger.
+    const float bound = query_norm * key_norm;
     if (!is_finite(bound) || !is_finite(query_norm) || !is_finite(key_norm)) {
       __atomic_store_n(p.error, kSketchNotFinite, __ATOMIC_RELAXED);
       return;
     }
-    const bool plain_exp = bound <= kPlainExpBound && p.method != SampleMethod::kTopK;
-    if (draws && plain_exp)
-      score_rows<true>(context, rows, group_limit, &s);
-    else if (draws)
-      score_rows<false>(context, rows, group_limit, &s);
-
-    for (int64_t r = 0; r < rows; ++r) {
-      RowContext& c = context[r];
-      Row& row = s.rows[r];
-      s.taken.size = 0;
-      if (c.valid <= p.K) {
-        for (int64_t j = 0; j < c.limit; ++j)
-          if (p.key_mask == nullptr || p.key_mask[b * p.M + j])
-            s.taken.key[s.taken.size++] = static_cast<int32_t>(j);
-        write_certain(c, {nullptr, 0}, &s);
-        continue;
-      }
-      if (c.to_draw == 0) {
-        write_certain(c, c.forced, &s);
-        continue;
-      }
-      row.reference = 0;
-      if (!plain_exp) {
-        put(c.blank, -__builtin_inff(), row.weight);
-        if (p.method == SampleMethod::kTopK) {
-          take_largest(row.weight, c.limit, c.to_draw, &s.taken);
-          write_certain(c, c.forced, &s);
-          continue;
-        }
-        normalise(c.blocks(), &row);
-        sum_row(c.blocks(), &row);
-      }
-      index_blocks(&row);
-      if (p.method == SampleMethod::kGumbel)
-        sample_gumbel(c, key, arrival_key, row, &s);
-      else if (p.method == SampleMethod::kSystematic)
-        sample_systematic(c, key, row, &s);
-      else
-        sample_multinomial(c, key, row, &s);
-    }
+    for (int64_t r = 0; r < rows; ++r)
+      if (context[r].to_draw == 0) write_certain_row(context[r], &s);
+    if (draws) draw_rows(context, rows, &s);
   }
 }
 
