@@ -15,6 +15,7 @@
 
 #include "../params.h"
 #include "../philox.h"
+#include "../visible.h"
 
 // Stops the kernel where the data is wrong, as PyTorch's own indexing does. `message` names what.
 #ifdef SMARTBIRD_EMULATED
@@ -240,13 +241,13 @@ __device__ __forceinline__ PhiloxKey read_philox_key(const int64_t* device_seed,
                     stream);
 }
 
-// Draw `n` of (batch, head, row), in the numbering of philox.h.
-__device__ __forceinline__ uint32_t philox_draw(PhiloxKey key, int64_t batch, int64_t head,
-                                                int64_t row, uint32_t n) {
+// Draw `n` of (head, position) by the key of a sequence, in the numbering of philox.h.
+__device__ __forceinline__ uint32_t philox_draw(PhiloxKey key, int64_t head, int64_t position,
+                                                uint32_t n) {
   constexpr uint32_t kBlocks = kDrawsPerChunk / 4;
   const uint32_t block = n / kDrawsPerChunk * kBlocks + n % kBlocks;
   const uint32_t word = n / kBlocks % 4;
-  const PhiloxBlock x = philox4x32(philox_counter(batch, head, row, block), key);
+  const PhiloxBlock x = philox4x32(philox_counter(head, position, block), key);
   return word == 0 ? x.word[0] : (word == 1 ? x.word[1] : (word == 2 ? x.word[2] : x.word[3]));
 }
 

@@ -44,7 +44,7 @@ __device__ __forceinline__ PartialAttention<L> attend(const GatherParams& p, con
   const auto q_rows = head_rows<T>(p.q, p.q_stride, at.b, at.h, p.D);
   const RowPart<L> q = load_part<L>(q_rows[at.i], q_rows.size, true);
   const bool dropout = p.dropout_p > 0;
-  const PhiloxKey philox = dropout ? read_philox_key(p.device_seed, kDropoutStream) : PhiloxKey{};
+  const DropoutRow random = dropout_row(p, at);
 
   const A none = -static_cast<A>(kInf);
   PartialAttention<L> part{none, 0, zero_part<L>()};
@@ -59,7 +59,7 @@ __device__ __forceinline__ PartialAttention<L> attend(const GatherParams& p, con
     part.largest = largest;
     A weight = exp_of(logit - largest);
     sum = sum * rescale + weight;
-    if (dropout && weight != 0) weight *= dropout_factor<A>(p, at, philox, slot);
+    if (dropout && weight != 0) weight *= dropout_factor<A>(p, random, slot);
 #pragma unroll
     for (int e = 0; e < L::kElements; ++e) part.out.x[e] *= rescale;
     gather_accumulate<L>(weight, v, key, &part.out);

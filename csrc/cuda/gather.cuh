@@ -198,11 +198,26 @@ __device__ __forceinline__ A finish_logit(const GatherParams& p, const GatherRow
   return bias == -static_cast<A>(kInf) ? bias : score + bias;
 }
 
+// Where the random numbers of a query's dropout live.
+struct DropoutRow {
+  PhiloxKey key;
+  int64_t head, position;
+};
+
+__device__ __forceinline__ DropoutRow dropout_row(const GatherParams& p, const GatherRow& at) {
+  if (!(p.dropout_p > 0)) return {};
+  const Visible& v = p.visible;
+  const Sequence sequence = sequence_at(v, v.queries.of_row(at.b, at.i));
+  return {sequence_key(read_philox_key(p.device_seed, kDropoutStream), sequence),
+          v.first_head * (p.H / p.H_i) + at.h,
+          position_of(v, sequence, at.i - sequence.first_query)};
+}
+
 // 0 where dropout takes the slot, else 1 / (1 - p).
 template <typename A>
-__device__ __forceinline__ A dropout_factor(const GatherParams& p, const GatherRow& at,
-                                            PhiloxKey key, int64_t slot) {
-  const uint32_t bits = philox_draw(key, at.b, at.h, at.i, static_cast<uint32_t>(slot));
+__device__ __forceinline__ A dropout_factor(const GatherParams& p, const DropoutRow& row,
+                                            int64_t slot) {
+  const uint32_t bits = philox_draw(row.key, row.head, row.position, static_cast<uint32_t>(slot));
   if (uniform_float(bits) < static_cast<float>(p.dropout_p) || p.dropout_p >= 1) return 0;
   return static_cast<A>(1 / (1 - p.dropout_p));
 }

@@ -21,6 +21,7 @@ template <typename L>
 __device__ __forceinline__ typename L::A score_slots(const GatherBackwardParams& p,
                                                      const GatherRow& at, const RowPart<L>& q,
                                                      const RowPart<L>& dout,
+                                                     const DropoutRow& random,
                                                      Slot<typename L::A>* slots) {
   using T = typename L::T;
   using A = typename L::A;
@@ -29,7 +30,6 @@ __device__ __forceinline__ typename L::A score_slots(const GatherBackwardParams&
   const auto v = head_rows<T>(f.v, f.v_stride, at.b, key_head(f, at), f.Dv);
   const bool need_dlogits = p.dq != nullptr || p.dbias != nullptr;
   const bool dropout = f.dropout_p > 0;
-  const PhiloxKey philox = dropout ? read_philox_key(f.device_seed, kDropoutStream) : PhiloxKey{};
   A largest = -static_cast<A>(kInf);
   for (int64_t slot = lane_id(); slot - lane_id() < f.K; slot += kWarpSize) {
     const int key = load_key(f, at, slot);
@@ -37,7 +37,7 @@ __device__ __forceinline__ typename L::A score_slots(const GatherBackwardParams&
     A dweight = need_dlogits ? gather_dots<L>(dout, v, key) : A{0};
     // Zero times a value row of inf or NaN stays zero.
     if (dropout) {
-      const A factor = dropout_factor<A>(f, at, philox, slot);
+      const A factor = dropout_factor<A>(f, random, slot);
       dweight = factor == 0 ? A{0} : factor * dweight;
     }
     largest = max_of(largest, nan_to_inf(logit));
@@ -52,10 +52,9 @@ __device__ __forceinline__ typename L::A score_slots(const GatherBackwardParams&
 template <typename A>
 __device__ __forceinline__ void attention_slot_grads(const GatherBackwardParams& p,
                                                      const GatherRow& at, A largest,
-                                                     Slot<A>* slots) {
+                                                     const DropoutRow& random, Slot<A>* slots) {
   const GatherParams& f = p.fwd;
   const bool dropout = f.dropout_p > 0;
-  const PhiloxKey philox = dropout ? read_philox_key(f.device_seed, kDropoutStream) : PhiloxKey{};
   A sum = 0, delta = 0;
   for (int64_t slot = lane_id(); slot < f.K; slot += kWarpSize) {
     const A weight = exp_of(slots[slot].weight - largest);
@@ -69,7 +68,7 @@ __device__ __forceinline__ void attention_slot_grads(const GatherBackwardParams&
   for (int64_t slot = lane_id(); slot < f.K; slot += kWarpSize) {
     // Exactly 0 in slots without a key, also where the row's normalizer is NaN.
     const A weight = slots[slot].weight == 0 ? A{0} : slots[slot].weight * normalizer;
-    const A factor = dropout ? dropout_factor<A>(f, at, philox, slot) : A{1};
+    const A factor = dropout ? dropout_factor<A>(f, random, slot) : A{1};
     slots[slot].dlogit = weight == 0 ? A{0} : weight * (slots[slot].dlogit + shift);
     slots[slot].weight = weight * factor;
   }
@@ -113,11 +112,12 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
   if (f.v != nullptr) {
     dout =
         load_part<L>(static_cast<const T*>(p.dout) + number * f.Dv, static_cast<int>(f.Dv), true);
-    const A largest = score_slots<L>(p, at, q, dout, slots);
+    const DropoutRow random = dropout_row(f, at);
+    const A largest = score_slots<L>(p, at, q, dout, random, slots);
     if (largest == -static_cast<A>(kInf)) {
       for (int64_t slot = lane_id(); slot < f.K; slot += kWarpSize) slots[slot] = {0, 0};
     } else {
-      attention_slot_grads(p, at, largest, slots);
+      attention_slot_grads(p, at, largest, random, slots);
     }
   } else {
     const T* dscores = static_cast<const T*>(p.dout) + number * f.K;

@@ -22,17 +22,19 @@ namespace {
 #ifdef SMARTBIRD_EMULATED
 class DeviceScope {
  public:
-  DeviceScope(const Tensor&, std::initializer_list<OptionalTensor>) {}
+  DeviceScope(const Tensor&, std::initializer_list<OptionalTensor>, const RowArguments& = {}) {}
   cudaStream_t stream() const { return nullptr; }
 };
 #else
 class DeviceScope {
  public:
-  DeviceScope(const Tensor& like, std::initializer_list<OptionalTensor> others)
+  DeviceScope(const Tensor& like, std::initializer_list<OptionalTensor> others,
+              const RowArguments& rows = {})
       : index_(like.get_device_index()), guard_(index_) {
-    for (const OptionalTensor& t : others)
-      STD_TORCH_CHECK(!t.has_value() || (t->is_cuda() && t->get_device_index() == index_),
-                      "all tensors must be on one device");
+    for (const OptionalTensor& t : others) check(t);
+    for (const OptionalTensor* t : {&rows.key_mask, &rows.global_mask, &rows.positions,
+                                    &rows.cu_seqlens_q, &rows.cu_seqlens_k, &rows.sequence_ids})
+      check(*t);
   }
   cudaStream_t stream() const {
     void* stream = nullptr;
@@ -41,6 +43,11 @@ class DeviceScope {
   }
 
  private:
+  void check(const OptionalTensor& t) const {
+    STD_TORCH_CHECK(!t.has_value() || (t->is_cuda() && t->get_device_index() == index_),
+                    "all tensors must be on one device");
+  }
+
   torch::stable::accelerator::DeviceIndex index_;
   torch::stable::accelerator::DeviceGuard guard_;
 };
@@ -58,18 +65,14 @@ Tensor zeros(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
 
 // ---- sketch_sample ------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> sketch_sample_cuda(const Tensor& q_sketch, const Tensor& k_sketch,
-                                              int64_t num_samples, int64_t num_index_heads,
-                                              std::string method, double scale, bool is_causal,
-                                              OptionalTensor key_mask, int64_t window,
-                                              int64_t num_sinks, const Tensor& seed,
-                                              bool need_log_inclusion) {
-  const DeviceScope device(q_sketch, {k_sketch, key_mask, seed});
+std::tuple<Tensor, Tensor> draw(const Tensor& q_sketch, const Tensor& k_sketch, int64_t num_samples,
+                                int64_t num_index_heads, const std::string& method, double scale,
+                                RowArguments rows, const Tensor& seed, bool need_log_inclusion) {
+  const DeviceScope device(q_sketch, {k_sketch, seed}, rows);
   const Tensor q = with_contiguous_rows(q_sketch), k = with_contiguous_rows(k_sketch),
                seed_words = torch::stable::contiguous(seed);
-  SketchSampleParams p = sketch_sample_params(q, k, num_samples, num_index_heads, method, scale,
-                                              is_causal, window, num_sinks);
-  p.key_mask = mask_data(&key_mask, p.B, p.M);
+  SketchSampleParams p =
+      sketch_sample_params(q, k, num_samples, num_index_heads, method, scale, &rows);
   p.k_sketch = k.const_data_ptr();
   set_strides(k, p.k_stride);
   p.device_seed = seed_data(seed_words);
@@ -80,6 +83,18 @@ std::tuple<Tensor, Tensor> sketch_sample_cuda(const Tensor& q_sketch, const Tens
   p.log_inclusion = need_log_inclusion ? log_inclusion.mutable_data_ptr<float>() : nullptr;
   cuda::run_sketch_sample(p, device.stream());
   return {indices, log_inclusion};
+}
+
+std::tuple<Tensor, Tensor> sketch_sample_cuda(
+    const Tensor& q_sketch, const Tensor& k_sketch, int64_t num_samples, int64_t num_index_heads,
+    std::string method, double scale, bool is_causal, OptionalTensor key_mask, int64_t window,
+    int64_t num_sinks, OptionalTensor global_mask, std::optional<int64_t> query_offset,
+    OptionalTensor positions, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+    OptionalTensor sequence_ids, int64_t first_head, const Tensor& seed, bool need_log_inclusion) {
+  return draw(q_sketch, k_sketch, num_samples, num_index_heads, method, scale,
+              {is_causal, key_mask, window, num_sinks, global_mask, query_offset, positions,
+               cu_seqlens_q, cu_seqlens_k, sequence_ids, first_head},
+              seed, need_log_inclusion);
 }
 
 // ---- gather -------------------------------------------------------------------------------------
@@ -96,15 +111,27 @@ Tensor gather_scores_cuda(const Tensor& q_, const Tensor& k_, const Tensor& indi
   return out;
 }
 
-std::tuple<Tensor, Tensor> gather_attention_cuda(const Tensor& q_, const Tensor& k_,
-                                                 const Tensor& v_, const Tensor& indices_,
-                                                 OptionalTensor bias, double scale,
-                                                 double dropout_p, OptionalTensor seed) {
-  const DeviceScope device(q_, {k_, v_, indices_, bias, seed});
+// What gather_attention is told of its rows, for dropout.
+RowArguments dropout_rows(std::optional<int64_t> query_offset, const OptionalTensor& positions,
+                          const OptionalTensor& cu_seqlens_q, const OptionalTensor& sequence_ids,
+                          int64_t first_head) {
+  RowArguments rows;
+  rows.query_offset = query_offset;
+  rows.positions = positions;
+  rows.cu_seqlens_q = cu_seqlens_q;
+  rows.sequence_ids = sequence_ids;
+  rows.first_head = first_head;
+  return rows;
+}
+
+std::tuple<Tensor, Tensor> attend(const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                                  const Tensor& indices_, const OptionalTensor& bias, double scale,
+                                  double dropout_p, OptionalTensor seed, RowArguments rows) {
+  const DeviceScope device(q_, {k_, v_, indices_, bias, seed}, rows);
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                v = with_contiguous_rows(v_), indices = with_contiguous_rows(indices_);
   GatherParams p = gather_params(q, k, indices, scale);
-  add_values(v, bias, dropout_p, seed, &p);
+  add_values(v, bias, dropout_p, seed, &rows, &p);
   if (seed.has_value()) {
     *seed = torch::stable::contiguous(*seed);
     p.device_seed = seed_data(*seed);
@@ -117,22 +144,38 @@ std::tuple<Tensor, Tensor> gather_attention_cuda(const Tensor& q_, const Tensor&
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor> gather_attention_cuda(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& indices, OptionalTensor bias,
+    double scale, double dropout_p, OptionalTensor seed, std::optional<int64_t> query_offset,
+    OptionalTensor positions, OptionalTensor cu_seqlens_q, OptionalTensor sequence_ids,
+    int64_t first_head) {
+  return attend(q, k, v, indices, bias, scale, dropout_p, seed,
+                dropout_rows(query_offset, positions, cu_seqlens_q, sequence_ids, first_head));
+}
+
 // The two ops one after the other.
 Tensor sampled_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                               const Tensor& q_sketch, const Tensor& k_sketch, int64_t num_samples,
                               int64_t num_index_heads, std::string method, bool correction,
                               double scale, double sketch_scale, bool is_causal,
                               OptionalTensor key_mask, int64_t window, int64_t num_sinks,
-                              double dropout_p, const Tensor& seed) {
+                              OptionalTensor global_mask, std::optional<int64_t> query_offset,
+                              OptionalTensor positions, OptionalTensor cu_seqlens_q,
+                              OptionalTensor cu_seqlens_k, OptionalTensor sequence_ids,
+                              int64_t first_head, double dropout_p, const Tensor& seed) {
   const auto [indices, log_inclusion] =
-      sketch_sample_cuda(q_sketch, k_sketch, num_samples, num_index_heads, method, sketch_scale,
-                         is_causal, key_mask, window, num_sinks, seed, correction);
+      draw(q_sketch, k_sketch, num_samples, num_index_heads, method, sketch_scale,
+           {is_causal, key_mask, window, num_sinks, global_mask, query_offset, positions,
+            cu_seqlens_q, cu_seqlens_k, sequence_ids, first_head},
+           seed, correction);
   OptionalTensor bias;
   if (correction) {
     const Tensor zero = zeros(log_inclusion, {1}, ScalarType::Float);
     bias = to_acc(torch::stable::subtract(zero, log_inclusion), dtype_of(q, "q"));
   }
-  return std::get<0>(gather_attention_cuda(q, k, v, indices, bias, scale, dropout_p, seed));
+  return std::get<0>(
+      attend(q, k, v, indices, bias, scale, dropout_p, seed,
+             dropout_rows(query_offset, positions, cu_seqlens_q, sequence_ids, first_head)));
 }
 
 // indices sorted by key within each index head, equal keys in their order: (keys, slots), both
@@ -226,14 +269,17 @@ std::tuple<Tensor, Tensor> gather_scores_backward_cuda(const Tensor& dscores, co
 std::tuple<Tensor, Tensor, Tensor, Tensor> gather_attention_backward_cuda(
     const Tensor& dout_, OptionalTensor dlse, const Tensor& q_, const Tensor& k_, const Tensor& v_,
     const Tensor& indices_, OptionalTensor bias, double scale, double dropout_p,
-    OptionalTensor seed, bool need_dqk, bool need_dv, bool need_dbias, bool deterministic) {
-  const DeviceScope device(q_, {k_, v_, indices_, bias, seed, dout_, dlse});
+    OptionalTensor seed, std::optional<int64_t> query_offset, OptionalTensor positions,
+    OptionalTensor cu_seqlens_q, OptionalTensor sequence_ids, int64_t first_head, bool need_dqk,
+    bool need_dv, bool need_dbias, bool deterministic) {
+  RowArguments rows = dropout_rows(query_offset, positions, cu_seqlens_q, sequence_ids, first_head);
+  const DeviceScope device(q_, {k_, v_, indices_, bias, seed, dout_, dlse}, rows);
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                v = with_contiguous_rows(v_), indices = with_contiguous_rows(indices_),
                dout = torch::stable::contiguous(dout_);
   GatherBackwardParams p{};
   p.fwd = gather_params(q, k, indices, scale);
-  add_values(v, bias, dropout_p, seed, &p.fwd);
+  add_values(v, bias, dropout_p, seed, &rows, &p.fwd);
   if (seed.has_value()) {
     *seed = torch::stable::contiguous(*seed);
     p.fwd.device_seed = seed_data(*seed);
@@ -254,140 +300,141 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_attention_backward_cuda(
 
 // ---- streamed dense -----------------------------------------------------------------------------
 
-// Of a tensor [B, H, N, D], or [B, N, D] with one head.
-void set_head_strides(const Tensor& t, int64_t (&stride)[3]) {
-  const int64_t last = t.dim() - 1;
-  stride[0] = t.stride(0);
-  stride[1] = last == 3 ? t.stride(1) : 0;
-  stride[2] = t.stride(last - 1);
+// What the dense ops are told of their rows.
+RowArguments dense_rows(bool is_causal, const OptionalTensor& key_mask, int64_t window,
+                        std::optional<int64_t> query_offset, const OptionalTensor& positions,
+                        const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k) {
+  return {is_causal, key_mask, window, 0, {}, query_offset, positions, cu_seqlens_q, cu_seqlens_k};
 }
 
-// rows and cols [B, H, R or C, D] or [B, R or C, D], with contiguous rows.
-DenseParams dense_params(const Tensor& rows, const Tensor& cols, double scale) {
+// rows [B, H or fewer heads, R, D] and cols [B, H or fewer heads, C, D], both with contiguous rows.
+DenseParams dense_params(const Tensor& rows, const Tensor& cols, double scale,
+                         const Visible& visible) {
   DenseParams p{};
-  const int64_t last = rows.dim() - 1;
-  const int64_t row_heads = last == 3 ? rows.size(1) : 1, col_heads = last == 3 ? cols.size(1) : 1;
   p.B = rows.size(0);
-  p.H = std::max(row_heads, col_heads);
-  p.R = rows.size(last - 1);
-  p.C = cols.size(last - 1);
-  p.D = rows.size(last);
+  p.H = std::max(rows.size(1), cols.size(1));
+  p.R = rows.size(2);
+  p.C = cols.size(2);
+  p.D = rows.size(3);
   p.dtype = dtype_of(rows, "rows");
+  p.visible = visible;
   p.rows = rows.const_data_ptr();
-  set_head_strides(rows, p.row_stride);
-  p.rows_per_head = p.H / row_heads;
-  p.cols_per_head = p.H / col_heads;
+  set_strides(rows, p.row_stride);
+  p.rows_per_head = p.H / rows.size(1);
+  p.cols_per_head = p.H / cols.size(1);
   p.scale = scale * kLog2e;
   p.cols = cols.const_data_ptr();
-  set_head_strides(cols, p.col_stride);
+  set_strides(cols, p.col_stride);
   return p;
 }
 
-// Rows are queries, columns keys.
-DenseParams query_rows(const Tensor& q, const Tensor& k, const uint8_t* mask, double scale,
-                       bool is_causal) {
-  DenseParams p = dense_params(q, k, scale);
-  p.col_mask = mask;
-  p.is_causal = is_causal;
-  p.causal_offset = p.C - p.R;
-  return p;
-}
-
-// Rows are keys, columns queries.
-DenseParams key_rows(const Tensor& q, const Tensor& k, const uint8_t* mask, double scale,
-                     bool is_causal) {
-  DenseParams p = dense_params(k, q, scale);
-  p.row_mask = mask;
-  p.is_causal = is_causal;
+// The same with the other side's rows: rows are keys, columns queries.
+DenseParams key_rows(const Tensor& q, const Tensor& k, double scale, const Visible& visible) {
+  DenseParams p = dense_params(k, q, scale, visible);
   p.cols_are_queries = true;
-  p.causal_offset = p.R - p.C;
   return p;
 }
 
-// out [B, R, Dv] of values [B, C, Dv], which are contiguous and of the accumulation type.
-Tensor dense_mean(DenseParams p, const Tensor& values, cudaStream_t stream) {
-  p.Dv = values.size(2);
+// out [B, H_out, R, Dv] of values [B, H_v, C, Dv], which are contiguous and of the accumulation
+// type.
+Tensor dense_mean(DenseParams p, const Tensor& values, int64_t num_out, cudaStream_t stream) {
+  p.H_v = values.size(1);
+  p.H_out = num_out;
+  check_groups(p.H, p.H_v, "the heads of q must be a multiple of those of the values");
+  check_groups(p.H, p.H_out, "the heads of q must be a multiple of the sums");
+  check_groups(std::max(p.H_v, p.H_out), std::min(p.H_v, p.H_out),
+               "of the sums and the heads of the values one must be a multiple of the other");
+  p.Dv = values.size(3);
   p.values = values.const_data_ptr();
-  const Tensor out = new_tensor(values, {p.B, p.R, p.Dv}, acc_type(p.dtype));
+  const Tensor out = new_tensor(values, {p.B, p.H_out, p.R, p.Dv}, acc_type(p.dtype));
   p.out = out.mutable_data_ptr();
   cuda::run_dense_mean(p, stream);
   return out;
 }
 
-Tensor sketch_lse_cuda(const Tensor& q_sketch, const Tensor& k_sketch, double scale, bool is_causal,
-                       OptionalTensor key_mask) {
-  check_dim(q_sketch, "q_sketch", 3);
-  check_dense(q_sketch, k_sketch);
-  const DeviceScope device(q_sketch, {k_sketch, key_mask});
-  const Tensor q = with_contiguous_rows(q_sketch), k = with_contiguous_rows(k_sketch);
-  const uint8_t* mask = mask_data(&key_mask, k.size(0), k.size(1));
-  DenseParams p = query_rows(q, k, mask, scale, is_causal);
-  const Tensor lse = new_tensor(q, {p.B, p.R}, acc_type(p.dtype));
-  p.lse = lse.mutable_data_ptr();
-  cuda::run_dense_lse(p, device.stream());
+// lse [B, H, R], which stays in p->row_shift, too.
+Tensor dense_lse(DenseParams* p, const Tensor& like, cudaStream_t stream) {
+  const Tensor lse = new_tensor(like, {p->B, p->H, p->R}, acc_type(p->dtype));
+  p->lse = lse.mutable_data_ptr();
+  cuda::run_dense_lse(*p, stream);
+  p->row_shift = lse.const_data_ptr();
   return lse;
 }
 
-// Without the factors `dlse` of a row and `scale`, which the caller multiplies in: see
-// smartbird/ops.py.
-std::tuple<Tensor, Tensor> sketch_lse_backward_cuda(const Tensor& dlse_, const Tensor& q_sketch,
-                                                    const Tensor& k_sketch, const Tensor& lse_,
-                                                    double scale, bool is_causal,
-                                                    OptionalTensor key_mask) {
-  check_dim(q_sketch, "q_sketch", 3);
+Tensor sketch_lse_cuda(const Tensor& q_sketch, const Tensor& k_sketch, double scale, bool is_causal,
+                       OptionalTensor key_mask, int64_t window, std::optional<int64_t> query_offset,
+                       OptionalTensor positions, OptionalTensor cu_seqlens_q,
+                       OptionalTensor cu_seqlens_k) {
   check_dense(q_sketch, k_sketch);
-  const DeviceScope device(q_sketch, {k_sketch, lse_, dlse_, key_mask});
+  RowArguments rows =
+      dense_rows(is_causal, key_mask, window, query_offset, positions, cu_seqlens_q, cu_seqlens_k);
+  const DeviceScope device(q_sketch, {k_sketch}, rows);
+  const Tensor q = with_contiguous_rows(q_sketch), k = with_contiguous_rows(k_sketch);
+  DenseParams p = dense_params(q, k, scale, rows.visible(q.size(0), q.size(2), k.size(2)));
+  return dense_lse(&p, q, device.stream());
+}
+
+// Without the factors `dlse` of a row (in dq_sketch) and `scale`, which the caller multiplies in.
+std::tuple<Tensor, Tensor> sketch_lse_backward_cuda(
+    const Tensor& dlse_, const Tensor& q_sketch, const Tensor& k_sketch, const Tensor& lse_,
+    double scale, bool is_causal, OptionalTensor key_mask, int64_t window,
+    std::optional<int64_t> query_offset, OptionalTensor positions, OptionalTensor cu_seqlens_q,
+    OptionalTensor cu_seqlens_k) {
+  check_dense(q_sketch, k_sketch);
+  RowArguments rows =
+      dense_rows(is_causal, key_mask, window, query_offset, positions, cu_seqlens_q, cu_seqlens_k);
+  const DeviceScope device(q_sketch, {k_sketch, lse_, dlse_}, rows);
   const Tensor q = with_contiguous_rows(q_sketch), k = with_contiguous_rows(k_sketch);
   const DType dtype = dtype_of(q, "q_sketch");
   const Tensor dlse = torch::stable::contiguous(dlse_), lse = torch::stable::contiguous(lse_);
   for (const Tensor* t : {&dlse, &lse}) {
     check_type(*t, "dlse, lse", acc_type(dtype));
-    check_shape(*t, "dlse, lse", {q.size(0), q.size(1)});
+    check_shape(*t, "dlse, lse", {q.size(0), q.size(1), q.size(2)});
   }
-  const uint8_t* mask = mask_data(&key_mask, k.size(0), k.size(1));
-  DenseParams of_queries = query_rows(q, k, mask, scale, is_causal);
+  const Visible visible = rows.visible(q.size(0), q.size(2), k.size(2));
+  DenseParams of_queries = dense_params(q, k, scale, visible);
   of_queries.row_shift = lse.const_data_ptr();
-  DenseParams of_keys = key_rows(q, k, mask, scale, is_causal);
+  DenseParams of_keys = key_rows(q, k, scale, visible);
   of_keys.col_shift = lse.const_data_ptr();
   of_keys.col_weight = dlse.const_data_ptr();
-  return {dense_mean(of_queries, to_acc(k, dtype), device.stream()),
-          dense_mean(of_keys, to_acc(q, dtype), device.stream())};
+  return {dense_mean(of_queries, to_acc(k, dtype), q.size(1), device.stream()),
+          dense_mean(of_keys, to_acc(q, dtype), k.size(1), device.stream())};
 }
 
-std::tuple<Tensor, Tensor> summed_attention_cuda(const Tensor& q_, const Tensor& k_,
-                                                 const Tensor& v, double scale, bool is_causal,
-                                                 OptionalTensor key_mask) {
-  check_dim(q_, "q", 4);
+std::tuple<Tensor, Tensor> summed_attention_cuda(
+    const Tensor& q_, const Tensor& k_, const Tensor& v, int64_t num_sums, double scale,
+    bool is_causal, OptionalTensor key_mask, int64_t window, std::optional<int64_t> query_offset,
+    OptionalTensor positions, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k) {
   check_dense(q_, k_);
-  check_dim(v, "v", 3);
-  check_shape(v, "v", {k_.size(0), k_.size(2), v.size(2)});
-  const DeviceScope device(q_, {k_, v, key_mask});
+  check_dim(v, "v", 4);
+  check_shape(v, "v", {k_.size(0), v.size(1), k_.size(2), v.size(3)});
+  RowArguments rows =
+      dense_rows(is_causal, key_mask, window, query_offset, positions, cu_seqlens_q, cu_seqlens_k);
+  const DeviceScope device(q_, {k_, v}, rows);
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_);
-  const uint8_t* mask = mask_data(&key_mask, k.size(0), k.size(2));
-  DenseParams p = query_rows(q, k, mask, scale, is_causal);
-  const Tensor lse = new_tensor(q, {p.B, p.H, p.R}, acc_type(p.dtype));
-  p.lse = lse.mutable_data_ptr();
-  cuda::run_dense_lse(p, device.stream());
-  p.row_shift = lse.const_data_ptr();
-  return {dense_mean(p, to_acc(v, p.dtype), device.stream()), lse};
+  DenseParams p = dense_params(q, k, scale, rows.visible(q.size(0), q.size(2), k.size(2)));
+  const Tensor lse = dense_lse(&p, q, device.stream());
+  return {dense_mean(p, to_acc(v, p.dtype), num_sums, device.stream()), lse};
 }
 
 Tensor summed_attention_backward_cuda(const Tensor& dout, const Tensor& q_, const Tensor& k_,
-                                      const Tensor& lse_, double scale, bool is_causal,
-                                      OptionalTensor key_mask) {
-  check_dim(q_, "q", 4);
+                                      const Tensor& lse_, int64_t num_values, double scale,
+                                      bool is_causal, OptionalTensor key_mask, int64_t window,
+                                      std::optional<int64_t> query_offset, OptionalTensor positions,
+                                      OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k) {
   check_dense(q_, k_);
-  check_dim(dout, "dout", 3);
-  check_shape(dout, "dout", {q_.size(0), q_.size(2), dout.size(2)});
-  const DeviceScope device(q_, {k_, lse_, dout, key_mask});
+  check_dim(dout, "dout", 4);
+  check_shape(dout, "dout", {q_.size(0), dout.size(1), q_.size(2), dout.size(3)});
+  RowArguments rows =
+      dense_rows(is_causal, key_mask, window, query_offset, positions, cu_seqlens_q, cu_seqlens_k);
+  const DeviceScope device(q_, {k_, lse_, dout}, rows);
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                lse = torch::stable::contiguous(lse_);
-  const uint8_t* mask = mask_data(&key_mask, k.size(0), k.size(2));
-  DenseParams p = key_rows(q, k, mask, scale, is_causal);
+  DenseParams p = key_rows(q, k, scale, rows.visible(q.size(0), q.size(2), k.size(2)));
   check_type(lse, "lse", acc_type(p.dtype));
   check_shape(lse, "lse", {q.size(0), q.size(1), q.size(2)});
   p.col_shift = lse.const_data_ptr();
-  return dense_mean(p, to_acc(dout, p.dtype), device.stream());
+  return dense_mean(p, to_acc(dout, p.dtype), num_values, device.stream());
 }
 
 // The architectures that are built in, for build_info().

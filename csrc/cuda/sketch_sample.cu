@@ -1,13 +1,17 @@
-// q_sketch [B, N, S], k_sketch [B, M, S] -> indices, log_inclusion [B, H_i, N, K]: every index head
-// draws its own keys of a row from softmax(q_sketch k_sketch^T scale).
+// q_sketch [B, H_s, N, S], k_sketch [B, H_ks, M, S] -> indices, log_inclusion [B, H_i, N, K]: every
+// index head draws its own keys of a row from softmax(q_sketch k_sketch^T scale) of its sketch.
 //
-// A block owns 16 rows. First all its warps stream the keys once, on tensor cores, and keep of each
-// row and block of keys only the largest score and the sum of weights relative to it. Then a warp
-// takes one (row, head) at a time: a draw is found among the running sums of the blocks, and the
-// one block it falls in is scored again. What a row needs on chip is a few hundred sums, whatever M
-// is; nothing of size [N, M] exists. The methods are those of the CPU kernel; `systematic` and
-// `topk` choose the same keys by a seed, `gumbel` and `multinomial` spend its numbers in another
-// way.
+// A block owns 16 rows of a sequence, by one sketch. First all its warps stream the keys once, on
+// tensor cores, and keep of each row and block of keys only the largest score and the sum of
+// weights relative to it. Then a warp takes one (row, head) at a time: a draw is found among the
+// running sums of the blocks, and the one block it falls in is scored again. What a row needs on
+// chip is a few hundred sums, whatever M is; nothing of size [N, M] exists. The methods are those
+// of the CPU kernel; `systematic` and `topk` choose the same keys by a seed, `gumbel` and
+// `multinomial` spend its numbers in another way.
+//
+// A row's draws are the same to the last bit whatever stands beside it: keys are counted from the
+// first of their sequence, how many make a block depends on the row alone (RowPlan::limit), and so
+// does every sum.
 #include "launch.h"
 #include "score_tile.cuh"
 
@@ -31,15 +35,12 @@ constexpr int64_t kMostDraws = 64;
 // once by FMA.
 constexpr float kRescored = 1 - 0x1p-18f;
 
-__host__ __device__ __forceinline__ int keys_per_block(int64_t M) {
-  return static_cast<int>(kTileCols *
-                          max_of<int64_t>(1, ceil_div(ceil_div(M, kTileCols), kMaxBlocks)));
+// Tiles that make a block of keys of a row with this limit.
+__host__ __device__ __forceinline__ int tiles_per_block(int limit) {
+  return static_cast<int>(max_of<int64_t>(1, ceil_div(ceil_div(limit, kTileCols), kMaxBlocks)));
 }
-__host__ __device__ __forceinline__ int num_blocks(int64_t M) {
-  return static_cast<int>(ceil_div(M, keys_per_block(M)));
-}
-__host__ __device__ __forceinline__ int num_words(int64_t M) {
-  return static_cast<int>(ceil_div(M, 32));
+__host__ __device__ __forceinline__ int num_words(int64_t limit) {
+  return static_cast<int>(ceil_div(limit, 32));
 }
 // Entries of a sorted list of K keys: a power of two.
 __host__ __device__ __forceinline__ int64_t list_entries(int64_t K) {
@@ -48,12 +49,25 @@ __host__ __device__ __forceinline__ int64_t list_entries(int64_t K) {
   return n;
 }
 
-// What is certain about a row. The keys [0, limit) may be attended as far as key_mask allows; those
-// of them below sink_end or in the window are forced.
+// What is certain about a row. Of the keys [0, limit), counted from the first of its sequence,
+// those that key_mask allows are valid; the last is, where there is a mask. Valid keys below
+// sink_end, in the window or, below global_end, in global_mask are forced.
 struct RowPlan {
-  int limit, sink_end, window_begin, window_end;
-  int places;     // left by the forced keys
-  bool take_all;  // no more valid keys than K
+  int limit, sink_end, window_begin, window_end, global_end;
+  int places;              // left by the forced keys
+  bool take_all;           // no more valid keys than K
+  int block_keys, blocks;  // the keys of a block and how many blocks reach up to the limit
+};
+
+// What the rows of a block of threads need at most.
+struct Extent {
+  int blocks, words;
+
+  // For any limit up to `limit`.
+  __host__ __device__ static Extent up_to(int64_t limit) {
+    return {static_cast<int>(min_of<int64_t>(kMaxBlocks, ceil_div(limit, kTileCols))),
+            num_words(limit)};
+  }
 };
 
 // Shared memory: [kRows] of everything by row, then [warps] of everything by warp.
@@ -69,9 +83,11 @@ struct Shared {
   uint32_t* excluded;  // [words] keys that cannot be drawn any more
   int32_t* list;       // [list_entries] multinomial only
 
-  // Lays everything out from `base`, if that is not null; returns the number of bytes.
-  __host__ __device__ size_t lay_out(const SketchSampleParams& p, char* base, int warp, int warps) {
-    const size_t blocks = static_cast<size_t>(num_blocks(p.M)), words = num_words(p.M);
+  // Lays everything out from `base`, if that is not null; returns the number of bytes. Where plan
+  // and query lie depends on no extent.
+  __host__ __device__ size_t lay_out(const SketchSampleParams& p, const Extent& extent, char* base,
+                                     int warp, int warps) {
+    const size_t blocks = static_cast<size_t>(extent.blocks), words = extent.words;
     const size_t entries =
         p.method == SampleMethod::kMultinomial ? static_cast<size_t>(list_entries(p.K)) : 0;
     size_t used = 0;
@@ -137,20 +153,32 @@ struct Sums {
   float draw_weight;  // total / 2^31
 };
 
+// The keys of a sequence by one sketch, and the random numbers of its rows.
+struct Keys {
+  const void* first;    // features of key 0
+  const uint8_t* mask;  // may be null, as the next
+  const uint8_t* global;
+  int64_t number;  // of key 0 in k_sketch
+  PhiloxKey sample_key, arrival_key;
+};
+
 template <typename T, Features kFeatures>
 struct Row {
   const SketchSampleParams& p;
   const Shared& s;
+  const Keys& keys;
   RowPlan plan;
-  int64_t b, i;
+  int64_t number;  // of the first index head's results among all rows of results
+  int64_t position;
   const float* query;
 
   __device__ __forceinline__ bool valid(int j) const {
-    return j < plan.limit && (p.key_mask == nullptr || __ldg(p.key_mask + b * p.M + j) != 0);
+    return j < plan.limit && (keys.mask == nullptr || __ldg(keys.mask + j) != 0);
   }
   // Of a valid key.
   __device__ __forceinline__ bool forced(int j) const {
-    return j < plan.sink_end || (j >= plan.window_begin && j < plan.window_end);
+    return j < plan.sink_end || (j >= plan.window_begin && j < plan.window_end) ||
+           (j < plan.global_end && __ldg(keys.global + j) != 0);
   }
   __device__ __forceinline__ bool drawable(int j) const {
     return valid(j) && !test_bit(s.excluded, j);
@@ -160,7 +188,7 @@ struct Row {
     constexpr int kPer = kFeatures == Features::kAny   ? 1
                          : kFeatures == Features::kFew ? 4
                                                        : kVectorBytes / static_cast<int>(sizeof(T));
-    const T* key = static_cast<const T*>(p.k_sketch) + b * p.k_stride[0] + j * p.k_stride[1];
+    const T* key = static_cast<const T*>(keys.first) + j * p.k_stride[2];
     const int size = static_cast<int>(p.S);
     float sum = 0;
     for (int d = 0; d < size; d += kPer) {
@@ -173,19 +201,21 @@ struct Row {
 
   // taken = excluded = the forced keys.
   __device__ void begin() const {
-    for (int w = lane_id(); w < num_words(p.M); w += kWarpSize) s.taken[w] = 0;
+    for (int w = lane_id(); w < num_words(plan.limit); w += kWarpSize) s.taken[w] = 0;
     __syncwarp();
     for (int j = lane_id(); j < plan.sink_end; j += kWarpSize)
       if (valid(j)) insert_bit(s.taken, j);
     for (int j = plan.window_begin + lane_id(); j < plan.window_end; j += kWarpSize)
       if (valid(j)) insert_bit(s.taken, j);
+    for (int j = lane_id(); j < plan.global_end; j += kWarpSize)
+      if (__ldg(keys.global + j) != 0 && valid(j)) insert_bit(s.taken, j);
     __syncwarp();
     exclude_taken();
   }
 
   __device__ void exclude_taken() const {
     __syncwarp();
-    for (int w = lane_id(); w < num_words(p.M); w += kWarpSize) s.excluded[w] = s.taken[w];
+    for (int w = lane_id(); w < num_words(plan.limit); w += kWarpSize) s.excluded[w] = s.taken[w];
     __syncwarp();
   }
 
@@ -193,7 +223,7 @@ struct Row {
   // -inf where the key cannot be drawn.
   template <typename F>
   __device__ void for_each_key(int block, F&& f) const {
-    const int size = keys_per_block(p.M), first = block * size;
+    const int size = plan.block_keys, first = block * size;
     for (int j = first + lane_id(); j - lane_id() < min_of(first + size, plan.limit);
          j += kWarpSize)
       f(j, drawable(j) ? score(j) : -kInf);
@@ -201,7 +231,7 @@ struct Row {
 
   // The sums of the keys not excluded, made anew.
   __device__ Sums sum_rest() const {
-    for (int block = 0; block < num_blocks(p.M); ++block) {
+    for (int block = 0; block < plan.blocks; ++block) {
       float top = -kInf, sum = 0;  // of this lane's keys
       for_each_key(block, [&](int, float x) {
         if (x == -kInf) return;
@@ -222,7 +252,7 @@ struct Row {
 
   // Fills in s.start, [0, kWhole] over all blocks.
   __device__ Sums index_blocks(const float* max, const float* sum) const {
-    const int blocks = num_blocks(p.M);
+    const int blocks = plan.blocks;
     Sums sums{max, sum, -kInf, 0, 0};
     for (int block = lane_id(); block < blocks; block += kWarpSize)
       sums.reference = max_of(sums.reference, max[block]);
@@ -259,7 +289,7 @@ struct Row {
   __device__ int find_keys(const Sums& sums, int32_t draw, bool active, float* weight) const {
     int block = -1;
     if (active) {  // the last that begins at or before the draw
-      int low = 0, high = num_blocks(p.M);
+      int low = 0, high = plan.blocks;
       while (high - low > 1) {
         const int middle = (low + high) / 2;
         (s.start[middle] <= draw ? low : high) = middle;
@@ -312,7 +342,7 @@ struct Row {
       uint32_t bits = word < num_words(plan.limit) ? s.taken[word] : 0;
       const int count = __popc(bits), upto = scan_lanes(count);
       for (int at = n + upto - count; bits != 0; bits &= bits - 1)
-        out[at++] = word * 32 + __ffs(bits) - 1;
+        out[at++] = key_number(word * 32 + __ffs(bits) - 1);
       n += __shfl_sync(kAllLanes, upto, kWarpSize - 1);
     }
     for (int64_t slot = n + lane_id(); slot < p.K; slot += kWarpSize) out[slot] = -1;
@@ -320,32 +350,35 @@ struct Row {
   }
 
   __device__ __forceinline__ int32_t* output(int64_t head) const {
-    return p.indices + ((b * p.H_i + head) * p.N + i) * p.K;
+    return p.indices + (number + head * p.N) * p.K;
+  }
+  __device__ __forceinline__ int32_t key_number(int j) const {
+    return static_cast<int32_t>(keys.number) + j;
   }
 
   template <typename F>
   __device__ void write_log_inclusion(int64_t head, F&& log_inclusion) const {
     __syncwarp();  // other lanes' indices are read
     if (p.log_inclusion == nullptr) return;
-    const int32_t* keys = output(head);
-    float* out = p.log_inclusion + (keys - p.indices);
+    const int32_t* numbers = output(head);
+    float* out = p.log_inclusion + (numbers - p.indices);
     for (int64_t slot = lane_id(); slot < p.K; slot += kWarpSize) {
-      const int key = keys[slot];
-      out[slot] = key < 0 ? -kInf : (forced(key) ? 0.0f : log_inclusion(key));
+      const int key = numbers[slot] - key_number(0);
+      out[slot] = numbers[slot] < 0 ? -kInf : (forced(key) ? 0.0f : log_inclusion(key));
     }
   }
 };
 
 // ---- methods ------------------------------------------------------------------------------------
 
-// The random numbers of one (batch, head, row), a warp's worth at a time.
+// The random numbers of one (sequence, head, position), a warp's worth at a time.
 struct Uniforms {
   PhiloxKey key;
-  int64_t b, head, i;
+  int64_t head, position;
   uint32_t next = 0;
 
   __device__ uint32_t operator()(uint32_t n) const {
-    return philox_draw(key, b, head, i, next + n);
+    return philox_draw(key, head, position, next + n);
   }
 };
 
@@ -365,8 +398,8 @@ __device__ double gamma_variate(int64_t n, Uniforms* arrivals) {
 template <typename R>
 __device__ void sample_gumbel(const R& row, int64_t head) {
   const SketchSampleParams& p = row.p;
-  Uniforms uniforms{read_philox_key(p.device_seed, kSampleStream), row.b, head, row.i};
-  Uniforms arrivals{read_philox_key(p.device_seed, kArrivalStream), row.b, head, row.i};
+  Uniforms uniforms{row.keys.sample_key, row.p.visible.first_head + head, row.position};
+  Uniforms arrivals{row.keys.arrival_key, row.p.visible.first_head + head, row.position};
   const bool need_time = p.log_inclusion != nullptr;
   Sums sums = row.index_blocks(row.s.row_max, row.s.row_sum);
   double time = 0, mass = 0;  // mass: drawn from `sums`
@@ -426,7 +459,7 @@ __device__ int cap_inclusion(const R& row, Sums* sums) {
   while (places > 0 && places >= sums->total) {  // the largest weight is 1
     const float cap = static_cast<float>(sums->total / places) * kRescored;
     int capped = 0;
-    for (int block = 0; block < num_blocks(row.p.M); ++block) {
+    for (int block = 0; block < row.plan.blocks; ++block) {
       if (exp2f(sums->max[block] - sums->reference) < cap * kRescored) continue;
       row.for_each_key(block, [&](int j, float x) {
         const bool reaches = exp2f(x - sums->reference) >= cap;
@@ -448,7 +481,7 @@ __device__ int cap_inclusion(const R& row, Sums* sums) {
 // running sum holds u + n.
 template <typename R>
 __device__ void sample_systematic(const R& row, int64_t head) {
-  const Uniforms uniforms{read_philox_key(row.p.device_seed, kSampleStream), row.b, head, row.i};
+  const Uniforms uniforms{row.keys.sample_key, row.p.visible.first_head + head, row.position};
   Sums sums = row.index_blocks(row.s.row_max, row.s.row_sum);
   const int places = cap_inclusion(row, &sums);
   const double u = uniform_double(uniforms(0)), step = 0x1p31 / places;
@@ -497,7 +530,7 @@ __device__ void sort_ascending(int32_t* x, int entries) {
 template <typename R>
 __device__ void sample_multinomial(const R& row, int64_t head) {
   const SketchSampleParams& p = row.p;
-  const Uniforms uniforms{read_philox_key(p.device_seed, kSampleStream), row.b, head, row.i};
+  const Uniforms uniforms{row.keys.sample_key, row.p.visible.first_head + head, row.position};
   const Sums sums = row.index_blocks(row.s.row_max, row.s.row_sum);
   int32_t* list = row.s.list;
   const int entries = static_cast<int>(list_entries(p.K)), places = row.plan.places;
@@ -521,7 +554,7 @@ __device__ void sample_multinomial(const R& row, int64_t head) {
   __syncwarp();
   sort_ascending(list, entries);
   int32_t* out = row.output(head);
-  for (int at = lane_id(); at < p.K; at += kWarpSize) out[at] = list[at];
+  for (int at = lane_id(); at < p.K; at += kWarpSize) out[at] = row.key_number(list[at]);
   const float inclusion_scale = static_cast<float>(places / sums.total);
   row.write_log_inclusion(head, [&](int key) {
     const float expected = exp2f(row.score(key) - sums.reference) * inclusion_scale;
@@ -529,16 +562,16 @@ __device__ void sample_multinomial(const R& row, int64_t head) {
   });
 }
 
-// The keys of the largest scores, ties to the lower index, for all heads: a radix select, eight
-// bits of the score at a time.
+// The keys of the largest scores, ties to the lower index, the same for every index head of
+// [first_head, end_head): a radix select, eight bits of the score at a time.
 template <typename R>
-__device__ void take_largest(const R& row) {
+__device__ void take_largest(const R& row, int64_t first_head, int64_t end_head) {
   const auto ordered = [](float x) {  // an integer of the same order; + 0 makes -0 equal to 0
     const int bits = __float_as_int(x + 0.0f);
     return static_cast<uint32_t>(bits ^ (bits >> 31 & 0x7FFFFFFF)) ^ 0x80000000u;
   };
   const auto for_each_score = [&](auto&& f) {
-    for (int block = 0; block < num_blocks(row.p.M); ++block)
+    for (int block = 0; block < row.plan.blocks; ++block)
       row.for_each_key(block, [&](int j, float x) { f(j, x != -kInf, ordered(x)); });
   };
   int32_t* count = row.s.start;
@@ -575,70 +608,95 @@ __device__ void take_largest(const R& row) {
     remaining = max_of(0, remaining - __popc(lanes));
   });
   __syncwarp();
-  for (int64_t head = 0; head < row.p.H_i; ++head) row.write(head, [](int) { return 0.0f; });
+  for (int64_t head = first_head; head < end_head; ++head)
+    row.write(head, [](int) { return 0.0f; });
 }
 
 // ---- rows together ------------------------------------------------------------------------------
 
-// By one warp.
-__device__ RowPlan plan_row(const SketchSampleParams& p, int64_t b, int64_t i) {
+// By one warp: the forced keys are those of for_each_forced in visible.h.
+__device__ RowPlan plan_row(const SketchSampleParams& p, const Sequence& sequence, const Keys& keys,
+                            int64_t position) {
+  const Visible& v = p.visible;
   RowPlan plan{};
-  if (i >= p.N) return plan;
-  const int64_t M = p.M, position = i + M - p.N;
-  plan.limit = static_cast<int>(p.is_causal ? max_of<int64_t>(0, min_of(M, position + 1)) : M);
-  const auto clip = [&](int64_t j) {
-    return static_cast<int>(max_of<int64_t>(0, min_of<int64_t>(j, plan.limit)));
-  };
-  if (p.window > 0) {
-    plan.window_begin = clip(p.is_causal ? position - p.window + 1 : position - p.window / 2);
-    plan.window_end = clip(p.is_causal ? position + 1 : position + p.window / 2 + 1);
+  const Span window = window_span(v, sequence, position);
+  plan.limit = static_cast<int>(key_limit(v, sequence, position));
+  plan.window_begin = static_cast<int>(window.begin);
+  plan.window_end = static_cast<int>(window.end);
+  const auto in_window = [&](int j) { return j >= plan.window_begin && j < plan.window_end; };
+  const unsigned lanes_before = (1u << lane_id()) - 1;
+  const int limit = plan.limit;
+  int valid = limit;
+  if (keys.mask == nullptr) {
+    plan.sink_end = static_cast<int>(min_of<int64_t>(v.num_sinks, limit));
+    plan.places =
+        plan.sink_end + max_of(0, plan.window_end - max_of(plan.window_begin, plan.sink_end));
+  } else {
+    valid = 0;
+    plan.sink_end = v.num_sinks > 0 ? limit : 0;
+    plan.limit = 0;  // up to the last valid key: masked ones behind it change nothing
+    for (int first = 0; first < limit; first += kWarpSize) {
+      const int j = first + lane_id();
+      const bool is_valid = j < limit && keys.mask[j] != 0;
+      const unsigned lanes = __ballot_sync(kAllLanes, is_valid);
+      const int before = valid + __popc(lanes & lanes_before);
+      const bool sink = is_valid && before < v.num_sinks;
+      plan.places += __popc(__ballot_sync(kAllLanes, sink || (is_valid && in_window(j))));
+      valid += __popc(lanes);
+      if (lanes != 0) plan.limit = first + kWarpSize - __clz(lanes);
+      const unsigned last = __ballot_sync(kAllLanes, is_valid && before + 1 == v.num_sinks);
+      if (last != 0) plan.sink_end = first + __ffs(last);
+    }
   }
-  const uint8_t* mask = p.key_mask == nullptr ? nullptr : p.key_mask + b * M;
-  int valid = 0, forced = 0;
-  plan.sink_end = p.num_sinks > 0 ? plan.limit : 0;
-  for (int first = 0; first < plan.limit; first += kWarpSize) {
-    const int j = first + lane_id();
-    const bool is_valid = j < plan.limit && (mask == nullptr || mask[j] != 0);
-    const unsigned lanes = __ballot_sync(kAllLanes, is_valid);
-    const int before = valid + __popc(lanes & ((1u << lane_id()) - 1));
-    const bool sink = is_valid && before < p.num_sinks;
-    const bool windowed = is_valid && j >= plan.window_begin && j < plan.window_end;
-    forced += __popc(__ballot_sync(kAllLanes, sink || windowed));
-    valid += __popc(lanes);
-    const unsigned last = __ballot_sync(kAllLanes, is_valid && before + 1 == p.num_sinks);
-    if (last != 0) plan.sink_end = first + __ffs(last);
+  plan.places = static_cast<int>(p.K) - plan.places;
+  if (keys.global != nullptr) {
+    for (int first = plan.sink_end; first < plan.limit && plan.places > 0; first += kWarpSize) {
+      const int j = first + lane_id();
+      const bool wanted = j < plan.limit && keys.global[j] != 0 && !in_window(j) &&
+                          (keys.mask == nullptr || keys.mask[j] != 0);
+      const int before = __popc(__ballot_sync(kAllLanes, wanted) & lanes_before);
+      const unsigned taken = __ballot_sync(kAllLanes, wanted && before < plan.places);
+      if (taken != 0) plan.global_end = first + kWarpSize - __clz(taken);
+      plan.places -= __popc(taken);
+    }
   }
-  plan.places = static_cast<int>(p.K) - forced;
   plan.take_all = valid <= p.K;
+  plan.block_keys = kTileCols * tiles_per_block(plan.limit);
+  plan.blocks = static_cast<int>(ceil_div(plan.limit, plan.block_keys));
   return plan;
 }
 
-// Largest score and sum of every block of keys, for the 16 rows of a block of threads. Scores of
-// forced keys are left out.
-template <typename T, Features kFeatures>
-__device__ void sum_blocks(const SketchSampleParams& p, const Shared& s, int64_t b,
-                           int64_t first_row, int warps) {
-  const T* rows = static_cast<const T*>(p.q_sketch) + b * p.q_stride[0];
-  const T* cols = static_cast<const T*>(p.k_sketch) + b * p.k_stride[0];
+// Largest score and sum of every block of keys, for the rows of a block of threads whose blocks
+// have `block_keys`. Scores of forced keys are left out. query(r) and key(j) point at features.
+template <typename T, Features kFeatures, typename Query, typename Key>
+__device__ __forceinline__ void sum_blocks(const SketchSampleParams& p, const Shared& s,
+                                           const Keys& keys, int block_keys, int stride, int warps,
+                                           Query&& query, Key&& key) {
   const float factor = static_cast<float>(score_factor(p));
-  const int blocks = num_blocks(p.M), tiles = keys_per_block(p.M) / kTileCols;
-  const RowPlan plan[2] = {s.plan[tile_row(0)], s.plan[tile_row(2)]};
-  int limit = 0;
-  for (int r = 0; r < kRows; ++r) limit = max_of(limit, s.plan[r].limit);
+  const int tiles = block_keys / kTileCols;
+  RowPlan plan[2] = {s.plan[tile_row(0)], s.plan[tile_row(2)]};
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+    if (plan[r].block_keys != block_keys) plan[r].limit = 0;
+  int limit = 0, blocks = 0;
+  for (int r = 0; r < kRows; ++r) {
+    if (s.plan[r].block_keys != block_keys) continue;
+    limit = max_of(limit, s.plan[r].limit);
+    blocks = max_of(blocks, s.plan[r].blocks);
+  }
 
   for (int block = warp_id(); block < blocks; block += warps) {
     float top[2] = {-kInf, -kInf}, sum[2] = {0, 0};
     bool finite = true;
     for (int tile = block * tiles; tile < (block + 1) * tiles && tile * kTileCols < limit; ++tile) {
       const auto scores = score_tile<kFeatures, T>(
-          static_cast<int>(p.S),
-          [&](int r) { return rows + min_of(first_row + r, p.N - 1) * p.q_stride[1]; },
-          [&](int c) {
-            return cols + min_of<int64_t>(tile * kTileCols + c, p.M - 1) * p.k_stride[1];
-          });
+          static_cast<int>(p.S), query, [&](int c) { return key(tile * kTileCols + c); });
       const int own = tile * kTileCols + lane_id();
-      const unsigned exists = __ballot_sync(
-          kAllLanes, own < limit && (p.key_mask == nullptr || p.key_mask[b * p.M + own] != 0));
+      const bool is_valid = own < limit && (keys.mask == nullptr || keys.mask[own] != 0);
+      const unsigned exists = __ballot_sync(kAllLanes, is_valid);
+      const unsigned global = keys.global == nullptr
+                                  ? 0
+                                  : __ballot_sync(kAllLanes, own < limit && keys.global[own] != 0);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float x[kSubTiles][2], larger = top[r];
@@ -650,8 +708,9 @@ __device__ void sum_blocks(const SketchSampleParams& p, const Shared& s, int64_t
             const bool valid = j < plan[r].limit && (exists >> col & 1) != 0;
             const float score = static_cast<float>(scores.x[n][2 * r + c]) * factor;
             finite = finite && (!valid || score - score == 0);
-            const bool forced =
-                j < plan[r].sink_end || (j >= plan[r].window_begin && j < plan[r].window_end);
+            const bool forced = j < plan[r].sink_end ||
+                                (j >= plan[r].window_begin && j < plan[r].window_end) ||
+                                (j < plan[r].global_end && (global >> col & 1) != 0);
             x[n][c] = valid && !forced ? score : -kInf;
             larger = max_of(larger, x[n][c]);
           }
@@ -672,57 +731,118 @@ __device__ void sum_blocks(const SketchSampleParams& p, const Shared& s, int64_t
     for (int r = 0; r < 2; ++r) {
       const float largest = max_lanes<4>(top[r]);
       const float total = sum_lanes<4>(top[r] == -kInf ? 0.0f : sum[r] * exp2f(top[r] - largest));
-      if (lane_id() % 4 == 0) {
-        s.row_max[tile_row(2 * r) * blocks + block] = largest;
-        s.row_sum[tile_row(2 * r) * blocks + block] = total;
+      if (lane_id() % 4 == 0 && block * block_keys < plan[r].limit) {
+        s.row_max[tile_row(2 * r) * stride + block] = largest;
+        s.row_sum[tile_row(2 * r) * stride + block] = total;
       }
     }
   }
 }
 
+// What a launch knows beside its problem.
+struct SampleLaunch {
+  SketchSampleParams problem;
+  int64_t shared_bytes;
+};
+
 // Compiled for each method, so that none pays for the registers of another.
 template <typename T, Features kFeatures, SampleMethod kMethod>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
-    sketch_sample_kernel(const SketchSampleParams p) {
+    sketch_sample_kernel(const SampleLaunch launched) {
+  const SketchSampleParams& p = launched.problem;
+  const Visible& v = p.visible;
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
-  Shared s;
-  s.lay_out(p, shared_memory<char>(), warp_id(), warps);
-  const int64_t row_blocks = ceil_div(p.N, kRows);
-  const int64_t b = blockIdx.x / row_blocks, first_row = blockIdx.x % row_blocks * kRows;
+  const int64_t per_batch = v.queries.blocks_per_batch(kRows);
+  const int64_t sketch = blockIdx.x / per_batch % p.H_s;
+  const SegmentBlock at = segment_block(
+      v.queries, kRows, blockIdx.x / per_batch / p.H_s * per_batch + blockIdx.x % per_batch);
+  const int rows = static_cast<int>(at.end - at.begin);
+  if (rows <= 0) return;
+  const Sequence sequence = sequence_at(v, at.segment);
+  const int64_t first_row = sequence.first_query + at.begin;
 
+  const T* first_query = static_cast<const T*>(p.q_sketch) + sequence.batch * p.q_stride[0] +
+                         sketch * p.q_stride[1] + first_row * p.q_stride[2];
+  const T* first_key = static_cast<const T*>(p.k_sketch) + sequence.batch * p.k_stride[0] +
+                       sketch / (p.H_s / p.H_ks) * p.k_stride[1] +
+                       sequence.first_key * p.k_stride[2];
+  const auto query = [&](int r) { return first_query + min_of(r, rows - 1) * p.q_stride[2]; };
+  const int last_key = static_cast<int>(sequence.num_keys) - 1;
+  const auto key = [&](int j) { return first_key + min_of(j, last_key) * p.k_stride[2]; };
+  const Keys keys{first_key,
+                  mask_of(v, sequence, v.key_mask),
+                  mask_of(v, sequence, v.global_mask),
+                  sequence.first_key,
+                  sequence_key(read_philox_key(p.device_seed, kSampleStream), sequence),
+                  sequence_key(read_philox_key(p.device_seed, kArrivalStream), sequence)};
+
+  Shared s;
+  s.lay_out(p, Extent{}, shared_memory<char>(), 0, 1);
   for (int r = warp_id(); r < kRows; r += warps) {
-    const RowPlan plan = plan_row(p, b, first_row + r);
+    const RowPlan plan =
+        r < rows ? plan_row(p, sequence, keys, position_of(v, sequence, at.begin + r)) : RowPlan{};
     if (lane_id() == 0) s.plan[r] = plan;
-    const T* query = static_cast<const T*>(p.q_sketch) + b * p.q_stride[0] +
-                     min_of(first_row + r, p.N - 1) * p.q_stride[1];
-    for (int64_t d = lane_id(); d < p.S; d += kWarpSize)
+    for (int d = lane_id(); d < p.S; d += kWarpSize)
       s.query[r * p.S + d] =
-          static_cast<float>(static_cast<double>(to_acc(query[d])) * score_factor(p));
+          static_cast<float>(static_cast<double>(to_acc(query(r)[d])) * score_factor(p));
   }
   __syncthreads();
-  sum_blocks<T, kFeatures>(p, s, b, first_row, warps);
-  __syncthreads();
 
-  const int rows = static_cast<int>(min_of<int64_t>(kRows, p.N - first_row));
-  constexpr bool topk = kMethod == SampleMethod::kTopK;  // all heads alike
-  const int64_t heads = topk ? 1 : p.H_i;
-  for (int64_t task = warp_id(); task < rows * heads; task += warps) {
-    const int r = static_cast<int>(task / heads);
-    const int64_t head = task % heads;
+  // The warps that draw are as many as have room: of long rows not all.
+  Extent extent{};
+  for (int r = 0; r < kRows; ++r) {
+    extent.blocks = max_of(extent.blocks, s.plan[r].blocks);
+    extent.words = max_of(extent.words, num_words(s.plan[r].limit));
+  }
+  int drawing = warps;
+  const auto fits = [&] {
+    return Shared().lay_out(p, extent, nullptr, 0, drawing) <=
+           static_cast<size_t>(launched.shared_bytes);
+  };
+  while (drawing > 1 && !fits()) drawing /= 2;
+  SMARTBIRD_DEVICE_CHECK(fits(),
+                         "smartbird: sketch_sample on CUDA keeps a bitmap of the keys on "
+                         "chip, and a sequence has too many");
+  s.lay_out(p, extent, shared_memory<char>(), warp_id(), drawing);
+
+  // Rows with blocks of one size are summed together: almost always all of them.
+  for (int size = 0;;) {
+    int next = INT32_MAX;
+    for (int r = 0; r < kRows; ++r)
+      if (s.plan[r].block_keys > size) next = min_of(next, s.plan[r].block_keys);
+    if (next == INT32_MAX) break;
+    size = next;
+    sum_blocks<T, kFeatures>(p, s, keys, size, extent.blocks, warps, query, key);
+  }
+  __syncthreads();
+  if (warp_id() >= drawing) return;
+
+  constexpr bool topk = kMethod == SampleMethod::kTopK;  // all heads of a sketch alike
+  const int64_t per_sketch = p.H_i / p.H_s, end_head = (sketch + 1) * per_sketch;
+  const int heads = topk ? 1 : static_cast<int>(per_sketch);
+  for (int task = warp_id(); task < rows * heads; task += drawing) {
+    const int r = task / heads;
+    const int64_t head = sketch * per_sketch + task % heads;
     Shared own = s;
-    own.row_max += r * num_blocks(p.M);
-    own.row_sum += r * num_blocks(p.M);
-    const Row<T, kFeatures> row{p, own, s.plan[r], b, first_row + r, s.query + r * p.S};
+    own.row_max += r * extent.blocks;
+    own.row_sum += r * extent.blocks;
+    const Row<T, kFeatures> row{p,
+                                own,
+                                keys,
+                                s.plan[r],
+                                sequence.batch * p.H_i * p.N + first_row + r,
+                                position_of(v, sequence, at.begin + r),
+                                s.query + r * p.S};
     row.begin();
     if (row.plan.take_all || row.plan.places == 0) {
       if (row.plan.take_all)
         for (int j = lane_id(); j < row.plan.limit; j += kWarpSize)
           if (row.valid(j)) insert_bit(own.taken, j);
       __syncwarp();
-      for (int64_t h = head; h < (topk ? p.H_i : head + 1); ++h)
+      for (int64_t h = head; h < (topk ? end_head : head + 1); ++h)
         row.write(h, [](int) { return 0.0f; });
     } else if constexpr (kMethod == SampleMethod::kTopK) {
-      take_largest(row);
+      take_largest(row, head, end_head);
     } else if constexpr (kMethod == SampleMethod::kGumbel) {
       sample_gumbel(row, head);
     } else if constexpr (kMethod == SampleMethod::kSystematic) {
@@ -737,18 +857,25 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
 }  // namespace
 
 void run_sketch_sample(const SketchSampleParams& params, cudaStream_t stream) {
+  const Extent extent = Extent::up_to(params.M);
+  const auto shared_bytes = [&](int warps) {
+    return Shared().lay_out(params, extent, nullptr, 0, warps);
+  };
+  // How long packed sequences are is not known here: their blocks settle it.
+  const bool packed = params.visible.keys.cu != nullptr;
   int warps = kMaxWarps;
-  Shared shared;
-  while (warps > 1 && shared.lay_out(params, nullptr, 0, warps) > kMaxSharedBytes) warps /= 2;
-  const size_t bytes = shared.lay_out(params, nullptr, 0, warps);
+  while (!packed && warps > 1 && shared_bytes(warps) > kMaxSharedBytes) warps /= 2;
+  const size_t bytes = packed ? min_of(shared_bytes(warps), kMaxSharedBytes) : shared_bytes(warps);
   if (bytes > kMaxSharedBytes)
     throw std::runtime_error(
         "smartbird: sketch_sample on CUDA keeps a bitmap of the keys on chip, and M = " +
         std::to_string(params.M) + " with K = " + std::to_string(params.K) + " is beyond it");
+  const SampleLaunch launched{params, static_cast<int64_t>(bytes)};
   const auto run = [&](auto type, auto features, auto method) {
     launch("sketch_sample",
            sketch_sample_kernel<decltype(type), decltype(features)::value, decltype(method)::value>,
-           params.B * ceil_div(params.N, kRows), warps * kWarpSize, bytes, stream, params);
+           params.visible.queries.num_blocks(kRows) * params.H_s, warps * kWarpSize, bytes, stream,
+           launched);
   };
   dispatch_features(params.dtype, params.q_sketch, params.q_stride, params.k_sketch,
                     params.k_stride, params.S, [&](auto type, auto features) {
