@@ -468,7 +468,7 @@ inline double draw_distinct(const RowContext& c, ExponentialStream* spacings,
     const double share = mass() / current->total();
     const double keys_per_draw = 24;  // what scanning keys costs, measured in draws
     if (share > kCancellation || static_cast<double>(left) * share >
-                                     (1 - share) * static_cast<double>(c.limit) / keys_per_draw)
+                                     (1 - share) * static_cast<double>(c.valid) / keys_per_draw)
       leave_out_taken();
   }
   if (arrivals == nullptr) return 0;
@@ -780,6 +780,7 @@ inline bool is_plain(const Row& row) {
 
 // Draws for all heads of a row from its weights and running sums.
 inline void draw_row(const RowContext& c, Row* row, Scratch* s) {
+  s->taken.size = 0;
   index_blocks(row);
   if (c.p->method == SampleMethod::kGumbel)
     sample_gumbel(c, *row, s);
