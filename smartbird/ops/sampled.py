@@ -90,8 +90,8 @@ def _backward(ctx: Any, dout: Tensor) -> Any:
         seed,
         correction,
     )
-    sizes = (q.shape[0], q.shape[2], k.shape[2], q.device)
-    visible = Visible(*rows, *sizes)
+    fields: Any = (*rows, q.shape[0], q.shape[2], k.shape[2], q.device)
+    visible = Visible(*fields)
     need_dq, need_dk, need_dv = ctx.needs_input_grad[:3]
     dq, dk, dv, _ = OPS.gather_attention_backward(
         dout,
