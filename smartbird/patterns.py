@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smartbird import ops
-from smartbird.ops import ascending, check_count, check_flag, check_key_mask
+from smartbird._checks import check_count, check_flag, check_key_mask
+from smartbird.ops.sample import ascending
 
 __all__ = [
     "bigbird_indices",
