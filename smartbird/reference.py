@@ -5,12 +5,29 @@ compiled extension and allocate what the definition needs (N x M scores, gathere
 They are meant to be read, and to be what the kernels are tested against. Both give the same
 numbers; random draws follow the same law, from another stream.
 
-Letters: B batch, N queries, M keys, H heads, H_kv key/value heads, H_i index heads, D head dim,
-Dv value dim, S sketch dim, K samples. Arithmetic is float64 for float64 inputs and float32 for all
-others.
+Letters: B batch, N queries, M keys, H heads, H_kv key/value heads, H_i index heads, H_s sketches,
+H_ks sketches of keys, D head dim, Dv value dim, S sketch dim, K samples, n packed sequences.
+Arithmetic is float64 for float64 inputs and float32 for all others.
+
+Which keys a row sees and holds, the same everywhere:
+
+- Queries and keys are counted from the first of their sequence. Sequences are the batch elements
+  or, with ``cu_seqlens_q`` and ``cu_seqlens_k``, int32 [n + 1], the parts [cu[s], cu[s + 1]) of one
+  batch element. What lies beyond cu[n] sees nothing and is seen by nothing.
+- Query i stands at position ``query_offset + i``: an int or int64 [B or n]; None: M - N.
+- A key is *valid* for a row of its sequence if ``key_mask`` (bool [B, M]) is True there and, where
+  ``is_causal``, it is at or before the position.
+- Of a row's valid keys, *forced* are the first ``num_sinks``; those of the ``window``: at distances
+  0 to window - 1 before the position if causal, else at most window // 2 around it; and those of
+  ``global_mask`` (bool [B, M]), from the lowest on, as long as all forced keys are at most K.
+- The valid keys that are not forced (by all of ``global_mask``) are *free*.
+
+``sequence_ids`` (int64 [B or n]) and ``first_head`` say who the rows are. They choose which numbers
+are drawn, not their law, and change nothing here.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +51,12 @@ def sketch_sample(
     key_mask: Tensor | None = None,
     window: int = 0,
     num_sinks: int = 0,
+    global_mask: Tensor | None = None,
+    query_offset: int | Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    first_head: int = 0,
     seed: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -50,17 +73,15 @@ def sketch_sample(
     - ``topk``: the k largest p, ties to the lower index; log_inclusion is 0.
 
     Args:
-        q_sketch: [B, N, S].
-        k_sketch: [B, M, S].
+        q_sketch: [B, N, S] or [B, H_s, N, S].
+        k_sketch: [B, M, S] or [B, H_ks, M, S]; index head h draws by sketch h // (H_i / H_s), which
+            scores keys by k_sketch of s // (H_s / H_ks).
         num_samples: K, at least 1.
         num_index_heads: H_i.
         method: one of the four above.
         scale: factor of the scores, 1/sqrt(S) if None.
-        is_causal: query i sees keys j <= i + (M - N).
-        key_mask: bool [B, M], True where a key may be drawn.
-        window: keys forced around position i + (M - N): the ``window`` at or before it if causal,
-            else ``window // 2`` each side and itself.
-        num_sinks: forced keys at the start, the first ``num_sinks`` valid ones.
+        is_causal, key_mask, window, num_sinks, global_mask, query_offset, cu_seqlens_q,
+            cu_seqlens_k, sequence_ids, first_head: see above.
         seed: int64 [2]; drawn from ``generator`` if None.
         generator: source of ``seed``; torch's default if None.
 
@@ -83,7 +104,8 @@ def sketch_sample(
             f"num_sinks and window force {num_sinks} + {num_window} keys, "
             f"must be at most num_samples = {num_samples}"
         )
-    (B, N, _), M = q_sketch.shape, k_sketch.shape[1]
+    q_sketch, k_sketch = _sketches(q_sketch, k_sketch)
+    (B, _, N, _), M = q_sketch.shape, k_sketch.shape[2]
     shape = (B, num_index_heads, N, num_samples)
     device = q_sketch.device
     rng = _generator(seed, generator, _SAMPLING_STREAM, device)
@@ -94,23 +116,34 @@ def sketch_sample(
         )
 
     with torch.no_grad():
-        valid = _valid_keys(B, N, M, is_causal, key_mask, device)
+        valid, forced = _valid_and_forced(
+            (B, N, M),
+            device,
+            is_causal,
+            key_mask,
+            window,
+            num_sinks,
+            global_mask,
+            query_offset,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            num_samples,
+        )
         # float64 from here on: rounding of running sums would blur the law that the draws follow.
         scores = _sketch_scores(q_sketch, k_sketch, scale, valid).double()
         if scores.isnan().any():
             raise ValueError("q_sketch or k_sketch gives NaN scores, must be finite at valid keys")
-        forced = valid & _forced_keys(valid, window, num_sinks, is_causal)
+        # One head dimension: [B, H_i, N, M], and [B, 1, N, M] of what all heads have in common.
+        scores = _per_head(scores, num_index_heads)
+        valid, forced = valid[:, None], forced[:, None]
         take_all = valid.sum(-1, keepdim=True) <= num_samples
-        certain = valid & (forced | take_all)
+        certain = forced | (valid & take_all)
         drawable = valid & ~certain
         # k < number of drawable keys, or both are 0. All draws below rely on it.
         k = (num_samples - forced.sum(-1, keepdim=True)).masked_fill(take_all, 0)
+        k = k.expand(B, num_index_heads, N, 1)
         log_p = scores.masked_fill(~drawable, -math.inf).log_softmax(-1)
         log_p = log_p.masked_fill(~drawable, -math.inf)
-
-        # One head dimension: [B, H_i, N, M] and [B, H_i, N, 1].
-        log_p = log_p[:, None].expand(B, num_index_heads, N, M)
-        k = k[:, None].expand(B, num_index_heads, N, 1)
         if method == "gumbel":
             counts, log_inclusion = _draw_gumbel(log_p, k, rng)
         elif method == "systematic":
@@ -120,8 +153,8 @@ def sketch_sample(
             counts, log_inclusion = _draw_multinomial(log_p, k, num_samples, rng)
         else:
             counts, log_inclusion = _draw_topk(log_p, k)
-        counts = counts + certain[:, None]
-        log_inclusion = log_inclusion.masked_fill(certain[:, None], 0.0)
+        counts = counts + certain
+        log_inclusion = log_inclusion.masked_fill(certain, 0.0)
 
         # Slot r holds the key at which the running count passes r.
         slots = torch.arange(num_samples, device=device).expand(shape).contiguous()
@@ -161,6 +194,10 @@ def gather_attention(
     bias: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    query_offset: int | Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    first_head: int = 0,
     seed: Tensor | None = None,
     generator: torch.Generator | None = None,
     return_lse: bool = False,
@@ -180,6 +217,8 @@ def gather_attention(
         scale: factor of the scores, 1/sqrt(D) if None.
         dropout_p: probability in [0, 1) that an attention weight is dropped; the others are scaled
             by 1 / (1 - dropout_p).
+        query_offset, cu_seqlens_q, sequence_ids, first_head: who the rows are; they choose which
+            weights are dropped, not the law, and change nothing here.
         seed: int64 [2] for dropout; drawn from ``generator`` if None.
         generator: source of ``seed``; torch's default if None.
         return_lse: also return the log-sum-exp of each row's logits, before dropout.
@@ -213,22 +252,47 @@ def sketch_lse(
     scale: float | None = None,
     is_causal: bool = False,
     key_mask: Tensor | None = None,
+    window: int = 0,
+    num_sinks: int = 0,
+    global_mask: Tensor | None = None,
+    query_offset: int | Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    first_head: int = 0,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """Log-sum-exp of each row's sketch scores over its valid keys.
+    """Log-sum-exp of each row's sketch scores over its free keys.
 
     Args:
-        q_sketch: [B, N, S].
-        k_sketch: [B, M, S].
+        q_sketch: [B, N, S] or [B, H_s, N, S].
+        k_sketch: [B, M, S] or [B, H_ks, M, S].
         scale: factor of the scores, 1/sqrt(S) if None.
-        is_causal: query i sees keys j <= i + (M - N).
-        key_mask: bool [B, M], True where a key is valid.
+        is_causal, key_mask, window, num_sinks, global_mask, query_offset, cu_seqlens_q,
+            cu_seqlens_k, sequence_ids, first_head: see above.
+        rows: int64 [R], the queries whose result is wanted; None: all.
 
     Returns:
-        [B, N] float32 (float64 for float64), -inf where no key is valid.
+        [B, N], or [B, H_s, N] of 4-D sketches, with R in the place of N where ``rows`` are given:
+        float32 (float64 for float64), -inf where no key is free.
     """
-    B, N, M = *q_sketch.shape[:2], k_sketch.shape[1]
-    valid = _valid_keys(B, N, M, is_causal, key_mask, q_sketch.device)
-    return _softmax_lse(_sketch_scores(q_sketch, k_sketch, scale, valid))[1]
+    one_sketch = q_sketch.dim() == 3
+    q_sketch, k_sketch = _sketches(q_sketch, k_sketch)
+    valid, forced = _valid_and_forced(
+        (q_sketch.shape[0], q_sketch.shape[2], k_sketch.shape[2]),
+        q_sketch.device,
+        is_causal,
+        key_mask,
+        window,
+        num_sinks,
+        global_mask,
+        query_offset,
+        cu_seqlens_q,
+        cu_seqlens_k,
+    )
+    lse = _softmax_lse(_sketch_scores(q_sketch, k_sketch, scale, valid & ~forced))[1]
+    lse = lse if rows is None else lse[..., rows]
+    return lse.squeeze(1) if one_sketch else lse
 
 
 def distill_loss(
@@ -243,59 +307,89 @@ def distill_loss(
     sketch_scale: float | None = None,
     is_causal: bool = False,
     key_mask: Tensor | None = None,
+    window: int = 0,
+    num_sinks: int = 0,
+    global_mask: Tensor | None = None,
+    query_offset: int | Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    first_head: int = 0,
+    rows: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """Cross-entropy of the sketch's distribution against what attention does.
 
-    The mean over rows with a valid key of -sum_j t_ij log p_ij. p is the softmax of the sketch
-    scores over all valid keys. t is the mean over heads of the attention probabilities: over all
-    valid keys, or with ``indices`` over each head's sampled entries (duplicates add). t is a
-    constant: gradients reach ``q_sketch`` and ``k_sketch`` only.
+    Of a row and a sketch it is -sum_j t_j log p_j. p is the softmax of the sketch scores over all
+    free keys. t is the mean, over the heads of the sketch, of the attention probabilities: over all
+    free keys, or with ``indices`` over each head's own sampled entries that are free (duplicates
+    add). t is a constant: gradients reach ``q_sketch`` and ``k_sketch`` only.
 
     Args:
         q: [B, H, N, D].
         k: [B, H_kv, M, D], H a multiple of H_kv.
-        q_sketch: [B, N, S].
-        k_sketch: [B, M, S].
-        indices: integers [B, H_i, N, K] in [-1, M), valid keys of their row; None for a dense
-            target.
+        q_sketch: [B, N, S] or [B, H_s, N, S]; head h belongs to sketch h // (H / H_s).
+        k_sketch: [B, M, S] or [B, H_ks, M, S].
+        indices: integers [B, H_i, N, K] in [-1, M); None for a dense target.
         log_inclusion: [B, H_i, N, K], subtracted from the sampled logits; ignored in unused slots.
         scale: factor of the attention scores, 1/sqrt(D) if None.
         sketch_scale: factor of the sketch scores, 1/sqrt(S) if None.
-        is_causal: query i sees keys j <= i + (M - N).
-        key_mask: bool [B, M], True where a key is valid.
+        is_causal, key_mask, window, num_sinks, global_mask, query_offset, cu_seqlens_q,
+            cu_seqlens_k, sequence_ids, first_head: see above.
+        rows: int64 [R], the queries that count; None: all.
+        reduction: "mean" over rows with a free key and over sketches, or their "sum".
 
     Returns:
-        Scalar float32 (float64 for float64), 0 if no row has a valid key.
+        Scalar float32 (float64 for float64), 0 if no row has a free key.
 
     Raises:
-        ValueError: an index outside [-1, M), or ``log_inclusion`` without ``indices``.
+        ValueError: an index outside [-1, M), ``log_inclusion`` without ``indices``, or an unknown
+            ``reduction``.
     """
     if log_inclusion is not None and indices is None:
         raise ValueError("log_inclusion is given without indices, must come with them")
-    (B, H, N, D), M = q.shape, k.shape[2]
-    valid = _valid_keys(B, N, M, is_causal, key_mask, q.device)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}, must be 'mean' or 'sum'")
+    q_sketch, k_sketch = _sketches(q_sketch, k_sketch)
+    (B, H, N, D), M, H_s = q.shape, k.shape[2], q_sketch.shape[1]
+    valid, forced = _valid_and_forced(
+        (B, N, M),
+        q.device,
+        is_causal,
+        key_mask,
+        window,
+        num_sinks,
+        global_mask,
+        query_offset,
+        cu_seqlens_q,
+        cu_seqlens_k,
+    )
+    free = valid & ~forced
     with torch.no_grad():
         if indices is None:
             scale = 1.0 / math.sqrt(D) if scale is None else scale
             dtype = _compute_dtype(q)
             logits = q.to(dtype) @ _per_head(k, H).to(dtype).mT * scale
-            target = _softmax_lse(logits.masked_fill(~valid[:, None], -math.inf))[0].mean(1)
+            target = _softmax_lse(logits.masked_fill(~free[:, None], -math.inf))[0]
         else:
             logits = _gathered_scores(q, k, indices, scale)
-            used = _per_head(indices, H) != -1
-            if log_inclusion is not None:
-                logits = torch.where(used, logits - _per_head(log_inclusion, H), -math.inf)
-            weights = _softmax_lse(logits)[0] / H
             # One more column at the end takes the unused slots, whose weight is 0.
             entries = _per_head(indices, H).long().remainder(M + 1)
-            target = weights.new_zeros(B, N, M + 1).scatter_add(
-                2, entries.transpose(1, 2).flatten(2), weights.transpose(1, 2).flatten(2)
-            )[..., :M]
-    scores = _sketch_scores(q_sketch, k_sketch, sketch_scale, valid)
+            used = F.pad(free, (0, 1))[:, None].expand(B, H, N, M + 1).gather(-1, entries)
+            if log_inclusion is not None:
+                logits = logits - _per_head(log_inclusion, H)
+            weights = _softmax_lse(torch.where(used, logits, -math.inf))[0]
+            target = weights.new_zeros(B, H, N, M + 1).scatter_add(-1, entries, weights)[..., :M]
+        target = torch.unflatten(target, 1, (H_s, H // H_s)).mean(2)
+    scores = _sketch_scores(q_sketch, k_sketch, sketch_scale, free)
     lse = _softmax_lse(scores)[1]
-    log_p = torch.where(valid, scores - lse[..., None], 0.0)
-    num_rows = valid.any(-1).sum().clamp(min=1)
-    return -(target * log_p).sum() / num_rows
+    log_p = torch.where(free[:, None], scores - lse[..., None], 0.0)
+    losses = -(target * log_p).sum(-1)  # [B, H_s, N]
+    counted = free.any(-1)[:, None].expand(B, H_s, N)
+    if rows is not None:
+        losses, counted = losses[..., rows], counted[..., rows]
+    total: Tensor = losses.sum()
+    return total / counted.sum().clamp(min=1) if reduction == "mean" else total
 
 
 def smart_bird_attention(
@@ -313,6 +407,13 @@ def smart_bird_attention(
     key_mask: Tensor | None = None,
     window: int = 0,
     num_sinks: int = 0,
+    global_mask: Tensor | None = None,
+    query_offset: int | Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    first_head: int = 0,
+    query_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
     sketch_scale: float | None = None,
@@ -326,18 +427,22 @@ def smart_bird_attention(
         q: [B, H, N, D].
         k: [B, H_kv, M, D], H a multiple of H_kv.
         v: [B, H_kv, M, Dv].
-        q_sketch: [B, N, S].
-        k_sketch: [B, M, S].
+        q_sketch: [B, N, S] or [B, H_s, N, S].
+        k_sketch: [B, M, S] or [B, H_ks, M, S].
         num_samples: K.
-        num_index_heads: H_i, H if None.
+        num_index_heads: H_i; None: H_kv, or H_s where that is more.
         correction: subtract log_inclusion from the logits: the self-normalised Horvitz-Thompson
             estimate of dense attention. Without it: attention restricted to the sample.
+        query_mask: bool [B, N]. Queries where it is False, and keys where ``key_mask`` is, are
+            taken out of their sequences before anything else; rows become 0, indices -1.
         scale: factor of the attention scores, 1/sqrt(D) if None.
         sketch_scale: factor of the sketch scores, 1/sqrt(S) if None.
         seed: int64 [2] for sampling and dropout; drawn from ``generator`` if None.
         generator: source of ``seed``; torch's default if None.
         return_indices: also return the keys drawn.
-        method, is_causal, key_mask, window, num_sinks: see :func:`sketch_sample`.
+        method: see :func:`sketch_sample`.
+        is_causal, key_mask, window, num_sinks, global_mask, query_offset, cu_seqlens_q,
+            cu_seqlens_k, sequence_ids, first_head: see above.
         dropout_p: see :func:`gather_attention`.
 
     Returns:
@@ -346,26 +451,112 @@ def smart_bird_attention(
     Raises:
         ValueError: see :func:`sketch_sample`.
     """
-    H = q.shape[1]
+    q_sketch, k_sketch = _sketches(q_sketch, k_sketch)
+    if num_index_heads is None:
+        num_index_heads = max(k.shape[1], q_sketch.shape[1])
     if seed is None:
         seed = _draw_seed(generator, q.device)
+    if query_mask is not None:
+        (B, H, N, _), M = q.shape, k.shape[2]
+        out = q.new_zeros(B, H, N, v.shape[3])
+        indices = torch.full((B, num_index_heads, N, num_samples), -1, device=q.device).int()
+        for b in range(B):
+            rows = query_mask[b].nonzero().squeeze(-1)
+            keys = (torch.ones(M) if key_mask is None else key_mask[b]).nonzero().squeeze(-1)
+            one = smart_bird_attention(
+                q[b : b + 1, :, rows],
+                k[b : b + 1, :, keys],
+                v[b : b + 1, :, keys],
+                q_sketch[b : b + 1, :, rows],
+                k_sketch[b : b + 1, :, keys],
+                num_samples,
+                num_index_heads=num_index_heads,
+                method=method,
+                correction=correction,
+                is_causal=is_causal,
+                window=window,
+                num_sinks=num_sinks,
+                global_mask=None if global_mask is None else global_mask[b : b + 1, keys],
+                query_offset=query_offset[b : b + 1]
+                if isinstance(query_offset, Tensor)
+                else query_offset,
+                dropout_p=dropout_p,
+                scale=scale,
+                sketch_scale=sketch_scale,
+                seed=seed + b,
+                return_indices=True,
+            )
+            out[b, :, rows] = one[0][0]
+            indices[b, :, rows] = F.pad(keys, (0, 1), value=-1)[one[1][0].long()].int()
+        return (out, indices) if return_indices else out
     indices, log_inclusion = sketch_sample(
         q_sketch,
         k_sketch,
         num_samples,
-        num_index_heads=H if num_index_heads is None else num_index_heads,
+        num_index_heads=num_index_heads,
         method=method,
         scale=sketch_scale,
         is_causal=is_causal,
         key_mask=key_mask,
         window=window,
         num_sinks=num_sinks,
+        global_mask=global_mask,
+        query_offset=query_offset,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         seed=seed,
     )
     bias = -log_inclusion if correction else None
-    out = gather_attention(q, k, v, indices, bias=bias, scale=scale, dropout_p=dropout_p, seed=seed)
-    assert isinstance(out, Tensor)
-    return (out, indices) if return_indices else out
+    result = gather_attention(
+        q, k, v, indices, bias=bias, scale=scale, dropout_p=dropout_p, seed=seed
+    )
+    assert isinstance(result, Tensor)
+    return (result, indices) if return_indices else result
+
+
+def smart_bird_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_sketch: Tensor,
+    k_sketch: Tensor,
+    num_samples: int,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    return_indices: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`smart_bird_attention` of packed sequences whose rows come first.
+
+    Args:
+        q: [T_q, H, D].
+        k: [T_k, H_kv, D].
+        v: [T_k, H_kv, Dv].
+        q_sketch: [T_q, S] or [T_q, H_s, S].
+        k_sketch: [T_k, S] or [T_k, H_ks, S].
+
+    Returns:
+        out [T_q, H, Dv], and with ``return_indices`` int32 [H_i, T_q, K].
+    """
+    q, k, v, q_sketch, k_sketch = (
+        (x[:, None] if x.dim() == 2 else x).transpose(0, 1)[None]
+        for x in (q, k, v, q_sketch, k_sketch)
+    )
+    out, indices = smart_bird_attention(
+        q,
+        k,
+        v,
+        q_sketch,
+        k_sketch,
+        num_samples,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        return_indices=True,
+        **options,
+    )
+    out = out[0].transpose(0, 1)
+    return (out, indices[0]) if return_indices else out
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -377,40 +568,75 @@ def _per_head(x: Tensor, num_heads: int) -> Tensor:
     return x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
-def _valid_keys(
-    B: int, N: int, M: int, is_causal: bool, key_mask: Tensor | None, device: torch.device
-) -> Tensor:
-    """bool [B, N, M]: the keys that each row may attend."""
-    valid = torch.ones(B, N, M, dtype=torch.bool, device=device)
-    if is_causal:
-        valid = valid.tril(M - N)
+def _sketches(q_sketch: Tensor, k_sketch: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, H_s, N, S] and [B, H_s, M, S]."""
+    if q_sketch.dim() == 3:
+        return q_sketch[:, None], k_sketch[:, None]
+    return q_sketch, _per_head(k_sketch, q_sketch.shape[1])
+
+
+def _valid_and_forced(
+    shape: tuple[int, int, int],
+    device: torch.device,
+    is_causal: bool = False,
+    key_mask: Tensor | None = None,
+    window: int = 0,
+    num_sinks: int = 0,
+    global_mask: Tensor | None = None,
+    query_offset: int | Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    num_samples: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """bool [B, N, M], twice: the valid keys of each row and, among them, the forced ones.
+
+    Without ``num_samples`` there is room for all of ``global_mask``.
+    """
+    B, N, M = shape
+    seen = torch.zeros(shape, dtype=torch.bool, device=device)  # of the same sequence
+    distance = torch.zeros(shape, dtype=torch.int64, device=device)  # from a key to the position
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        sequences = [(b, slice(0, N), slice(0, M)) for b in range(B)]
+    else:
+        q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        sequences = [
+            (0, slice(*q_ends[s : s + 2]), slice(*k_ends[s : s + 2]))
+            for s in range(len(q_ends) - 1)
+        ]
+    for s, (b, queries, keys) in enumerate(sequences):
+        num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start
+        offset = num_keys - num_queries if query_offset is None else query_offset
+        if isinstance(offset, Tensor):
+            offset = int(offset[s])
+        position = torch.arange(num_queries, device=device)[:, None] + offset
+        seen[b, queries, keys] = True
+        distance[b, queries, keys] = position - torch.arange(num_keys, device=device)
+
+    valid = seen & (distance >= 0) if is_causal else seen
     if key_mask is not None:
         valid = valid & key_mask[:, None, :]
-    return valid
-
-
-def _forced_keys(valid: Tensor, window: int, num_sinks: int, is_causal: bool) -> Tensor:
-    """bool [B, N, M]: sinks and window of each row; may hold keys that are not valid."""
-    N, M = valid.shape[1:]
-    sinks = valid & (valid.cumsum(-1) <= num_sinks)
-    if window == 0:
-        return sinks
-    position = torch.arange(N, device=valid.device)[:, None] + (M - N)
-    distance = position - torch.arange(M, device=valid.device)
-    near = (distance >= 0) & (distance < window) if is_causal else distance.abs() <= window // 2
-    return sinks | near
+    forced = valid & (valid.cumsum(-1) <= num_sinks)
+    if window > 0:
+        near = distance < window if is_causal else distance.abs() <= window // 2
+        forced = forced | (valid & near)
+    if global_mask is not None:
+        more = valid & global_mask[:, None, :] & ~forced
+        if num_samples is not None:
+            more = more & (more.cumsum(-1) <= num_samples - forced.sum(-1, keepdim=True))
+        forced = forced | more
+    return valid, forced
 
 
 def _sketch_scores(
     q_sketch: Tensor, k_sketch: Tensor, scale: float | None, valid: Tensor
 ) -> Tensor:
-    """[B, N, M]: scaled sketch scores, -inf at keys that are not valid."""
+    """[B, H_s, N, M]: scaled sketch scores, -inf at keys that are not valid [B, N, M]."""
     scale = 1.0 / math.sqrt(q_sketch.shape[-1]) if scale is None else scale
     dtype = _compute_dtype(q_sketch)
     # Rows and keys without a valid pair may hold NaN: 0 * NaN must not enter a gradient.
-    q_sketch = q_sketch.to(dtype).masked_fill(~valid.any(2)[..., None], 0.0)
-    k_sketch = k_sketch.to(dtype).masked_fill(~valid.any(1)[..., None], 0.0)
-    return (q_sketch @ k_sketch.mT * scale).masked_fill(~valid, -math.inf)
+    q_sketch = q_sketch.to(dtype).masked_fill(~valid.any(2)[:, None, :, None], 0.0)
+    k_sketch = k_sketch.to(dtype).masked_fill(~valid.any(1)[:, None, :, None], 0.0)
+    return (q_sketch @ k_sketch.mT * scale).masked_fill(~valid[:, None], -math.inf)
 
 
 def _softmax_lse(logits: Tensor) -> tuple[Tensor, Tensor]:
