@@ -1,33 +1,38 @@
 """Content-based sparse attention for PyTorch: a re-implementation of Smart Bird (arXiv 2108.09193).
 
-A one-head, low-dimensional sketch scores all pairs of tokens, every head samples its own keys from
-the sketch's probabilities, and attends to those keys only. See ``ops`` for the operators,
-``functional`` for the composed attention, ``reference`` for their definition in plain PyTorch, and
-``patterns`` and ``plot`` for fixed sets of keys and for pictures of drawn ones.
+Low-dimensional sketches score all pairs of tokens, every head samples its own keys from their
+probabilities, and attends to those keys only. See ``nn`` for the modules, ``functional`` for the
+composed attention, ``ops`` for the operators, ``reference`` for their definition in plain PyTorch,
+and ``patterns`` and ``plot`` for fixed sets of keys and for pictures of drawn ones.
 """
 
-from smartbird import functional, ops, patterns, reference
+from smartbird import functional, nn, ops, patterns, reference
 from smartbird._library import __version__, build_info
-from smartbird.modules import (
+from smartbird.nn import (
     DenseWarmup,
     SampleAnneal,
+    SampledAttention,
     SmartBirdAttention,
     SmartBirdEncoderLayer,
     seed_evaluation,
     sketch_loss,
+    sketch_stats,
 )
 
 __all__ = [
     "DenseWarmup",
     "SampleAnneal",
+    "SampledAttention",
     "SmartBirdAttention",
     "SmartBirdEncoderLayer",
     "__version__",
     "build_info",
     "functional",
+    "nn",
     "ops",
     "patterns",
     "reference",
     "seed_evaluation",
     "sketch_loss",
+    "sketch_stats",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smartbird.modules import SmartBirdAttention
+from smartbird.nn import SmartBirdAttention
 
 try:
     from matplotlib.colors import LogNorm

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smartbird.modules import DenseWarmup, SmartBirdAttention
+from smartbird.nn import DenseWarmup, SmartBirdAttention
 
 pytest.importorskip("matplotlib", reason="pictures need the extra smartbird[plot]")
 
