@@ -113,7 +113,7 @@ class Visible:
             return self
         left = self.key_mask
         if self.num_sinks > 0:
-            beyond = self._valid_before() >= self.num_sinks
+            beyond = (self._valid_before() >= self.num_sinks).expand(self.batch, -1)
             left = beyond if left is None else left & beyond
         if self.global_mask is not None:
             left = ~self.global_mask if left is None else left & ~self.global_mask

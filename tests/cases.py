@@ -46,12 +46,19 @@ class Case:
     window: int = 0
     num_sinks: int = 0
     strided: bool = False
+    H_s: int | None = None  # None: sketches [B, N, S] and [B, M, S]
+    H_ks: int | None = None
+    has_globals: bool = False
+    query_offset: int | None = None
+    own_offsets: bool = False  # query_offset is a tensor
+    lengths: tuple[tuple[int, int], ...] = ()  # queries and keys of packed sequences
 
     def __str__(self) -> str:
         return self.name
 
 
-CASES = (
+# Shapes and masks that every op has to do with.
+SHAPES = (
     Case("self"),
     Case("gqa", H=6, H_kv=2, H_i=3),
     Case("mqa_shared_index", H_kv=1, H_i=1),
@@ -78,6 +85,32 @@ CASES = (
     Case("no_queries", N=0),
     Case("no_keys", M=0),
 )
+# Lengths of 0, fewer queries than keys, more, and across a tile of 32 keys; with rows left over.
+PACKED: dict[str, Any] = {
+    "B": 1,
+    "lengths": ((5, 5), (0, 0), (3, 37), (0, 4), (2, 0), (9, 4), (6, 6)),
+    "N": 28,
+    "M": 61,
+}
+# Who the rows are, which the gather ops do not know.
+CASES = (
+    *SHAPES,
+    Case("sketches", H_kv=2, H_s=2, H_ks=1, is_causal=True),
+    Case("sketch_per_head", H=6, H_kv=2, H_i=6, H_s=6, H_ks=3, masked=True),
+    Case("sketches_by_key_heads", H=6, H_kv=2, H_i=3, H_s=3, H_ks=3),
+    Case("globals", has_globals=True, window=2, num_sinks=1, K=12, is_causal=True),
+    Case("more_globals_than_samples", has_globals=True, num_sinks=1, K=4, masked=True),
+    Case("offset", N=7, M=40, query_offset=11, window=3, is_causal=True),
+    Case("offset_of_a_window", N=7, M=40, query_offset=31, window=4, num_sinks=1),
+    Case("offset_before_the_keys", N=9, query_offset=-4, is_causal=True, K=3),
+    Case("offsets", N=9, M=40, own_offsets=True, window=3, is_causal=True, masked=True, B=3),
+    Case("packed", is_causal=True, **PACKED),
+    Case("packed_masked", H_s=2, H_ks=2, masked=True, **PACKED),
+    Case("packed_forced", window=3, num_sinks=1, has_globals=True, masked=True, K=8, **PACKED),
+    Case("packed_forced_causal", window=3, num_sinks=2, is_causal=True, **PACKED),
+    Case("packed_offsets", own_offsets=True, window=2, is_causal=True, H_s=4, H_ks=2, **PACKED),
+    Case("packed_long", B=1, lengths=((40, 90), (33, 333)), N=73, M=425, H=2, H_kv=1, H_i=2, K=41),
+)
 CASE = {case.name: case for case in CASES}
 
 
@@ -94,28 +127,55 @@ class Inputs:
     key_mask: Tensor | None
     indices: Tensor
     seed: Tensor
+    global_mask: Tensor | None = None
+    query_offset: int | Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
 
     def masks(self) -> dict[str, Any]:
         """Keywords that say which keys are valid."""
-        return {"is_causal": self.case.is_causal, "key_mask": self.key_mask}
-
-    def sampling(self) -> dict[str, Any]:
-        """All keywords of sketch_sample but the method."""
         return {
-            "num_index_heads": self.case.H_i,
+            "is_causal": self.case.is_causal,
+            "key_mask": self.key_mask,
+            "query_offset": self.query_offset,
+            "cu_seqlens_q": self.cu_seqlens_q,
+            "cu_seqlens_k": self.cu_seqlens_k,
+        }
+
+    def rows(self) -> dict[str, Any]:
+        """Keywords that say which keys are valid, and which of them are forced."""
+        return {
             "window": self.case.window,
             "num_sinks": self.case.num_sinks,
-            "seed": self.seed,
+            "global_mask": self.global_mask,
             **self.masks(),
         }
 
+    def sampling(self) -> dict[str, Any]:
+        """All keywords of sketch_sample but the method."""
+        return {"num_index_heads": self.case.H_i, "seed": self.seed, **self.rows()}
+
+    def valid_and_forced(self, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
+        """bool [B, N, M], twice; without ``num_samples`` all of ``global_mask`` is forced."""
+        sizes = (self.case.B, self.case.N, self.case.M)
+        return reference._valid_and_forced(
+            sizes, self.q.device, **self.rows(), num_samples=num_samples
+        )
+
     def valid(self) -> Tensor:
         """bool [B, N, M]."""
-        B, N, M = self.case.B, self.case.N, self.case.M
-        valid = torch.ones(B, N, M, dtype=torch.bool, device=self.q.device)
-        if self.case.is_causal:
-            valid = valid.tril(M - N)
-        return valid if self.key_mask is None else valid & self.key_mask[:, None]
+        return self.valid_and_forced()[0]
+
+    def free(self) -> Tensor:
+        """bool [B, N, M]."""
+        valid, forced = self.valid_and_forced()
+        return valid & ~forced
+
+    def sketch_scores(self) -> Tensor:
+        """float64 [B, H_i, N, M]."""
+        q_sketch, k_sketch = reference._sketches(self.q_sketch.double(), self.k_sketch.double())
+        scores = q_sketch @ k_sketch.mT / math.sqrt(self.case.S)
+        return reference._per_head(scores, self.case.H_i)
 
 
 def make_inputs(
@@ -132,26 +192,37 @@ def make_inputs(
         return x
 
     key_mask = None
-    if case.masked:  # the last batch element has no valid key
+    if case.masked:  # one batch element, or packed sequence, has no valid key
         key_mask = torch.rand(case.B, case.M, generator=rng) < 0.6
-        key_mask[-1] = False
+        key_mask[-1, slice(case.lengths[0][1]) if case.lengths else slice(None)] = False
         key_mask = key_mask.to(device)
     shape = (case.B, case.H_i, case.N, case.K)
     indices = torch.randint(-1, max(case.M, 1), shape, generator=rng, dtype=torch.int32)
     if case.M == 0:
         indices.fill_(-1)
     indices[:, :, 1::5] = -1
-    return Inputs(
+    q_heads, k_heads = (() if heads is None else (heads,) for heads in (case.H_s, case.H_ks))
+    x = Inputs(
         case,
         q=normal(case.B, case.H, case.N, case.D),
         k=normal(case.B, case.H_kv, case.M, case.D),
         v=normal(case.B, case.H_kv, case.M, case.Dv),
-        q_sketch=normal(case.B, case.N, case.S),
-        k_sketch=normal(case.B, case.M, case.S),
+        q_sketch=normal(case.B, *q_heads, case.N, case.S),
+        k_sketch=normal(case.B, *k_heads, case.M, case.S),
         key_mask=key_mask,
         indices=indices.to(device),
         seed=torch.tensor([seed + 1, 7], device=device),
+        query_offset=case.query_offset,
     )
+    if case.has_globals:
+        x.global_mask = (torch.rand(case.B, case.M, generator=rng) < 0.3).to(device)
+    if case.lengths:
+        ends = torch.tensor([(0, 0), *case.lengths]).cumsum(0).int().T.contiguous().to(device)
+        x.cu_seqlens_q, x.cu_seqlens_k = ends
+    if case.own_offsets:
+        sequences = (len(case.lengths) or case.B,)
+        x.query_offset = torch.randint(-3, case.M, sequences, generator=rng).to(device)
+    return x
 
 
 def drawn_entries(inputs: Inputs, method: str = "multinomial") -> tuple[Tensor, Tensor]:

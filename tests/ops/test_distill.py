@@ -45,7 +45,7 @@ def test_sketch_lse(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     x = make_inputs(case, dtype, backend.device)
 
     def run(ops: ModuleType, q_sketch: Tensor, k_sketch: Tensor) -> tuple[Tensor, ...]:
-        return (ops.sketch_lse(q_sketch, k_sketch, **x.masks()),)
+        return (ops.sketch_lse(q_sketch, k_sketch, **x.rows()),)
 
     check_against_reference(backend.ops, run, x.q_sketch, x.k_sketch)
 
@@ -55,7 +55,7 @@ def test_sketch_lse(backend: Backend, case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_distill_loss(backend: Backend, case: Case, target: str, dtype: torch.dtype) -> None:
     x = make_inputs(case, dtype, backend.device)
-    keywords = target_keywords(x, target) | x.masks()
+    keywords = target_keywords(x, target) | x.rows()
 
     def run(ops: ModuleType, q_sketch: Tensor, k_sketch: Tensor) -> tuple[Tensor, ...]:
         q, k = x.q.to(q_sketch.dtype), x.k.to(q_sketch.dtype)
@@ -116,7 +116,7 @@ def test_results_are_float32_but_for_float64(backend: Backend) -> None:
 def test_gradcheck_distill_loss(backend: Backend, target: str, is_causal: bool) -> None:
     x = make_inputs(SMALL, torch.float64, backend.device)
     x.case = Case(**(vars(SMALL) | {"is_causal": is_causal}))
-    keywords = target_keywords(x, target) | x.masks()
+    keywords = target_keywords(x, target) | x.rows()
 
     def loss(q_sketch: Tensor, k_sketch: Tensor) -> Tensor:
         return backend.ops.distill_loss(x.q, x.k, q_sketch, k_sketch, **keywords)
@@ -180,9 +180,9 @@ def test_no_valid_key_at_all(backend: Backend, target: str) -> None:
     x = make_inputs(CASE["masked"], torch.float32, backend.device)
     x.key_mask = torch.zeros_like(x.key_mask)
     q_sketch, k_sketch = leaves(x.q_sketch, x.k_sketch)
-    keywords = target_keywords(x, target) | x.masks()
+    keywords = target_keywords(x, target) | x.rows()
     loss = backend.ops.distill_loss(x.q, x.k, q_sketch, k_sketch, **keywords)
-    lse = backend.ops.sketch_lse(q_sketch, k_sketch, **x.masks())
+    lse = backend.ops.sketch_lse(q_sketch, k_sketch, **x.rows())
     (loss + lse.sum()).backward()
     assert loss == 0
     assert (lse == -math.inf).all()
@@ -194,7 +194,7 @@ def test_no_valid_key_at_all(backend: Backend, target: str) -> None:
 def test_poison(backend: Backend, target: str) -> None:
     """NaN in masked keys and in rows without a valid key reaches neither results nor gradients."""
     x = make_inputs(CASE["masked_causal_gqa"], torch.float32, backend.device)
-    keywords = target_keywords(x, target) | x.masks()
+    keywords = target_keywords(x, target) | x.rows()
     hidden = ~x.key_mask
     rows = ~x.valid().any(-1)
     q = x.q.masked_fill(rows[:, None, :, None], math.nan)
@@ -204,11 +204,11 @@ def test_poison(backend: Backend, target: str) -> None:
         x.k_sketch.masked_fill(hidden[..., None], math.nan),
     )
     loss = backend.ops.distill_loss(q, k, q_sketch, k_sketch, **keywords)
-    lse = backend.ops.sketch_lse(q_sketch, k_sketch, **x.masks())
+    lse = backend.ops.sketch_lse(q_sketch, k_sketch, **x.rows())
     (loss + lse[~rows].sum()).backward()
     clean = backend.ops.distill_loss(x.q, x.k, x.q_sketch, x.k_sketch, **keywords)
     assert torch.equal(loss.detach(), clean)
-    assert torch.equal(lse.detach(), backend.ops.sketch_lse(x.q_sketch, x.k_sketch, **x.masks()))
+    assert torch.equal(lse.detach(), backend.ops.sketch_lse(x.q_sketch, x.k_sketch, **x.rows()))
     assert q_sketch.grad.isfinite().all()
     assert k_sketch.grad.isfinite().all()
     assert (q_sketch.grad[rows] == 0).all()
@@ -219,12 +219,12 @@ def test_poison(backend: Backend, target: str) -> None:
 @pytest.mark.parametrize("where", ["q_sketch", "k_sketch"])
 def test_nan_in_a_row_that_counts_is_seen(backend: Backend, where: str, target: str) -> None:
     x = make_inputs(CASE["masked_causal_gqa"], torch.float32, backend.device)
-    keywords = target_keywords(x, target) | x.masks()
+    keywords = target_keywords(x, target) | x.rows()
     sketches = {"q_sketch": x.q_sketch.clone(), "k_sketch": x.k_sketch.clone()}
     row = x.valid().any(-1)[0].nonzero()[-1, 0]
     at = row if where == "q_sketch" else x.key_mask[0].nonzero()[0, 0]
     sketches[where][0, at] = math.nan
-    lse = backend.ops.sketch_lse(**sketches, **x.masks())
+    lse = backend.ops.sketch_lse(**sketches, **x.rows())
     assert lse[0, row].isnan()
     assert backend.ops.distill_loss(x.q, x.k, **sketches, **keywords).isnan()
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from cases import (
     CASE,
-    CASES,
     DTYPES,
+    SHAPES,
     Backend,
     Case,
     Inputs,
@@ -29,7 +29,7 @@ SMALL = Case("small", B=2, N=6, M=5, H=4, H_kv=2, H_i=2, D=3, Dv=2, K=3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_scores(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     x = make_inputs(case, dtype, backend.device)
 
@@ -40,7 +40,7 @@ def test_scores(backend: Backend, case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_attention(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     x = make_inputs(case, dtype, backend.device)
 
@@ -50,7 +50,7 @@ def test_attention(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     check_against_reference(backend.ops, run, x.q, x.k, x.v)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_attention_over_sampled_keys(backend: Backend, case: Case) -> None:
     """Ascending distinct indices with the unused slots at the end, and the sampling correction."""
     x = make_inputs(case, torch.float32, backend.device)

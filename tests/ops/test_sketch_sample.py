@@ -312,9 +312,8 @@ def test_structure(backend: Backend, case: Case, method: str, dtype: torch.dtype
     assert (indices.dtype, log_inclusion.dtype) == (torch.int32, torch.float32)
     assert not indices.requires_grad
 
-    valid = x.valid()
+    valid, forced = x.valid_and_forced(case.K)
     num_valid = valid.sum(-1)
-    forced = valid & reference._forced_keys(valid, case.window, case.num_sinks, case.is_causal)
     for b, h, i in itertools.product(range(case.B), range(case.H_i), range(case.N)):
         keys = indices[b, h, i].tolist()
         used = [key for key in keys if key != -1]
@@ -439,11 +438,10 @@ def test_topk_has_the_largest_scores(backend: Backend, case: Case, dtype: torch.
     indices, _ = backend.ops.sketch_sample(*args, method="topk", **x.sampling())
     expected, _ = reference.sketch_sample(*args, method="topk", **x.sampling())
     # Scores that differ by less than their rounding may change places.
-    scores = (x.q_sketch.double() @ x.k_sketch.double().mT)[:, None]
+    scores = x.sketch_scores() * math.sqrt(case.S)
     if case.M == 0:
         assert torch.equal(indices, expected)
         return
-    scores = scores.expand(-1, case.H_i, -1, -1)
     ours = scores.gather(-1, indices.long().clamp(min=0)).masked_fill(indices < 0, 0)
     theirs = scores.gather(-1, expected.long().clamp(min=0)).masked_fill(expected < 0, 0)
     assert torch.equal(indices < 0, expected < 0)
@@ -459,9 +457,8 @@ def test_systematic_keys_belong_to_one_uniform(backend: Backend, name: str) -> N
     indices, log_inclusion = backend.ops.sketch_sample(
         x.q_sketch, x.k_sketch, case.K, method="systematic", **x.sampling()
     )
-    valid = x.valid()
-    forced = valid & reference._forced_keys(valid, case.window, case.num_sinks, case.is_causal)
-    scores = x.q_sketch @ x.k_sketch.mT / math.sqrt(case.S)
+    valid, forced = x.valid_and_forced(case.K)
+    scores = x.sketch_scores()[:, 0]
     uniforms = []
     for b, i in itertools.product(range(case.B), range(case.N)):
         if valid[b, i].sum() <= case.K:
@@ -513,7 +510,7 @@ def test_number_of_threads_does_not_matter(backend: Backend, method: str, name: 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_part_of_the_problem_is_the_same(backend: Backend, method: str) -> None:
-    """A draw depends on (batch, head, row), not on how many others there are."""
+    """A draw depends on (sequence, head, position), not on how many others there are."""
     x = make_inputs(CASE["past_the_tiles"], torch.float32, backend.device)
     q_sketch, k_sketch = x.q_sketch.expand(3, -1, -1), x.k_sketch.expand(3, -1, -1)
 
@@ -524,6 +521,7 @@ def test_part_of_the_problem_is_the_same(backend: Backend, method: str) -> None:
             41,
             num_index_heads=heads,
             method=method,
+            query_offset=5,
             seed=x.seed,
         )
 
