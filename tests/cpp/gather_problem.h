@@ -41,6 +41,7 @@ struct Problem {
     GatherParams p{};
     p.B = B, p.H = H, p.H_kv = H_kv, p.H_i = H_i, p.N = N, p.M = M, p.K = K, p.D = D, p.Dv = Dv;
     p.H_bias = H, p.row_end = N;
+    p.visible.queries = {N, B, nullptr}, p.visible.keys = {M, B, nullptr};
     p.dtype = dtype;
     p.q = q.array.data(), p.k = k.array.data(), p.v = v.array.data();
     const auto set_stride = [](int64_t* stride, int64_t heads, int64_t rows, int64_t row) {

@@ -13,9 +13,10 @@ int64_t padded(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
 
 // Everything a key or a row that takes no part may hold is NaN.
 struct Sketches {
-  Sketches(const Kernels& kernels, Problem* problem, int64_t S, bool is_causal)
+  Sketches(const Kernels& kernels, Problem* problem, int64_t S, bool is_causal, int64_t window)
       : S(S),
         is_causal(is_causal),
+        window(window),
         acc(acc_dtype(problem->dtype)),
         q(problem->dtype, problem->shape.B * problem->shape.N, S, problem->random),
         k(problem->dtype, problem->shape.B * problem->shape.M, S, problem->random),
@@ -36,22 +37,17 @@ struct Sketches {
         k.array.set((b * s.M + m) * k.stride + d, kNan);
     }
     for (int64_t b = 0; b < s.B; ++b) {
-      first_valid.push_back(s.M);
-      for (int64_t m = s.M; m-- > 0;)
-        if (mask[static_cast<size_t>(b * s.M + m)]) first_valid.back() = m;
+      valid_before.push_back(0);
+      for (int64_t m = 0; m < s.M; ++m)
+        valid_before.push_back(valid_before.back() + mask[static_cast<size_t>(b * s.M + m)]);
     }
     for (int64_t row = 0; row < s.B * s.N; ++row)
-      for (int64_t d = 0; d < S && !has_valid_key(s, row / s.N, row % s.N); ++d)
+      for (int64_t d = 0; d < S && !sees_any(s, row / s.N, row % s.N); ++d)
         q.array.set(row * q.stride + d, kNan);
-    // Entries of invalid keys are no entries.
-    for (size_t slot = 0; slot < problem->indices.size(); ++slot) {
-      const int64_t row = static_cast<int64_t>(slot) / s.K, i = row % s.N;
-      if (!sees(s, row / s.N / s.H_i, i, problem->indices[slot])) problem->indices[slot] = -1;
-    }
     const PackParams pack{.B = s.B,
                           .H = 1,
-                          .M = s.M,
                           .D = S,
+                          .rows = {s.M, s.B, nullptr},
                           .dtype = problem->dtype,
                           .to_double = acc == DType::kFloat64,
                           .x = k.array.data(),
@@ -65,27 +61,32 @@ struct Sketches {
   }
 
   bool sees(const Shape& s, int64_t b, int64_t i, int64_t m) const {
-    return m >= 0 && mask[static_cast<size_t>(b * s.M + m)] && (!is_causal || m <= i + s.M - s.N);
+    const int64_t ahead = m - (i + s.M - s.N);
+    if (m < 0 || !mask[static_cast<size_t>(b * s.M + m)]) return false;
+    return is_causal ? ahead <= -window : window == 0 || std::abs(ahead) > window / 2;
   }
-  bool has_valid_key(const Shape& s, int64_t b, int64_t i) const {
-    return first_valid[static_cast<size_t>(b)] < (is_causal ? i + s.M - s.N + 1 : s.M);
+  bool sees_any(const Shape& s, int64_t b, int64_t i) const {
+    for (int64_t m = 0; m < s.M; ++m)
+      if (sees(s, b, i, m)) return true;
+    return false;
   }
 
   int64_t S;
   bool is_causal;
+  int64_t window;
   DType acc;
   Rows q, k;
   std::vector<uint8_t> mask;
   int64_t M_pad, S_pad;
   Array tiles, key_bias, k_rows;
-  std::vector<int64_t> first_valid;
+  std::vector<int32_t> valid_before;
 };
 
 void test_distill(const Kernels& kernels, const Shape& shape, DType dtype, int64_t S,
-                  bool is_causal, bool with_bias, int64_t chunk) {
+                  bool is_causal, int64_t window, bool with_bias, int64_t chunk) {
   Problem problem(shape, dtype);
   const Shape& s = problem.shape;
-  Sketches sketches(kernels, &problem, S, is_causal);
+  Sketches sketches(kernels, &problem, S, is_causal, window);
   const DType acc = sketches.acc;
   const int64_t chunks = (s.N + chunk - 1) / chunk;
   Array dk_parts(acc, s.B * chunks * sketches.M_pad * sketches.S_pad), dq(acc, s.B * s.N * S),
@@ -93,13 +94,17 @@ void test_distill(const Kernels& kernels, const Shape& shape, DType dtype, int64
   std::vector<double> loss_parts(static_cast<size_t>(s.B * chunks), kNan);
   DistillParams p{};
   p.gather = problem.params(with_bias);
-  p.S = S, p.S_pad = sketches.S_pad, p.M_pad = sketches.M_pad;
+  p.visible.queries = {s.N, s.B, nullptr}, p.visible.keys = {s.M, s.B, nullptr};
+  p.visible.is_causal = is_causal, p.visible.window = window;
+  p.visible.key_mask = sketches.mask.data();
+  p.H_s = p.H_ks = 1;
+  p.S = S, p.S_pad = sketches.S_pad, p.T = sketches.M_pad / kTile, p.part_keys = sketches.M_pad;
   p.q_sketch = sketches.q.array.data();
-  p.q_sketch_stride[0] = s.N * sketches.q.stride, p.q_sketch_stride[1] = sketches.q.stride;
+  p.q_sketch_stride[0] = p.q_sketch_stride[1] = s.N * sketches.q.stride;
+  p.q_sketch_stride[2] = sketches.q.stride;
   p.k_rows = sketches.k_rows.data(), p.k_tiles = sketches.tiles.data();
-  p.key_bias = sketches.key_bias.data(), p.key_mask = sketches.mask.data();
-  p.first_valid = sketches.first_valid.data();
-  p.sketch_scale = 0.7, p.row_weight = 0.25, p.is_causal = is_causal, p.chunk = chunk;
+  p.key_bias = sketches.key_bias.data(), p.valid_before = sketches.valid_before.data();
+  p.sketch_scale = 0.7, p.row_weight = 0.25, p.chunk = chunk;
   p.loss_parts = loss_parts.data(), p.dk_parts = dk_parts.data();
   p.dq_sketch = dq.data(), p.dk_sketch = dk.data();
   run(kernels.distill_queries, p);
@@ -122,7 +127,7 @@ void test_distill(const Kernels& kernels, const Shape& shape, DType dtype, int64
         std::vector<double> weights(static_cast<size_t>(s.K));
         double total = 0;
         for (int64_t j = 0; j < s.K; ++j) {
-          if (keys[j] < 0) continue;
+          if (!sketches.sees(s, b, i, keys[j])) continue;
           const double logit = 0.3 * dot(problem.q, (b * s.H + h) * s.N + i, problem.k,
                                          key_row(s, b, h, keys[j]), s.D);
           weights[static_cast<size_t>(j)] =
@@ -132,7 +137,7 @@ void test_distill(const Kernels& kernels, const Shape& shape, DType dtype, int64
         if (total == 0) continue;
         mass += 1.0 / static_cast<double>(s.H);
         for (int64_t j = 0; j < s.K; ++j)
-          if (keys[j] >= 0)
+          if (sketches.sees(s, b, i, keys[j]))
             coefficient[static_cast<size_t>(keys[j])] -=
                 weights[static_cast<size_t>(j)] / total / static_cast<double>(s.H);
       }
@@ -168,9 +173,10 @@ void test(const Kernels& kernels) {
   for (const Shape& shape : kShapes)
     for (const DType dtype : kAllDTypes)
       for (const bool is_causal : {false, true})
-        for (const int64_t chunk : {int64_t{3}, shape.N})
-          test_distill(kernels, shape, dtype, kSketchDims[(shape.K + chunk) % 4], is_causal,
-                       chunk == 3, chunk);
+        for (const int64_t window : {0, 3})
+          for (const int64_t chunk : {int64_t{3}, shape.N})
+            test_distill(kernels, shape, dtype, kSketchDims[(shape.K + chunk) % 4], is_causal,
+                         window, chunk == 3, chunk);
 }
 
 }  // namespace

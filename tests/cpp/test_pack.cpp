@@ -34,8 +34,8 @@ void test_pack(const Kernels& kernels, DType dtype, int64_t H, int64_t M, int64_
   const PackParams params{
       .B = B,
       .H = H,
-      .M = M,
       .D = D,
+      .rows = {M, B, nullptr},
       .dtype = dtype,
       .to_double = acc == DType::kFloat64,
       .x = x.array.data(),
@@ -73,7 +73,47 @@ void test_pack(const Kernels& kernels, DType dtype, int64_t H, int64_t M, int64_
   }
 }
 
+// Each sequence of a packed element begins a tile of its own.
+void test_packed(const Kernels& kernels) {
+  const int32_t cu[] = {0, 5, 5, 70, 102};
+  const int64_t n = 4, M = 110, D = 3;
+  const Segments rows{M, n, cu};
+  const int64_t tiles = rows.blocks_per_batch(kTile);
+  Random random(1);
+  Rows x(DType::kFloat32, M, D, random);
+  Array packed(DType::kFloat32, tiles * D * kTile), key_bias(DType::kFloat32, tiles * kTile);
+  const PackParams params{.B = 1,
+                          .H = 1,
+                          .D = D,
+                          .rows = rows,
+                          .dtype = DType::kFloat32,
+                          .to_double = false,
+                          .x = x.array.data(),
+                          .stride = {M * x.stride, M * x.stride, x.stride},
+                          .scale = 1,
+                          .tiles = packed.data(),
+                          .key_bias = key_bias.data()};
+  run(kernels.pack, params);
+  std::vector<int> seen(static_cast<size_t>(tiles * kTile));
+  for (int64_t s = 0; s <= n; ++s) {
+    const Span span = rows.rows(s);
+    for (int64_t j = 0; j < span.end - span.begin; ++j) {
+      const int64_t tile = rows.first_block(s, kTile) + j / kTile, column = j % kTile;
+      ++seen[static_cast<size_t>(tile * kTile + column)];
+      for (int64_t d = 0; d < D; ++d)
+        CHECK(packed[(tile * D + d) * kTile + column] == x(span.begin + j, d));
+    }
+  }
+  for (int64_t j = 0; j < tiles * kTile; ++j) {
+    CHECK(seen[static_cast<size_t>(j)] <= 1);
+    CHECK(key_bias[j] == (seen[static_cast<size_t>(j)] ? 0 : -kInf));
+    for (int64_t d = 0; d < D && !seen[static_cast<size_t>(j)]; ++d)
+      CHECK(packed[(j / kTile * D + d) * kTile + j % kTile] == 0);
+  }
+}
+
 void test(const Kernels& kernels) {
+  test_packed(kernels);
   for (const DType dtype : kAllDTypes)
     for (const int64_t H : {1, 3})
       for (const int64_t M : {1, 31, 32, 33, 70})

@@ -8,7 +8,6 @@
 namespace smartbird::testing {
 namespace {
 
-constexpr int64_t kTile = 32;
 constexpr SampleMethod kAllMethods[] = {SampleMethod::kGumbel, SampleMethod::kSystematic,
                                         SampleMethod::kMultinomial, SampleMethod::kTopK};
 
@@ -52,8 +51,8 @@ struct Problem {
     const PackParams pack{
         .B = B,
         .H = 1,
-        .M = M,
         .D = S,
+        .rows = {M, B, nullptr},
         .dtype = dtype,
         .to_double = false,
         .x = k.array.data(),
@@ -71,21 +70,26 @@ struct Problem {
         .N = N,
         .M = M,
         .S = S,
+        .H_s = 1,
+        .H_ks = 1,
         .H_i = H_i,
         .K = K,
         .dtype = dtype,
+        .visible = {.queries = {N, B, nullptr},
+                    .keys = {M, B, nullptr},
+                    .is_causal = options.is_causal,
+                    .window = options.window,
+                    .num_sinks = options.num_sinks,
+                    .key_mask = mask},
         .q_sketch = q.array.data(),
-        .q_stride = {N * q.stride, q.stride},
-        .key_mask = mask,
+        .q_stride = {N * q.stride, N * q.stride, q.stride},
         .scale = scale,
         .method = options.method,
-        .is_causal = options.is_causal,
-        .window = options.window,
-        .num_sinks = options.num_sinks,
         .row_begin = 0,
         .row_end = N,
         .seed = 1,
         .offset = 2,
+        .most_keys = M,
         .k_tiles = static_cast<float*>(k_tiles.data()),
         .key_bias = static_cast<float*>(key_bias.data()),
         .tile_norm = static_cast<float*>(tile_norm.data()),
