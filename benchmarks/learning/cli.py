@@ -152,8 +152,9 @@ def _train(parser: argparse.ArgumentParser, resume: bool, **given: Any) -> int:
             config = dataclasses.replace(tasks.saved_config(given["out"]), **given)
         else:
             config = tasks.default_config(**given)
+        tasks.check_used(config, given)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(_as_option(str(error)))
     result = tasks.train(config, resume=resume, report=_print_evaluation)
     print(
         f"{config.task} {config.attention}: test accuracy {result.test_accuracy:.1%} "
@@ -162,6 +163,14 @@ def _train(parser: argparse.ArgumentParser, resume: bool, **given: Any) -> int:
         f"peak {result.peak_mib:.0f} MiB, metrics in {config.out}"
     )
     return 0
+
+
+def _as_option(message: str) -> str:
+    """A message that begins with a field of `Config`, with the field's option in its place."""
+    name, space, rest = message.partition(" ")
+    if name not in {field.name for field in dataclasses.fields(tasks.Config)}:
+        return message
+    return f"--{name.replace('_', '-')}{space}{rest}"
 
 
 @contextlib.contextmanager

@@ -116,17 +116,18 @@ def test_a_moved_run_resumes(capsys, tmp_path):
         (["--task", "mqar", "--steps", "many"], "--steps"),
         (["--task", "mqar", "--steps", "0"], "steps"),
         (["--task", "mqar", "--eval-method", "nothing"], "--eval-method"),
-        (["--task", "mqar", "--uniform-share", "1"], "uniform_share"),
+        (["--task", "mqar", "--uniform-share", "1"], "--uniform-share must"),
         (["--task", "mqar", "--uniform-share", "0.5", "--correction"], "uniform_share"),
-        (["--task", "mqar", "--reuse", "2", "--correction"], "reuse"),
+        (["--task", "mqar", "--reuse", "2", "--correction"], "--reuse must"),
+        (["--task", "sotu", "--num-pairs", "3"], "--num-pairs means nothing to task sotu"),
         (["--task", "mqar", "--heads", "3"], "heads"),
         (["--task", "mqar", "--lr", "nan"], "lr"),
         (["--task", "mqar", "--num-pairs", "1000"], "num_pairs"),
-        (["--task", "mqar", "--num-pairs", "0"], "num_pairs"),
+        (["--task", "mqar", "--num-pairs", "0"], "--num-pairs"),
         (["--task", "mqar", "--seed", "-1"], "seed"),
         (["--task", "mqar", "--seed", str(2**63)], "seed"),
         (["--task", "mqar", "--dim", str(10**24)], "dim"),
-        (["--task", "sotu", "--vocab-size", "-5"], "vocab_size"),
+        (["--task", "sotu", "--vocab-size", "-5"], "--vocab-size"),
         # 2^62 bytes, more than any address space holds.
         (["--task", "mqar", "--vocab-size", str(2**30), "--dim", str(2**30)], "allocate"),
         (["--task", "mqar", "--no-such-flag"], "--no-such-flag"),
@@ -146,6 +147,60 @@ def test_a_bad_argument_is_one_line_and_leaves_nothing(arguments, said, capsys, 
     assert len(errors.splitlines()) == 1
     assert said in errors
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--attention dense --num-samples 3", "--num-samples means nothing with attention dense"),
+        ("--attention dense --window 1", "--window means nothing with attention dense"),
+        ("--attention window --window 1", "--window means nothing with attention window"),
+        ("--attention random --sketch-dim 8", "--sketch-dim means nothing with attention random"),
+        ("--attention bigbird --correction", "--correction means nothing with attention bigbird"),
+        ("--attention untrained --learning bias", "--learning means nothing with attention untra"),
+        ("--method topk --correction", "--correction means nothing with method topk"),
+        ("--method dealt --correction", "--correction means nothing with method dealt"),
+        ("--method topk --temperature 2", "--temperature means nothing with method topk"),
+        ("--method topk --distill-correction", "--distill-correction means nothing with method"),
+        ("--learning bias --distill-weight 2", "--distill-weight means nothing with learning bias"),
+        ("--layers 1 --reuse 2", "--reuse means nothing with layers 1"),
+        ("--layers 1 --share-sketch 2", "--share-sketch means nothing with layers 1"),
+    ],
+)
+def test_an_option_that_means_nothing_is_refused(arguments, said, capsys, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["--task", "mqar", *arguments.split(), "--out", str(out)]
+    code, output, errors = run(capsys, *arguments)
+    assert (code, output) == (2, "")
+    assert errors.startswith(f"{cli.PROG} train: error: {said}")
+    assert len(errors.splitlines()) == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "topk", "correction": False, "temperature": 1.0},
+        {"method": "topk", "eval_method": "gumbel", "correction": True},
+        {"method": "gumbel", "eval_method": "topk", "correction": True},
+        {"attention": "untrained", "temperature": 2.0, "dense_warmup": 3},
+        {"attention": "random", "window": 1, "num_samples": 3},
+        {"attention": "dense", "correction": False, "method": "gumbel"},
+        {"learning": ("bias",), "distill_weight": 1.0},
+    ],
+)
+def test_a_field_at_its_default_or_of_use_is_taken(changes):
+    config = tasks.default_config("mqar", **changes)
+    tasks.check_used(config, changes)
+
+
+def test_runs_that_are_compared_share_changes_that_dense_attention_ignores():
+    changes = {"attention": "dense", "num_samples": 16, "temperature": 2.0}
+    config = tasks.default_config("mqar", **changes)
+    with pytest.raises(ValueError, match=r"temperature means nothing with attention dense"):
+        tasks.check_used(config, changes)
+    with pytest.raises(ValueError, match="correction means nothing with method topk, got True"):
+        tasks.default_config("mqar", method="topk", correction=True)
 
 
 def test_a_used_directory_is_refused_in_one_line(capsys, tmp_path):

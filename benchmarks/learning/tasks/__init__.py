@@ -3,7 +3,7 @@
 from benchmarks.learning.tasks.attention import ATTENTIONS
 from benchmarks.learning.tasks.config import Config, RunError
 from benchmarks.learning.tasks.files import read_metrics
-from benchmarks.learning.tasks.registry import TASKS, default_config
+from benchmarks.learning.tasks.registry import TASKS, check_used, default_config
 from benchmarks.learning.tasks.training import Interrupted, Result, load_model, saved_config, train
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Interrupted",
     "Result",
     "RunError",
+    "check_used",
     "default_config",
     "load_model",
     "read_metrics",

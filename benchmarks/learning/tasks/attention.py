@@ -306,6 +306,43 @@ ATTENTIONS: dict[str, Callable[[Config, bool], nn.Module]] = {
 
 
 _SMART_BIRDS = ("smartbird", "untrained", "smartbird-restricted", "smartbird-largest")
+_OF_DISTILLATION = ("distill_weight", "distill_temperature", "distill_correction")
+_OF_SMART_BIRD = (
+    *("num_sinks", "num_index_heads", "sketch_dim", "method", "eval_method", "correction"),
+    *("temperature", "uniform_share", "learning", *_OF_DISTILLATION, "dense_warmup"),
+    *("anneal_samples", "anneal_steps", "share_sketch", "reuse"),
+)
+_WITHOUT_CHANCE = ("topk", "dealt")  # methods whose keys need no correction
+
+
+def unused_by_attention(config: Config) -> dict[str, str]:
+    """The fields that the attention of a run has no use for, each with the reason."""
+    unused: tuple[str, ...] = ()
+    if config.attention == "untrained":
+        unused = ("learning", *_OF_DISTILLATION)
+    elif config.attention not in _SMART_BIRDS:
+        unused = _OF_SMART_BIRD
+        if config.attention != "random":
+            unused += ("window",)
+        if config.attention == "dense":
+            unused += ("num_samples",)
+    return dict.fromkeys(unused, f"attention {config.attention}")
+
+
+def unused_by_options(config: Config) -> dict[str, str]:
+    """The fields that other fields of a run leave without a use, each with the reason."""
+    unused: dict[str, str] = {}
+    if config.layers == 1:
+        unused |= dict.fromkeys(("share_sketch", "reuse"), "layers 1")
+    if config.method in _WITHOUT_CHANCE:
+        names = ["temperature", "distill_correction"]
+        if config.eval_method in (None, *_WITHOUT_CHANCE):
+            names.append("correction")
+        unused |= dict.fromkeys(names, f"method {config.method}")
+    if "distill" not in config.learning:
+        routes = " ".join(config.learning) or "nothing"
+        unused |= dict.fromkeys(_OF_DISTILLATION, f"learning {routes}")
+    return unused
 
 
 def check_forced_keys(config: Config, is_causal: bool) -> None:

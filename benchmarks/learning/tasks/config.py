@@ -28,7 +28,8 @@ class Config:
     task are those of `default_config(task)`. A field that has a default here came later than the
     first checkpoints: those that lack it were trained as the default says.
 
-    What is listed from `num_sinks` to `reuse` concerns `smartbird`; other attentions ignore it.
+    What is listed from `num_sinks` to `reuse` concerns `smartbird`; other attentions ignore it, and
+    `check_used` refuses it where it was asked for.
 
     Args:
         task: a name in `benchmarks.learning.tasks.TASKS`.

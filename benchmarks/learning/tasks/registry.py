@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.learning.tasks.attention import (
     ATTENTIONS,
     check_forced_keys,
+    unused_by_attention,
+    unused_by_options,
 )
 from benchmarks.learning.tasks.config import Config
 from benchmarks.learning.tasks.continuation import Continuation
@@ -48,8 +52,9 @@ def default_config(task: str, **changes: Any) -> Config:
     `out` defaults to "runs/TASK-ATTENTION".
 
     Raises:
-        ValueError: an unknown task or attention, a field out of its range, or one that the task has
-            no use for.
+        ValueError: an unknown task or attention, a field out of its range, or a change that the
+            task or other fields leave without a use. What the attention has no use for is not
+            refused, as configurations that are compared share their changes: see `check_used`.
         TypeError: a change that is no field of `Config`.
     """
     if task not in TASKS:
@@ -65,4 +70,25 @@ def default_config(task: str, **changes: Any) -> Config:
     fields.setdefault("out", f"runs/{task}-{fields['attention']}")
     config = Config(task=task, **fields)
     check_forced_keys(config, TASKS[task].is_causal)
+    _refuse(unused_by_options(config), changes)
     return config
+
+
+def check_used(config: Config, given: Mapping[str, Any]) -> None:
+    """Refuse fields that were given, but mean nothing in this run.
+
+    Args:
+        config: the run.
+        given: the fields that were asked for; one at its default in `Config` asks for nothing.
+
+    Raises:
+        ValueError: names the first such field, and why it means nothing.
+    """
+    _refuse(unused_by_attention(config) | unused_by_options(config), given)
+
+
+def _refuse(unused: Mapping[str, str], given: Mapping[str, Any]) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    for name, because in unused.items():
+        if name in given and given[name] != defaults[name]:
+            raise ValueError(f"{name} means nothing with {because}, got {given[name]}")
