@@ -98,7 +98,7 @@ race-test: $(READY)  ## the CUDA kernels in the emulation under ThreadSanitizer
 
 cuda: $(BUILT)  ## compile the CUDA kernels for every architecture and read their machine code: needs nvcc, no GPU
 	SMARTBIRD_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda --build-temp build/cuda
-	$(BIN)/python tools/cuda_static.py build/cuda/smartbird/_C_cuda.abi3.so $(STATIC_FLAGS)
+	$(BIN)/python -m tools.cuda_static build/cuda/smartbird/_C_cuda.abi3.so $(STATIC_FLAGS)
 
 # These two run in the environment of GPU_PYTHON, whose torch must be a CUDA build: see docs/cuda.md.
 test-gpu:  ## the op tests on a GPU and, where it is installed, under compute-sanitizer; report in build/gpu
@@ -125,7 +125,7 @@ test-gpu:  ## the op tests on a GPU and, where it is installed, under compute-sa
 
 bench-gpu:  ## time attention against its rivals on a GPU: JSON, plots and a page in docs/performance
 	$(GPU_BUILD)
-	$(GPU_PYTHON) -m benchmarks.gpu
+	$(GPU_PYTHON) -m benchmarks.speed.gpu
 
 lint: $(CPP_DIR)/compile_commands.json  ## ruff, mypy --strict, clang-format, clang-tidy
 	$(BIN)/ruff check
@@ -141,25 +141,25 @@ format: $(READY)  ## rewrite the sources as lint wants them
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 demo: $(BUILT)  ## train Smart Bird beside dense attention on real text; report in build/demo
-	$(BIN)/python -m smartbird.demo $(DEMO_FLAGS)
+	$(BIN)/python -m benchmarks.learning.demo $(DEMO_FLAGS)
 
 bench-quick: $(BUILT)  ## time attention against its rivals in under a minute: one line per ratio
-	$(BIN)/python -m benchmarks.attention --preset quick
+	$(BIN)/python -m benchmarks.speed.attention --preset quick
 
 # BENCH_ISA=avx2 holds a machine that has more to AVX2.
 bench: $(BUILT)  ## the whole benchmark: JSON and plots in docs/performance, tables in the documents
-	$(BIN)/python -m benchmarks.attention --preset standard --isa $(BENCH_ISA) \
+	$(BIN)/python -m benchmarks.speed.attention --preset standard --isa $(BENCH_ISA) \
 	    --out docs/performance/attention-$(BENCH_ISA).json
-	$(BIN)/python -m benchmarks.report docs/performance/attention-$(BENCH_ISA).json \
+	$(BIN)/python -m benchmarks.speed.report docs/performance/attention-$(BENCH_ISA).json \
 	    --update README.md docs/performance.md
 
 study-quick: $(BUILT)  ## train every attention on a small recall task, a quarter of an hour; tables in runs/study
-	$(BIN)/smartbird study studies/quick.toml $(STUDY_FLAGS)
+	$(BIN)/python -m benchmarks.learning study studies/quick.toml $(STUDY_FLAGS)
 
 # Stopped, it goes on where it was.
 study: $(BUILT)  ## the whole study, two and a half hours: plots in docs/learning, tables in docs/learning.md
 	for study in mqar options continuation long sotu listops; do
-	    $(BIN)/smartbird study studies/$$study.toml --page docs/learning.md $(STUDY_FLAGS)
+	    $(BIN)/python -m benchmarks.learning study studies/$$study.toml --page docs/learning.md $(STUDY_FLAGS)
 	done
 
 # The wheel, unpacked elsewhere, must import without the source tree.

@@ -1,8 +1,5 @@
-"""Benchmarks, run from the root of the source tree: ``python -m benchmarks.attention --help``.
+"""What measures smartbird. It is not installed: it runs from the root of the source tree.
 
-``attention`` is the command; ``presets`` says what it measures; ``contenders`` holds Smart Bird and
-its rivals; ``timing``, ``memory``, ``stages`` and ``machine`` measure; ``results`` is the JSON; and
-``report`` makes tables and plots of it. ``estimate`` is a command of its own: it
-measures errors and no times. So are ``gpu``, which times on a GPU, and ``roofline``, which counts
-what the CUDA kernels do.
+``speed`` times attention and its rivals, ``learning`` trains models and compares what they learn,
+``common`` is what both need.
 """

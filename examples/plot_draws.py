@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from smartbird import SmartBirdAttention
-from smartbird.plot import plot_arcs, plot_heat_map, record_indices
+from smartbird.inspection import record
+from smartbird.plot import plot_arcs, plot_heat_map
 
 TEXT = "the cat saw the dog and the dog saw the cat but the bird saw them both"
 
@@ -24,13 +25,15 @@ def main(directory: Path) -> None:
     with torch.no_grad():  # a sketch that looks for the same word: q_sketch = k_sketch
         q_weight, k_weight = layer.sketch_proj_weight.chunk(2)
         k_weight.copy_(q_weight)
-    with record_indices(layer) as indices:
+    with record(layer) as calls:
         layer(x)
 
-    drawn = indices[""]  # [1, 4, N, 4], by the name of the layer in the model: here it is the model
+    call = calls[""]  # by the name of the layer in the model: here it is the model
+    drawn = call.indices  # [1, 4, N, 4]
     plot_arcs(drawn, words).savefig(directory / "arcs.png")
     panels = {f"head {h}": drawn[:, h] for h in range(4)}
     plot_heat_map(panels, len(words), tokens=words).savefig(directory / "heat_map.png")
+    print(f"{call.recall().mean():.0%} of dense attention is on the keys drawn")
     print(f"wrote {directory / 'arcs.png'} and {directory / 'heat_map.png'}")
 
 

@@ -3,10 +3,11 @@
 Low-dimensional sketches score all pairs of tokens, every head samples its own keys from their
 probabilities, and attends to those keys only. See ``nn`` for the modules, ``functional`` for the
 composed attention, ``ops`` for the operators, ``reference`` for their definition in plain PyTorch,
-and ``patterns`` and ``plot`` for fixed sets of keys and for pictures of drawn ones.
+``inspection`` for what the layers of a model chose, and ``patterns`` and ``plot`` for fixed sets of
+keys and for pictures of drawn ones.
 """
 
-from smartbird import functional, nn, ops, patterns, reference
+from smartbird import functional, inspection, nn, ops, patterns, reference
 from smartbird._library import __version__, build_info
 from smartbird.nn import (
     DenseWarmup,
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "build_info",
     "functional",
+    "inspection",
     "nn",
     "ops",
     "patterns",

@@ -1,21 +1,18 @@
 """Pictures of sampled keys, from the indices that the attention returns. Needs matplotlib.
 
-Indices are [..., N, K] as ``return_indices=True`` gives them; the leading dimensions (sequences,
-index heads, repeated draws) are pooled. Each function returns a matplotlib ``Figure``, to be shown
-in a notebook or saved with ``figure.savefig``; pyplot and its global state are not touched.
+Indices are [..., N, K] as ``return_indices=True`` and ``smartbird.inspection`` give them; the
+leading dimensions (sequences, index heads, repeated draws) are pooled. Each function returns a
+matplotlib ``Figure``, to be shown in a notebook or saved with ``figure.savefig``; pyplot and its
+global state are not touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from smartbird.nn import SmartBirdAttention
+from torch import Tensor
 
 try:
     from matplotlib.colors import LogNorm
@@ -25,47 +22,13 @@ try:
 except ImportError as error:
     raise ImportError("smartbird.plot needs matplotlib: pip install 'smartbird[plot]'") from error
 
-__all__ = ["draw_rates", "plot_arcs", "plot_heat_map", "plot_recall", "record_indices"]
+__all__ = ["draw_rates", "plot_arcs", "plot_heat_map", "plot_recall"]
 
 _MOST_CELLS = 1 << 20  # of queries and intervals of keys that draw_rates holds at a time
 _MAX_LABELS = 48  # tokens that can be read along an axis of a panel
 _LEAST_RATE = 0.1  # where the colour scale of a heat map ends; 0 has no logarithm
 _INCHES = 0.26  # per token of an arc diagram
 _ARC_FLATNESS = 0.6  # height of an arc over its width
-
-
-@contextmanager
-def record_indices(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Record which keys the attention layers of ``model`` sample while the context is open.
-
-    ``with record_indices(model) as indices: model(tokens)`` leaves in ``indices`` the tensor
-    [B, H_i, N, K] of the last call of each :class:`smartbird.SmartBirdAttention`, by its name in
-    ``model`` and in the order of the calls. Layers that are dense at the time record nothing.
-    """
-    recorded: dict[str, Tensor] = {}
-    with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if isinstance(module, SmartBirdAttention):
-                hooks.enter_context(module.register_forward_pre_hook(_ask, with_kwargs=True))
-                keep = partial(_keep, recorded, name)
-                hooks.enter_context(module.register_forward_hook(keep))
-        yield recorded
-
-
-def _ask(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, "return_indices": not layer.dense}
-
-
-def _keep(
-    recorded: dict[str, Tensor], name: str, layer: nn.Module, _args: Any, output: Any
-) -> Tensor:
-    out: Tensor = output if layer.dense else output[0]
-    if not layer.dense:
-        recorded.pop(name, None)  # so that the order is that of the last calls
-        recorded[name] = output[1]
-    return out
 
 
 def draw_rates(

@@ -6,16 +6,14 @@ import io
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from smartbird.nn import DenseWarmup, SmartBirdAttention
+from torch import Tensor
 
 pytest.importorskip("matplotlib", reason="pictures need the extra smartbird[plot]")
 
 from matplotlib.patches import Arc
 
 from smartbird.patterns import random_indices
-from smartbird.plot import draw_rates, plot_arcs, plot_heat_map, plot_recall, record_indices
+from smartbird.plot import draw_rates, plot_arcs, plot_heat_map, plot_recall
 
 # Two draws (leading dimension) of two keys each, for three queries.
 INDICES = torch.tensor(
@@ -153,21 +151,3 @@ def test_bad_input_is_named() -> None:
         plot_arcs(torch.zeros(1, 60, 1, dtype=torch.int32), ["a"] * 60)
     with pytest.raises(ValueError, match="queries"):
         plot_arcs(INDICES, ["a", "b", "c"], queries=[3])
-
-
-def test_record_indices() -> None:
-    layers = [SmartBirdAttention(8, 2, num_samples=3, sketch_dim=2) for _ in range(2)]
-    model = nn.Sequential(*layers).eval()
-    x = torch.randn(2, 7, 8)
-    expected = model(x)
-    with record_indices(model) as indices:
-        assert model(x).equal(expected)
-    assert list(indices) == ["0", "1"]
-    assert indices["0"].equal(layers[0](x, return_indices=True)[1])
-    indices.clear()
-    model(x)
-    assert indices == {}
-    DenseWarmup(model, 1)
-    with record_indices(model) as indices:
-        assert model(x).shape == x.shape
-    assert indices == {}

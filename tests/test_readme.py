@@ -9,6 +9,6 @@ README = Path(__file__).parent.parent / "README.md"
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["function", "layer"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["function", "layer", "record"])
 def test_example_runs(example: str) -> None:
     exec(compile(example, str(README), "exec"), {})

@@ -1,6 +1,6 @@
 """What can be told of the CUDA kernels without a GPU: their machine code, read with cuobjdump.
 
-    python tools/cuda_static.py build/cuda/smartbird/_C_cuda.abi3.so [--update docs/cuda.md]
+    python -m tools.cuda_static build/cuda/smartbird/_C_cuda.abi3.so [--update docs/cuda.md]
 
 Prints a Markdown table with a line for each kernel, and fails where a kernel spills registers or
 has a stack, where one that is meant to read 16 bytes at a time has no such load, or where one that
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from smartbird import markdown
+from benchmarks.common import markdown
 
 REGISTERS = 65536  # of a multiprocessor, on every architecture
 _DATA_CENTRE = ("sm_90", "sm_100", "sm_103")

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import attention, gpu, machine, memory, presets, report, roofline
-from benchmarks.contenders import (
+from benchmarks.speed import attention, gpu, machine, memory, presets, report, roofline
+from benchmarks.speed.contenders import (
     BIGBIRD,
     COMPOSITION,
     CONTENDERS,
@@ -36,11 +36,11 @@ from benchmarks.contenders import (
     random_block_mask,
     window_mask,
 )
-from benchmarks.presets import MemoryCase, Preset, StageCase
-from benchmarks.ratios import Ratio, ratios
-from benchmarks.results import Case, Limits, Memory, Results, Timing
-from benchmarks.stages import DISTILL as DISTILL_STAGE
-from benchmarks.stages import (
+from benchmarks.speed.presets import MemoryCase, Preset, StageCase
+from benchmarks.speed.ratios import Ratio, ratios
+from benchmarks.speed.results import Case, Limits, Memory, Results, Timing
+from benchmarks.speed.stages import DISTILL as DISTILL_STAGE
+from benchmarks.speed.stages import (
     GATHER,
     GRADIENT_SUMS,
     SCORES,
@@ -49,7 +49,7 @@ from benchmarks.stages import (
     least_seconds,
     work,
 )
-from benchmarks.timing import (
+from benchmarks.speed.timing import (
     MAX_REPETITIONS,
     MIN_REPETITIONS,
     interleave,
@@ -349,7 +349,7 @@ def test_avx2_starts_anew_with_every_library_held_to_it(monkeypatch: pytest.Monk
     with pytest.raises(SystemExit):
         attention.main(["--isa", "avx2", "--preset", "quick"])
     [(command, environment)] = started
-    assert command == ["-m", "benchmarks.attention", "--isa", "avx2", "--preset", "quick"]
+    assert command == ["-m", "benchmarks.speed.attention", "--isa", "avx2", "--preset", "quick"]
     assert environment.items() >= machine.AVX2_ENVIRONMENT.items()
 
 

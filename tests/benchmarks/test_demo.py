@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("matplotlib", reason="the demonstration needs the extra smartbird[plot]")
-pytest.importorskip("tokenizers", reason="the demonstration needs the extra smartbird[tasks]")
+pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
+pytest.importorskip("tokenizers", reason="the extra `bench` is not installed")
 
-from smartbird.demo import __main__ as demo
-from smartbird.demo.measure import Passage, Timing, time_lengths
-from smartbird.demo.report import (
+from benchmarks.learning.demo import __main__ as demo
+from benchmarks.learning.demo.measure import Passage, Timing, time_lengths
+from benchmarks.learning.demo.report import (
     Findings,
     busiest_stretch,
     favourite_words,
@@ -25,8 +25,8 @@ from smartbird.demo.report import (
     summary_table,
     verdicts,
 )
-from smartbird.tasks import Result, default_config
-from smartbird.tasks.sotu import Address
+from benchmarks.learning.tasks import Result, default_config
+from benchmarks.learning.tasks.sotu import Address
 
 PIECES = ["Fellow", "citi", "zens", "<b>", "&", "so", "on", "."]
 
@@ -175,7 +175,8 @@ def test_bad_arguments_are_one_line(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert demo.main([*arguments, "--out", str(tmp_path / "demo")]) == 1
-    assert re.fullmatch(r"smartbird\.demo: .+\n", capsys.readouterr().err)
+    errors = capsys.readouterr().err
+    assert re.fullmatch(r"python -m benchmarks\.learning\.demo: error: .+\n", errors)
     assert not (tmp_path / "demo").exists()
 
 
@@ -192,10 +193,11 @@ def test_broken_checkpoint_is_one_line_and_left_alone(
 
 @pytest.mark.slow
 def test_quick_demo(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "smartbird.demo", "--quick", "--out", str(tmp_path)]
-    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "benchmarks.learning.demo", "--quick", "--out", str(tmp_path)]
+    root = Path(__file__).parents[2]
+    first = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     assert "majority class" in first.stdout
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    again = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     # What was trained is not trained again.
     assert first.stdout.splitlines()[1:4] == again.stdout.splitlines()[1:4]

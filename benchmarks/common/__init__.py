@@ -1,0 +1,1 @@
+"""What the benchmarks of speed and of learning have in common: pages, tables, plots and memory."""

@@ -1,0 +1,1 @@
+"""Smart Bird beside dense attention on real text: `python -m benchmarks.learning.demo`."""

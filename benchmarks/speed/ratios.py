@@ -1,0 +1,143 @@
+"""How Smart Bird stands to its rivals, as ratios of one run, and what is aimed at."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from benchmarks.speed.contenders import (
+    BIGBIRD,
+    COMPOSITION,
+    DISTILL,
+    EXACT_TOPK,
+    FLEX_WINDOWS,
+    GUMBEL,
+    LONGFORMER,
+    SDPA,
+    SYSTEMATIC,
+)
+from benchmarks.speed.results import Case, Results, pass_name
+
+# Speed-up over SDPA in float32, for 2 cores with AVX2: by N, of the forward pass with `systematic`
+# and with `gumbel`, and of forward and backward with `gumbel`.
+AIMS_OVER_SDPA = {1024: (2.5, 1.5, 2.0), 4096: (9.0, 6.5, 9.0), 16384: (20.0, 16.0, 20.0)}
+
+# Time of a training step with distillation over that of one without, at N = 4096.
+MOST_WITH_DISTILLATION = {GUMBEL: 1.4, SDPA: 1.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """A quotient of two medians (or GiB, by ``unit``), and its aim where there is one."""
+
+    name: str
+    value: float
+    aim: float | None = None
+    at_most: bool = False
+    unit: str = "x"
+
+    @property
+    def aim_text(self) -> str:
+        """Empty without an aim."""
+        if self.aim is None:
+            return ""
+        met = self.value < self.aim if self.at_most else self.value >= self.aim
+        bound = f"{'below' if self.at_most else 'at least'} {self.aim:g}{self.unit}"
+        return f"{bound}: {'met' if met else 'missed'}"
+
+    @property
+    def value_text(self) -> str:
+        return f"{self.value:.2f}{self.unit}"
+
+    def __str__(self) -> str:
+        aim = f"  ({self.aim_text})" if self.aim_text else ""
+        return f"{self.value_text:>9}  {self.name}{aim}"
+
+
+class _Ratios:
+    """Collects the ratios of which ``results`` hold both sides."""
+
+    def __init__(self, results: Results) -> None:
+        self.found: list[Ratio] = []
+        self._medians = {
+            (t.attention, t.dtype, t.case): t.median for t in results.timings if not t.missing
+        }
+
+    def median(self, attention: str, case: Case, dtype: str = "float32") -> float | None:
+        return self._medians.get((attention, dtype, case))
+
+    def add(
+        self,
+        name: str,
+        numerator: float | None,
+        denominator: float | None,
+        aim: float | None = None,
+        *,
+        at_most: bool = False,
+    ) -> None:
+        if numerator is not None and denominator is not None:
+            self.found.append(Ratio(name, numerator / denominator, aim, at_most))
+
+    def add_speed_up(
+        self,
+        ours: str,
+        rival: str,
+        case: Case,
+        aim: float | None = None,
+        *,
+        dtype: str = "float32",
+        note: str = "",
+    ) -> None:
+        name = f"{ours}, speed-up over {rival}{note}, {dtype}, {case}"
+        self.add(name, self.median(rival, case, dtype), self.median(ours, case, dtype), aim)
+
+
+def ratios(results: Results) -> list[Ratio]:
+    """Those for which ``results`` hold what they need, in a fixed order."""
+    threads = results.environment["threads"]
+    table = _Ratios(results)
+    for length, (systematic, gumbel, step) in AIMS_OVER_SDPA.items():
+        table.add_speed_up(SYSTEMATIC, SDPA, Case(length, False, threads), systematic)
+        table.add_speed_up(GUMBEL, SDPA, Case(length, False, threads), gumbel)
+        table.add_speed_up(GUMBEL, SDPA, Case(length, True, threads), step)
+    forward, step_case = Case(4096, False, threads), Case(4096, True, threads)
+    table.add_speed_up(GUMBEL, SDPA, forward, dtype="bfloat16")
+    table.add_speed_up(GUMBEL, SDPA, step_case, 30.0, dtype="bfloat16")
+
+    windows = [name for name in FLEX_WINDOWS if table.median(name, forward) is not None]
+    if windows:
+        best = min(windows, key=lambda name: table.median(name, forward) or 0.0)
+        table.add_speed_up(SYSTEMATIC, best, forward, 1.5, note=" (the best size)")
+        table.add_speed_up(SYSTEMATIC, FLEX_WINDOWS[-1], forward, note=" (the default size)")
+    table.add_speed_up(GUMBEL, COMPOSITION, forward, 100.0)
+    table.add_speed_up(GUMBEL, COMPOSITION, step_case)
+    for rival in (EXACT_TOPK, BIGBIRD, LONGFORMER):
+        for case in (forward, step_case):
+            table.add_speed_up(GUMBEL, rival, case)
+
+    for length in sorted({timing.case.length for timing in results.timings}):
+        for backward in (False, True):
+            case = Case(length, backward, threads)
+            for dtype in ("bfloat16", "float16"):
+                name = f"{GUMBEL}, speed-up of {dtype} over float32, {case}"
+                table.add(name, table.median(GUMBEL, case), table.median(GUMBEL, case, dtype), 1.0)
+        for attention, most in MOST_WITH_DISTILLATION.items():
+            name = f"{attention}, time with distillation over without, {case}"
+            both = table.median(attention + DISTILL, case), table.median(attention, case)
+            table.add(name, *both, most if length == 4096 else None, at_most=True)
+
+    if threads > 1:
+        for batch, length in ((64, 256), (1, 16384)):
+            for backward in (False, True):
+                one, all_cores = (Case(length, backward, n, batch) for n in (1, threads))
+                name = f"{GUMBEL}, speed-up of {threads} threads over 1, {one}"
+                aim = 0.9 * threads
+                table.add(name, table.median(GUMBEL, one), table.median(GUMBEL, all_cores), aim)
+    longer, shorter = (table.median(GUMBEL, Case(n, False, threads)) for n in (65536, 16384))
+    table.add(f"{GUMBEL}, time at N = 65536 over 16384, forward", longer, shorter, 16, at_most=True)
+
+    for memory in results.memory:
+        if memory.attention == GUMBEL and memory.length == 65536 and memory.backward:
+            beyond = (memory.peak_bytes - memory.output_bytes) / 2**30
+            name = f"{GUMBEL}, peak memory beyond inputs and outputs, N = 65536, {pass_name(True)}"
+            table.found.append(Ratio(name, beyond, 4.0, True, " GiB"))
+    return table.found
