@@ -146,6 +146,7 @@ def pack(
             continue
         if mask is None:
             mask = torch.ones(shape, dtype=torch.bool, device=device)
+        name = "key_mask" if mask is key_mask else name  # which is both, in self-attention
         check_tensor(name, mask, torch.bool, shape, letters, device)
         by_mask = packing(mask)
         packed.append(replace(layout, packing=by_mask, cu_seqlens=by_mask.cu_seqlens))

@@ -36,6 +36,18 @@ SKETCHES = ("layer", "kv", "head")
 Rotary = Callable[[Tensor, Tensor], Tensor]
 
 
+def _of_core(name: str) -> property:
+    """An attribute that is that of ``core``."""
+
+    def get(self: SmartBirdAttention) -> Any:
+        return getattr(self.core, name)
+
+    def put(self: SmartBirdAttention, value: Any) -> None:
+        setattr(self.core, name, value)
+
+    return property(get, put)
+
+
 class CallOptions(TypedDict, total=False):
     """The keywords of :meth:`SmartBirdAttention.forward` but the last."""
 
@@ -99,6 +111,10 @@ class SmartBirdAttention(nn.Module):
             :class:`SampledAttention`: ``num_samples``, ``method``, ``correction``, ``is_causal``,
             ``window``, ``dropout`` and others. ``num_index_heads`` defaults to H_kv, with
             ``num_sketches="head"`` to H.
+
+    Attributes:
+        core: the :class:`SampledAttention`.
+        num_samples, is_causal, dense, eval_seed: those of ``core``.
 
     Raises:
         ValueError: sizes that do not divide, or a value out of its range, by name.
@@ -206,15 +222,10 @@ class SmartBirdAttention(nn.Module):
             if zeros is not None:
                 nn.init.zeros_(zeros)
 
-    @property
-    def num_samples(self) -> int:
-        """K of ``core``."""
-        return self.core.num_samples
-
-    @property
-    def dense(self) -> bool:
-        """Whether ``core`` attends to every valid key, see :class:`smartbird.DenseWarmup`."""
-        return self.core.dense
+    num_samples = _of_core("num_samples")
+    is_causal = _of_core("is_causal")
+    dense = _of_core("dense")
+    eval_seed = _of_core("eval_seed")
 
     @overload
     def forward(
