@@ -1,5 +1,5 @@
 // Every schema of the library, and nothing else. Kernels are registered beside their implementation
-// (cpu/ops_cpu.cpp), fake kernels and gradients in smartbird/ops.py.
+// (cpu/ops_cpu.cpp), fake kernels and gradients in smartbird/ops/.
 #include <torch/csrc/stable/library.h>
 
 // clang-format off: it would break the strings where no reader would.
