@@ -28,7 +28,7 @@ def main(directory: Path) -> None:
     with record(layer) as calls:
         layer(x)
 
-    call = calls[""]  # by the name of the layer in the model: here it is the model
+    call = calls["core"]  # by the name in the model of what draws keys
     drawn = call.indices  # [1, 4, N, 4]
     plot_arcs(drawn, words).savefig(directory / "arcs.png")
     panels = {f"head {h}": drawn[:, h] for h in range(4)}

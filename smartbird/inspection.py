@@ -1,6 +1,6 @@
 """Which keys the attention layers of a model choose, and how much of dense attention they hold.
 
-For any model with :class:`smartbird.SmartBirdAttention` in it::
+For any model with :class:`smartbird.SampledAttention` in it, as the layers of smartbird have::
 
     with record(model) as calls:
         model(tokens)
@@ -13,16 +13,18 @@ No N x M tensor is made.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smartbird import ops, patterns
-from smartbird.nn import SmartBirdAttention
+from smartbird._visible import Visible
+from smartbird.nn.sampled import Observer, SampledAttention
+from smartbird.nn.training import attention_layers
 
 __all__ = ["LayerCall", "LayerKeys", "attention_recall", "record"]
 
@@ -36,7 +38,7 @@ class LayerKeys:
 
     Attributes:
         indices: int32 [B, H_i, N, K]; None where the layer attended to every valid key.
-        is_causal: whether query i saw keys ``j <= i + (M - N)`` only.
+        is_causal: whether a query saw the keys up to its position only.
         recall: float32 [B, H, N], the probability of dense attention on the chosen keys.
         best: likewise, on the K keys that hold most of it.
         chance: likewise, on as many random keys as were chosen, on average.
@@ -53,13 +55,19 @@ class LayerKeys:
 class LayerCall:
     """One call of an attention layer: what it looked for, and the keys it chose.
 
+    Sequences that the layer had packed, as every batch whose padding is masked is, stand one below
+    the other here: each begins at the first place, what is left of its line is padding by
+    ``key_mask`` and ``query_mask``, and ``indices`` are places in the sequence.
+
     Attributes:
         q: [B, H, N, D].
         k: [B, H_kv, M, D].
         indices: int32 [B, H_i, N, K], -1 in unused places; None where the layer was dense.
-        is_causal: whether query i saw keys ``j <= i + (M - N)`` only.
+        is_causal: whether a query saw the keys up to its position only.
         key_mask: bool [B, M], True where a key could be attended. None: everywhere.
         query_mask: bool [B, N], False for queries that are padding and do not count. None: all do.
+        query_offset: position of query 0, int or int64 [B]. None: M - N.
+        scale: of q . k in the layer's attention. None: ``D ** -0.5``.
     """
 
     q: Tensor
@@ -68,6 +76,8 @@ class LayerCall:
     is_causal: bool = False
     key_mask: Tensor | None = None
     query_mask: Tensor | None = None
+    query_offset: int | Tensor | None = None
+    scale: float | None = None
 
     def recall(self) -> Tensor:
         """How much of dense attention the chosen keys hold, [B, H, N]: ``attention_recall``."""
@@ -81,8 +91,14 @@ class LayerCall:
         recall = self.recall()
         if self.indices is None:
             return LayerKeys(None, self.is_causal, recall, recall, recall)
-        masks: dict[str, Any] = {"is_causal": self.is_causal, "key_mask": self.key_mask}
-        best = patterns.oracle_indices(self.q, self.k, self.indices.shape[-1], **masks)
+        best = patterns.oracle_indices(
+            self.q if self.scale is None else self.q * self.scale,
+            self.k,
+            self.indices.shape[-1],
+            is_causal=self.is_causal,
+            key_mask=self.key_mask,
+            query_offset=self.query_offset,
+        )
         share = (_distinct(self.indices) >= 0).sum(-1) / self._num_valid()
         chance = share.repeat_interleave(self.q.shape[1] // self.indices.shape[1], dim=1)
         return LayerKeys(
@@ -101,19 +117,23 @@ class LayerCall:
             is_causal=self.is_causal,
             key_mask=self.key_mask,
             query_mask=self.query_mask,
+            query_offset=self.query_offset,
+            scale=self.scale,
         )
 
     def _num_valid(self) -> Tensor:
         """How many keys each query sees, broadcastable to [B, H, N]."""
-        num_queries, num_keys = self.q.shape[2], self.k.shape[2]
+        (batch, _, num_queries, _), num_keys = self.q.shape, self.k.shape[2]
         kept = self.key_mask
         if kept is None:
             kept = torch.ones(1, num_keys, dtype=torch.bool, device=self.k.device)
         if not self.is_causal:
             return kept.sum(-1)[:, None, None]
-        last = torch.arange(num_keys - num_queries, num_keys, device=self.k.device)
-        seen = kept.cumsum(-1)[:, last.clamp(min=0)]
-        return seen.masked_fill(last < 0, 0)[:, None]
+        offset = num_keys - num_queries if self.query_offset is None else self.query_offset
+        offset = torch.as_tensor(offset, device=self.q.device).reshape(-1, 1)
+        position = offset + torch.arange(num_queries, device=self.q.device)
+        seen = F.pad(kept.cumsum(-1), (1, 0)).expand(batch, -1)
+        return seen.gather(1, (position + 1).clamp(0, num_keys).expand(batch, -1))[:, None]
 
 
 @contextmanager
@@ -121,71 +141,83 @@ def record(model: nn.Module) -> Iterator[dict[str, LayerCall]]:
     """Record what the attention layers of ``model`` choose while the context is open.
 
     Args:
-        model: any module that holds :class:`smartbird.SmartBirdAttention`, or is one. What it
-            computes stays the same.
+        model: any module that holds :class:`smartbird.SampledAttention`, or is one. What it
+            computes stays the same; compiled models run without their graphs meanwhile.
 
     Yields:
-        the last call of each layer, by its name in ``model`` and in the order of the calls. It has
-        no part in gradients.
+        the last call of each :class:`smartbird.SampledAttention`, by its name in ``model`` (which
+        in :class:`smartbird.SmartBirdAttention` ends with ``core``) and in the order of the calls.
+        It has no part in gradients.
     """
     calls: dict[str, LayerCall] = {}
-    with ExitStack() as hooks:
-        for name, layer in model.named_modules():
-            if isinstance(layer, SmartBirdAttention):
-                recorder = _Recorder(calls, name)
-                hooks.enter_context(
-                    layer.register_forward_pre_hook(recorder.before, with_kwargs=True)
-                )
-                # The first of the hooks, so that others see what the caller asked for.
-                hooks.enter_context(
-                    layer.register_forward_hook(recorder.after, with_kwargs=True, prepend=True)
-                )
-        yield calls
-
-
-class _Recorder:
-    """The hooks of one layer: its call returns the indices as well, which only its caller sees."""
-
-    def __init__(self, calls: dict[str, LayerCall], name: str) -> None:
-        self.calls, self.name = calls, name
-        self.asked = False
-
-    def before(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self.asked = kwargs.get("return_indices", False)
-        return args, {**kwargs, "return_indices": self.asked or not layer.dense}
-
-    def after(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        out, indices = output if kwargs["return_indices"] else (output, None)
-        self.calls.pop(self.name, None)  # so that the order is that of the last calls
-        self.calls[self.name] = _layer_call(layer, args, kwargs, indices)
-        return output if self.asked else out
+    layers = list(attention_layers(model))
+    before = [layer.observer for _, layer in layers]
+    for name, layer in layers:
+        layer.observer = partial(_note, calls, name, layer, layer.observer)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield calls
+    finally:
+        for (_, layer), observer in zip(layers, before, strict=True):
+            layer.observer = observer
 
 
 @torch.no_grad()
+def _note(
+    calls: dict[str, LayerCall],
+    name: str,
+    layer: SampledAttention,
+    others: Observer | None,
+    q: Tensor,
+    k: Tensor,
+    q_sketch: Tensor,
+    k_sketch: Tensor,
+    visible: Visible,
+    indices: Tensor | None,
+) -> None:
+    if others is not None:
+        others(q, k, q_sketch, k_sketch, visible, indices)
+    calls.pop(name, None)  # so that the order is that of the last calls
+    calls[name] = _layer_call(layer, q.detach(), k.detach(), visible, indices)
+
+
 def _layer_call(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], indices: Tensor | None
+    layer: SampledAttention, q: Tensor, k: Tensor, visible: Visible, indices: Tensor | None
 ) -> LayerCall:
     """The record of a call of a layer: the one place that knows how a layer is made."""
-    assert isinstance(layer, SmartBirdAttention)
-    given = inspect.signature(layer.forward).bind(*args, **kwargs)
-    given.apply_defaults()
-    query, key, value, key_mask, is_causal = (
-        given.arguments[name] for name in ("query", "key", "value", "key_mask", "is_causal")
-    )
-    tokens, keys, values, key_mask = layer._inputs(query, key, value, key_mask)
-    q, k, _ = layer._project(tokens, keys, values)
+    key_mask, query_mask = visible.key_mask, None
+    query_offset: int | Tensor | None = visible.query_offset
+    if visible.cu_seqlens_q is not None and visible.cu_seqlens_k is not None:
+        query_row, query_mask = _lines(visible.cu_seqlens_q)
+        key_row, is_key = _lines(visible.cu_seqlens_k)
+        # Of a sequence without queries it does not matter.
+        query_offset = F.pad(visible.query_positions()[0], (0, 1))[visible.cu_seqlens_q[:-1].long()]
+        if indices is not None:
+            indices = visible.places(indices)[0, :, query_row].transpose(0, 1)
+            indices = indices.masked_fill(~query_mask[:, None, :, None], -1)
+        q, k = q[0, :, query_row].transpose(0, 1), k[0, :, key_row].transpose(0, 1)
+        key_mask = is_key if key_mask is None else is_key & key_mask[0, key_row]
+    elif visible.positions is not None:
+        query_offset = F.pad(visible.positions, (0, 1))[:, 0]
     return LayerCall(
         q=q,
         k=k,
         indices=indices,
-        is_causal=layer.is_causal if is_causal is None else is_causal,
+        is_causal=visible.is_causal,
         key_mask=key_mask,
-        query_mask=key_mask if keys is tokens else None,
+        query_mask=query_mask,
+        query_offset=query_offset,
+        scale=layer.scale,
     )
+
+
+def _lines(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed sequences one below the other: the rows [n, length], and where there is one."""
+    lengths = cu_seqlens.diff().long()
+    length = int(lengths.max()) if len(lengths) else 0
+    place = torch.arange(length, device=cu_seqlens.device)
+    exists = place < lengths[:, None]
+    return (cu_seqlens[:-1, None].long() + place).masked_fill(~exists, 0), exists
 
 
 @torch.no_grad()
@@ -197,6 +229,8 @@ def attention_recall(
     is_causal: bool = False,
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
+    query_offset: int | Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """The probability that dense attention gives to chosen keys: the sum of its softmax over them.
 
@@ -208,9 +242,11 @@ def attention_recall(
         k: [B, H_kv, M, D], H a multiple of H_kv.
         indices: valid keys, int32 [B, H_i, N, K], H a multiple of H_i, -1 in unused places; a
             repeated key counts once. None: every valid key.
-        is_causal: query i sees keys ``j <= i + (M - N)``.
+        is_causal: query i sees the keys up to position ``query_offset + i``.
         key_mask: bool [B, M], True = valid. None: every key.
         query_mask: bool [B, N], False for queries that are padding. None: all count.
+        query_offset: int or int64 [B]. None: M - N.
+        scale: factor of q . k. None: ``D ** -0.5``.
 
     Returns:
         float32 (float64 for float64) [B, H, N] in [0, 1], NaN for queries that are padding or have
@@ -219,21 +255,17 @@ def attention_recall(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range.
     """
-    batch, heads, num_queries, _ = q.shape
     q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     lse = ops.sketch_lse(
-        q.flatten(0, 1),
-        k.repeat_interleave(heads // k.shape[1], dim=1).flatten(0, 1),
-        is_causal=is_causal,
-        key_mask=None if key_mask is None else key_mask.repeat_interleave(heads, dim=0),
-    ).view(batch, heads, num_queries)
+        q, k, scale=scale, is_causal=is_causal, key_mask=key_mask, query_offset=query_offset
+    )
     counts = lse > -torch.inf
     if query_mask is not None:
         counts = counts & query_mask[:, None]
     if indices is None:
         recall = torch.ones_like(lse)
     else:
-        scores = ops.gather_scores(q, k, _distinct(indices))
+        scores = ops.gather_scores(q, k, _distinct(indices), scale=scale)
         # Rounding may put the sum of all keys a little above 1.
         recall = (scores.logsumexp(-1) - lse).exp().clamp(max=1.0)
     return recall.masked_fill(~counts, torch.nan)

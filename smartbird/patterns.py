@@ -15,6 +15,7 @@ from torch import Tensor
 
 from smartbird import ops
 from smartbird._checks import check_count, check_flag, check_key_mask
+from smartbird._visible import check_visible
 from smartbird.ops.sample import ascending
 
 __all__ = [
@@ -257,6 +258,7 @@ def oracle_indices(
     *,
     is_causal: bool = False,
     key_mask: Tensor | None = None,
+    query_offset: int | Tensor | None = None,
 ) -> Tensor:
     """The keys with the largest exact scores ``q . k`` of every head: what no sketch can beat.
 
@@ -269,6 +271,8 @@ def oracle_indices(
         num_samples: K.
         is_causal: as above.
         key_mask: as above.
+        query_offset: position of query 0, int or int64 [B]: causal, query i sees the keys
+            ``j <= query_offset + i``. None: M - N.
 
     Returns:
         int32 [B, H, N, K].
@@ -276,9 +280,13 @@ def oracle_indices(
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
     """
-    check_flag("is_causal", is_causal)
     _check_scored(q, k, num_samples, key_mask)
     (batch, heads, num_queries, _), (kv_heads, num_keys) = q.shape, k.shape[1:3]
+    position = check_visible(
+        *(batch, num_queries, num_keys, q.device),
+        is_causal=is_causal,
+        query_offset=query_offset,
+    ).query_positions()
     grouped = torch.unflatten(q, 1, (kv_heads, heads // kv_heads))
     num_kept = min(num_samples, num_keys)
     key = torch.arange(num_keys, device=q.device)
@@ -290,8 +298,7 @@ def oracle_indices(
         scores = scores.reshape(batch, heads, rows.stop - rows.start, num_keys)
         valid = torch.ones((), dtype=torch.bool, device=q.device)
         if is_causal:
-            row = torch.arange(rows.start, rows.stop, device=q.device)
-            valid = key <= row[:, None] + (num_keys - num_queries)
+            valid = key <= position[:, None, rows, None]
         if key_mask is not None:
             valid = valid & key_mask[:, None, None, :]
         top = scores.masked_fill(~valid, -torch.inf).topk(num_kept, dim=-1).indices

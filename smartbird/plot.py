@@ -36,6 +36,7 @@ def draw_rates(
     num_keys: int,
     *,
     is_causal: bool = False,
+    query_offset: int | None = None,
     cells: tuple[int, int] | None = None,
 ) -> Tensor:
     """How often each query draws each key, relative to drawing all that it sees alike.
@@ -43,7 +44,8 @@ def draw_rates(
     Args:
         indices: integers [..., N, K], -1 in unused places.
         num_keys: M.
-        is_causal: query i sees keys ``j <= i + (M - N)`` only, instead of all.
+        is_causal: query i sees keys ``j <= query_offset + i`` only, instead of all.
+        query_offset: position of query 0. None: M - N.
         cells: pool queries and keys into this many intervals of equal length (at most N and M).
             None: one for each, which makes an N x M tensor.
 
@@ -66,9 +68,10 @@ def draw_rates(
     query = position[:, None].expand(indices.shape)[drawn]
     num_seen = torch.full_like(position, num_keys)
     if is_causal:
-        num_seen = (position + 1 + num_keys - num_queries).clamp(min=0)
+        offset = num_keys - num_queries if query_offset is None else query_offset
+        num_seen = (position + 1 + offset).clamp(0, num_keys)
     if (keys >= num_seen[query]).any():
-        raise ValueError("indices must be at most i + (M - N) for query i where it is causal")
+        raise ValueError("indices must be at most the position of their query where it is causal")
     row = position * rows // num_queries
     cell = row[query] * columns + keys * columns // num_keys
     counts = cell.bincount(minlength=rows * columns).view(rows, columns)
@@ -88,6 +91,7 @@ def plot_heat_map(
     num_keys: int,
     *,
     is_causal: bool = False,
+    query_offset: int | None = None,
     tokens: Sequence[str] | None = None,
     cells: int = 96,
     columns: int = 4,
@@ -97,7 +101,8 @@ def plot_heat_map(
     Args:
         panels: indices [..., N, K] by title, for example one entry per layer or head.
         num_keys: M.
-        is_causal: query i sees keys ``j <= i + (M - N)`` only, instead of all.
+        is_causal: query i sees keys ``j <= query_offset + i`` only, instead of all.
+        query_offset: position of query 0. None: M - N.
         tokens: labels of queries and keys, for N = M of up to 48 tokens.
         cells: intervals that each axis is pooled into where it is longer.
         columns: panels side by side.
@@ -113,7 +118,13 @@ def plot_heat_map(
     if tokens is not None and len(tokens) > _MAX_LABELS:
         raise ValueError(f"tokens must be at most {_MAX_LABELS} to be read, got {len(tokens)}")
     rates = {
-        title: draw_rates(indices, num_keys, is_causal=is_causal, cells=(cells, cells))
+        title: draw_rates(
+            indices,
+            num_keys,
+            is_causal=is_causal,
+            query_offset=query_offset,
+            cells=(cells, cells),
+        )
         for title, indices in panels.items()
     }
     columns = min(columns, len(panels))

@@ -71,8 +71,19 @@ def test_causal_keys_are_drawn_by_chance_from_those_seen(
     torch.testing.assert_close(rates, seen, rtol=0, atol=5 / 333**0.5)
 
 
+def test_causal_queries_may_begin_anywhere() -> None:
+    # Query i stands at key 5 + i of 8 and draws all that it sees.
+    seen = torch.arange(8).where(torch.ones(3, 8).tril(5) > 0, -1)
+    rates = draw_rates(seen, 8, is_causal=True, query_offset=5)
+    assert rates.equal(torch.ones(3, 8).tril(5))
+    rates = draw_rates(torch.tensor([[-1], [0]]), 8, is_causal=True, query_offset=-1)
+    assert rates.equal(
+        torch.zeros(2, 8).index_put_((torch.tensor(1), torch.tensor(0)), torch.ones(()))
+    )
+
+
 def test_draw_rates_refuse_keys_that_a_causal_query_does_not_see() -> None:
-    with pytest.raises(ValueError, match="indices must be at most i"):
+    with pytest.raises(ValueError, match="indices must be at most the position"):
         draw_rates(INDICES, 3, is_causal=True)
 
 
