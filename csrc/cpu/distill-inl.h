@@ -150,19 +150,25 @@ inline void keep_free(const DistillParams& P, Chunk at, int64_t h, int32_t* kept
   const GatherParams& G = P.gather;
   const Sequence& sequence = *at.sequence;
   const uint8_t* mask = mask_of(P.visible, sequence, P.visible.key_mask);
-  for (int64_t i = at.begin; i < at.end; ++i) {
+  const int32_t first = static_cast<int32_t>(sequence.first_key);
+  uint32_t out_of_range = 0;
+  for (int64_t i = at.begin; i < at.end; ++i, kept += G.K) {
     const int32_t* indices = row_indices(G, {at.batch(), h, at.row(i)});
-    Span hole;
-    const Span keys = free_keys(P, sequence, i, &hole);
+    Span span;
+    const Span keys = free_keys(P, sequence, i, &span);
+    const auto end = static_cast<int32_t>(keys.end);
+    const auto hole = static_cast<int32_t>(span.begin), after = static_cast<int32_t>(span.end);
     for (int64_t j = 0; j < G.K; ++j) {
-      const int64_t key = indices[j] - sequence.first_key;
-      const bool is_free = key >= keys.begin && key < keys.end &&
-                           (key < hole.begin || key >= hole.end) && (mask == nullptr || mask[key]);
-      if (indices[j] < -1 || indices[j] >= G.M)
-        __atomic_store_n(G.error, static_cast<int32_t>(kIndexOutOfRange), __ATOMIC_RELAXED);
-      kept[(i - at.begin) * G.K + j] = is_free ? indices[j] : -1;
+      const int32_t index = indices[j], key = index - first;
+      out_of_range |= static_cast<uint32_t>(index) + 1 > static_cast<uint32_t>(G.M);
+      const bool is_free = (key >= 0) & (key < end) & ((key < hole) | (key >= after));
+      kept[j] = is_free ? index : -1;
     }
+    for (int64_t j = 0; j < G.K && mask != nullptr; ++j)
+      if (kept[j] >= 0 && !mask[kept[j] - first]) kept[j] = -1;
   }
+  if (out_of_range)
+    __atomic_store_n(G.error, static_cast<int32_t>(kIndexOutOfRange), __ATOMIC_RELAXED);
 }
 
 // expected, mass and the part of dk that t gives, of the queries of `at` and the sketch's heads.

@@ -87,3 +87,40 @@ def test_peak_memory(name: str) -> None:
 @pytest.mark.parametrize("name", SHARED_CALLS)
 def test_peak_memory_of_many_heads_that_share_keys(name: str) -> None:
     assert peak_growth_mib(SETUP + SHARED_SETUP, SHARED_CALLS[name]) < SHARED_LIMIT_MIB
+
+
+# A toy layer, a layer of a small language model, and short rows in a large batch: (layer, tokens).
+SOAKED = {
+    "toy": ("64, 4, 128, num_samples=16", "4, 256, 64"),
+    "wide": ("768, 12, 768, num_samples=64", "1, 1024, 768"),
+    "batch": ("128, 8, 128, num_samples=32", "16, 100, 128"),
+}
+SOAK = """
+import os, torch, smartbird
+def resident_mib():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+layer = smartbird.SmartBirdEncoderLayer({layer}, batch_first=True).eval()
+x = torch.randn({tokens})
+with torch.inference_mode():
+    for step in range(3000):
+        layer(x)
+        if step == 300:
+            before = resident_mib()
+print(resident_mib() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
+@pytest.mark.parametrize("name", SOAKED)
+def test_resident_memory_stays_flat(name: str) -> None:
+    layer, tokens = SOAKED[name]
+    result = subprocess.run(
+        [sys.executable, "-c", SOAK.format(layer=layer, tokens=tokens)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert float(result.stdout) < 16
