@@ -283,7 +283,9 @@ def test_direct_call_with_empty_features_or_slots() -> None:
     indices = torch.zeros(1, 2, 4, 3, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="Dv must be at least 1"):
         direct.gather_attention_backward(
-            v, None, q, q, v, indices, None, 1.0, 0.0, None, True, False, True
+            *(v, None, q, q, v, indices, None, 1.0),
+            *(0.0, None, None, None, None, None, 0),
+            *(True, False, True),
         )
     with pytest.raises(RuntimeError, match="K must be at least 1"):
         direct.gather_scores_backward(
@@ -293,8 +295,10 @@ def test_direct_call_with_empty_features_or_slots() -> None:
 
 @pytest.mark.parametrize(("window", "num_sinks"), [(2**63 - 1, 1), (1, 2**63 - 1)])
 def test_direct_call_forcing_too_many_keys(window: int, num_sinks: int) -> None:
-    sketch, seed = torch.randn(1, 4, 4), torch.zeros(2, dtype=torch.int64)
+    sketch, seed = torch.randn(1, 1, 4, 4), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="no larger"):
         torch.ops.smartbird.sketch_sample(
-            sketch, sketch, 1, 1, "gumbel", 1.0, True, None, window, num_sinks, seed, True
+            *(sketch, sketch, 1, 1, "gumbel", 1.0),
+            *(True, None, window, num_sinks, None, None, None, None, None, None, 0),
+            *(seed, True),
         )

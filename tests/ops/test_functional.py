@@ -140,11 +140,21 @@ def test_composes_the_ops_with_one_seed(index_heads: int) -> None:
     torch.testing.assert_close(out, expected)
 
 
-def test_index_heads_default_to_one_per_head() -> None:
-    _, indices = smart_bird_attention(**make_inputs(), num_samples=5, return_indices=True)
-    assert indices.shape == (2, 4, 13, 5)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_index_heads_default_to_those_of_keys(kv_heads: int) -> None:
+    x = make_inputs(kv_heads=kv_heads)
+    _, indices = smart_bird_attention(**x, num_samples=5, return_indices=True)
+    assert indices.shape == (2, kv_heads, 13, 5)
     assert indices.dtype == torch.int32
-    assert not indices[:, 0].equal(indices[:, 1])
+    assert kv_heads == 1 or not indices[:, 0].equal(indices[:, 1])
+
+
+def test_index_heads_default_to_the_sketches_where_those_are_more() -> None:
+    x = make_inputs(kv_heads=2)
+    x["q_sketch"] = torch.randn(2, 4, 13, 4)
+    x["k_sketch"] = torch.randn(2, 4, 13, 4)
+    _, indices = smart_bird_attention(**x, num_samples=5, return_indices=True)
+    assert indices.shape == (2, 4, 13, 5)
 
 
 def test_seed_comes_from_the_generator() -> None:
