@@ -7,15 +7,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import METHODS
+from cases import CASE, CASES, METHODS, Case, check_against_reference
+from cases import make_inputs as case_inputs
 from torch import Tensor
 
 from smartbird import ops, reference
+from smartbird._checks import check_inputs
+from smartbird._packing import packing
+from smartbird._visible import check_visible
 from smartbird.functional import (
     add_uniform_keys,
+    attend,
     deal_keys,
     dense_attention,
     smart_bird_attention,
+    smart_bird_attention_varlen,
 )
 
 
@@ -260,6 +266,252 @@ def test_without_gradients_the_result_is_the_same(
         assert torch.equal(attention(q), recorded)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_problem_is_that_of_the_reference(case: Case) -> None:
+    """By the method that is the same in both, so that it can be compared number by number."""
+    x = case_inputs(case, torch.float64)
+
+    def run(module: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        attention = smart_bird_attention if module is ops else reference.smart_bird_attention
+        return (
+            attention(
+                q, k, v, x.q_sketch, x.k_sketch, case.K, method="topk", scale=0.7, **x.sampling()
+            ),
+        )
+
+    check_against_reference(ops, run, x.q, x.k, x.v)
+
+
+@pytest.mark.parametrize("name", ["packed", "packed_masked", "packed_offsets", "offsets", "offset"])
+def test_dense_attention_sees_the_same_keys(name: str) -> None:
+    x = case_inputs(CASE[name], torch.float64)
+    k, v = (t.repeat_interleave(x.q.shape[1] // t.shape[1], 1) for t in (x.k, x.v))
+    expected = softmax_attention(x.q, k, v, x.valid().unsqueeze(1))
+    torch.testing.assert_close(dense_attention(x.q, x.k, x.v, **x.masks()), expected)
+
+
+@pytest.mark.parametrize("num_queries", [1, 13])
+@pytest.mark.parametrize("query_offset", [None, 0, 12])
+def test_dense_attention_of_few_queries(num_queries: int, query_offset: int | None) -> None:
+    x = make_inputs(num_queries=num_queries)
+    out = dense_attention(x["q"], x["k"], x["v"], is_causal=True, query_offset=query_offset)
+    offset = 13 - num_queries if query_offset is None else query_offset
+    valid = torch.ones(num_queries, 13, dtype=torch.bool).tril(offset)
+    torch.testing.assert_close(out, softmax_attention(x["q"], x["k"], x["v"], valid))
+
+
+# --- Padding, packs and nested tensors ---
+
+
+ROWS = [
+    {},
+    {"is_causal": True, "window": 3, "num_sinks": 1},
+    {"method": "dealt", "num_index_heads": 4, "is_causal": True, "num_sinks": 1},
+    {"correction": True, "dropout_p": 0.3},
+    {"query_offset": 2, "is_causal": True},
+    {"query_offset": torch.tensor([2, 0, -1]), "is_causal": True},
+]
+LENGTHS = (13, 4, 9)
+IDS = torch.tensor([5, 3, 8])
+
+
+def one_by_one(x: dict[str, Tensor], options: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Each of three sequences alone, without its padding."""
+    results = []
+    for b, length in enumerate(LENGTHS):
+        alone = {name: t[b : b + 1].narrow(-2, 0, length) for name, t in x.items()}
+        offset = options.get("query_offset")
+        if isinstance(offset, Tensor):
+            offset = int(offset[b])
+        own = {**options, "query_offset": offset, "sequence_ids": IDS[b : b + 1]}
+        results.append(smart_bird_attention(**alone, **own, return_indices=True))
+    return results
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("options", ROWS, ids=str)
+def test_padding_is_as_if_it_were_not_there(options: dict[str, Any], side: str, grad: bool) -> None:
+    """Whatever it holds and wherever it is."""
+    x = make_inputs(batch=3)
+    options = {"num_samples": 5, "seed": torch.tensor([3, 4]), **options}
+    expected = one_by_one(x, options)
+    place = torch.arange(13).expand(3, 13)
+    real = place < torch.tensor(LENGTHS)[:, None]
+    if side == "left":
+        real = real.flip(1)
+        x = {
+            name: torch.stack([t[b].roll(13 - n, -2) for b, n in enumerate(LENGTHS)])
+            for name, t in x.items()
+        }
+    for t in x.values():
+        hidden = ~real if t.dim() == 3 else ~real[:, None].expand(t.shape[:3])
+        t[hidden] = torch.nan
+        t.requires_grad_(grad)
+    out, indices = smart_bird_attention(
+        **x,
+        **options,
+        query_mask=real,
+        key_mask=real,
+        sequence_ids=IDS,
+        return_indices=True,
+    )
+    assert torch.equal(
+        out,
+        smart_bird_attention(**x, **options, query_mask=real, key_mask=real, sequence_ids=IDS),
+    )
+    for b, (length, (alone, drawn)) in enumerate(zip(LENGTHS, expected, strict=True)):
+        rows = slice(13 - length, None) if side == "left" else slice(length)
+        assert torch.equal(out[b, :, rows], alone[0])
+        shift = 13 - length if side == "left" else 0
+        assert torch.equal(
+            indices[b, :, rows], torch.where(drawn[0] < 0, drawn[0], drawn[0] + shift)
+        )
+        assert (out[b, :, ~real[b]] == 0).all()
+        assert (indices[b, :, ~real[b]] == -1).all()
+    if grad:
+        out.sum().backward()
+        for name in "qkv":
+            gradient = x[name].grad
+            assert gradient is not None
+            assert gradient.isfinite().all()
+            assert (gradient[~real[:, None].expand(gradient.shape[:3])] == 0).all()
+
+
+def test_padding_of_queries_alone() -> None:
+    """Cross-attention: all keys are real where no key_mask says otherwise."""
+    x = make_inputs(num_queries=7)
+    real = torch.arange(7) < torch.tensor([[7], [2]])
+    seed = torch.tensor([3, 4])
+    out = smart_bird_attention(**x, num_samples=5, query_mask=real, seed=seed)
+    alone = smart_bird_attention(
+        **{
+            name: t[1:].narrow(-2, 0, 2) if name.startswith("q") else t[1:] for name, t in x.items()
+        },
+        num_samples=5,
+        seed=seed,
+        sequence_ids=torch.tensor([1]),
+    )
+    assert torch.equal(out[1, :, :2], alone[0])
+    assert (out[1, :, 2:] == 0).all()
+    expected = reference.smart_bird_attention(
+        **x, num_samples=5, method="topk", query_mask=real, global_mask=torch.ones(2, 13) > 0
+    )
+    actual = smart_bird_attention(
+        **x, num_samples=5, method="topk", query_mask=real, global_mask=torch.ones(2, 13) > 0
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("sketch_heads", [None, 2])
+@pytest.mark.parametrize("options", ROWS, ids=str)
+def test_packed_sequences_are_those_of_a_batch(
+    options: dict[str, Any], sketch_heads: int | None
+) -> None:
+    x = make_inputs(batch=3, kv_heads=2)
+    if sketch_heads:
+        x["q_sketch"], x["k_sketch"] = torch.randn(3, 2, 13, 4), torch.randn(3, 1, 13, 4)
+    options = {"num_samples": 5, "seed": torch.tensor([3, 4]), **options}
+    expected = one_by_one(x, options)
+
+    def pack(t: Tensor) -> Tensor:
+        parts = [t[b].narrow(-2, 0, length) for b, length in enumerate(LENGTHS)]
+        return torch.cat(parts, -2) if t.dim() == 3 else torch.cat(parts, -2).transpose(0, 1)
+
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    packed = {name: pack(t) for name, t in x.items()}
+    out, indices = smart_bird_attention_varlen(
+        **packed,
+        **options,
+        cu_seqlens_q=ends,
+        cu_seqlens_k=ends,
+        sequence_ids=IDS,
+        return_indices=True,
+    )
+    assert out.is_contiguous()
+    for s, (alone, drawn) in enumerate(expected):
+        rows = slice(int(ends[s]), int(ends[s + 1]))
+        assert torch.equal(out[rows].transpose(0, 1), alone[0])
+        assert torch.equal(
+            indices[:, rows], torch.where(drawn[0] < 0, drawn[0], drawn[0] + ends[s])
+        )
+
+    def nest(t: Tensor) -> Tensor:
+        values = t.transpose(0, 1) if t.dim() == 3 else t
+        return torch.nested.nested_tensor_from_jagged(values, ends.long(), jagged_dim=t.dim() - 1)
+
+    nested = {name: nest(t).requires_grad_() for name, t in packed.items()}
+    out, indices = smart_bird_attention(**nested, **options, sequence_ids=IDS, return_indices=True)
+    for ours, theirs, (alone, drawn) in zip(out.unbind(), indices.unbind(), expected, strict=True):
+        assert torch.equal(ours, alone[0])
+        assert torch.equal(theirs, drawn[0])
+    (gradient,) = torch.autograd.grad(out.values().sum(), nested["v"])
+    assert gradient.is_nested
+    assert gradient.values().abs().sum() > 0
+
+
+def test_packing_in_a_graph_carries_the_padding_along() -> None:
+    """There no data may decide a shape; the result is the same."""
+    x = make_inputs()
+    real = torch.rand(2, 13) < 0.6
+    packed, carried = packing(real), torch.compile(packing, backend="eager", fullgraph=True)(real)
+    assert packed.order.shape[0] == real.sum()
+    assert carried.order.shape[0] == real.numel()
+    assert torch.equal(carried.order[: len(packed.order)], packed.order)
+    assert torch.equal(carried.cu_seqlens, packed.cu_seqlens)
+    for t in (x["q"], x["q_sketch"].unsqueeze(1)):
+        expected = t.masked_fill(~real[:, None, :, None], -1)
+        for p in (packed, carried):
+            rows = p.pack(t)[:, :, : len(packed.order)]
+            unpacked = packed.unpack(rows, fill=-1)
+            assert torch.equal(unpacked, expected)
+    assert torch.equal(carried.unpack(carried.pack(x["q"])), x["q"])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"query_mask": torch.ones(2, 13)}, TypeError, "query_mask must be a bool Tensor"),
+        ({"query_mask": torch.ones(2, 12) > 0}, ValueError, r"query_mask must be \[B, N\]"),
+        (
+            {
+                "query_mask": torch.ones(2, 13) > 0,
+                "cu_seqlens_k": torch.tensor([0, 13], dtype=torch.int32),
+            },
+            ValueError,
+            "cu_seqlens_k must be None with query_mask",
+        ),
+        (
+            {"q": torch.nested.nested_tensor([torch.randn(4, 3, 8)], layout=torch.jagged)},
+            ValueError,
+            "q must be ragged in its next to last dimension",
+        ),
+        ({"first_head": 2, "method": "dealt"}, ValueError, "'dealt'"),
+    ],
+)
+def test_what_cannot_be_packed_is_named(
+    change: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        smart_bird_attention(**{**make_inputs(), "num_samples": 5, **change})
+
+
+def test_nested_tensors_go_together() -> None:
+    def nested(*lengths: int) -> Tensor:
+        return torch.nested.nested_tensor(
+            [torch.randn(n, 4, 8) for n in lengths], layout=torch.jagged
+        ).transpose(1, 2)
+
+    q, other = nested(3, 5), nested(4, 4)
+    sketch = torch.nested.nested_tensor([torch.randn(n, 4) for n in (3, 5)], layout=torch.jagged)
+    with pytest.raises(TypeError, match="k_sketch must be a nested tensor"):
+        smart_bird_attention(q, q, q, sketch, torch.randn(2, 5, 4), 2)
+    with pytest.raises(ValueError, match=r"v must have the lengths of k \[3, 5\], got \[4, 4\]"):
+        smart_bird_attention(q, q, other, sketch, sketch, 2)
+    with pytest.raises(ValueError, match="key_mask must be None with nested tensors"):
+        smart_bird_attention(q, q, q, sketch, sketch, 2, key_mask=torch.ones(2, 5) > 0)
+
+
 # --- Keys dealt out by rank, and uniform ones added ---
 
 
@@ -320,6 +572,24 @@ def test_dealt_keys_follow_the_rule(
             forced = set(valid[:num_sinks]) | {j for j in valid if j in near}
             expected = dealt(scores[b, i], valid, forced, num_samples, num_index_heads)
             assert indices[b, :, i].tolist() == expected, (b, i)
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES if case.B and case.M and case.N])
+def test_dealt_keys_of_every_problem_follow_the_rule(name: str) -> None:
+    x = case_inputs(CASE[name], torch.float64)
+    case = x.case
+    num_sketches = case.H_s or 1
+    group = 2
+    options = {**x.rows(), "num_index_heads": num_sketches * group}
+    indices = deal_keys(x.q_sketch, x.k_sketch, case.K, **options)
+    valid, forced = x.valid_and_forced(case.K)
+    scores = reference._sketches(x.q_sketch, x.k_sketch)
+    scores = scores[0] @ scores[1].mT
+    for b, i in torch.cartesian_prod(torch.arange(case.B), torch.arange(case.N)).tolist():
+        keys = [row[b, i].nonzero().flatten().tolist() for row in (valid, forced)]
+        for s in range(num_sketches):
+            hands = dealt(scores[b, s, i], keys[0], set(keys[1]), case.K, group)
+            assert indices[b, s * group : (s + 1) * group, i].tolist() == hands, (b, s, i)
 
 
 def test_dealt_keys_of_equal_scores_go_by_index() -> None:
@@ -397,6 +667,40 @@ def test_an_argument_of_the_uniform_draw_is_named() -> None:
         add_uniform_keys(indices, 10, 0)
     with pytest.raises(TypeError, match="num_keys must be an int, got float"):
         add_uniform_keys(indices, 10.0, 1)
+
+
+@pytest.mark.parametrize("name", ["packed", "packed_offsets", "offsets", "globals"])
+def test_keys_are_added_where_rows_see_them(name: str) -> None:
+    x = case_inputs(CASE[name], torch.float32)
+    case = x.case
+    held, _ = ops.sketch_sample(x.q_sketch, x.k_sketch, case.K, **x.sampling())
+    indices = add_uniform_keys(held, case.M, 4, **x.masks())
+    valid = x.valid()[:, None].expand(-1, case.H_i, -1, -1)
+    entries = indices.long().remainder(case.M + 1)
+    assert (F.pad(valid, (0, 1), value=True).gather(-1, entries)).all()
+    # Without a held key in the way, a row has all of its keys, or four more.
+    num_held, num_now = ((t >= 0).sum(-1) for t in (held, indices))
+    assert (num_now >= num_held).all()
+    assert (num_now[num_held == valid.sum(-1)] == num_held[num_held == valid.sum(-1)]).all()
+
+
+def test_uniform_keys_are_drawn_apart_from_the_others() -> None:
+    """One seed for both: where the sketch is uniform too, the two draws have nothing in common."""
+    zeros = torch.zeros(1, 2000, 1)
+    q, k = torch.zeros(1, 1, 2000, 4), torch.zeros(1, 1, 40, 4)
+    q, k, _, q_sketch, k_sketch = check_inputs(q, k, k, zeros, zeros[:, :40])
+    attended = attend(
+        *(q, k, k, q_sketch, k_sketch, 8),
+        check_visible(1, 2000, 40, q.device),
+        num_index_heads=1,
+        method="gumbel",
+        seed=torch.tensor([1, 2]),
+        num_uniform=4,
+    )
+    assert attended.indices is not None
+    # Of 4 added keys each is held already with probability 4 / 40: five standard deviations.
+    dropped = (attended.indices == -1).sum().item()
+    assert abs(dropped - 2000 * 4 * 0.1) < 5 * (2000 * 4 * 0.1 * 0.9) ** 0.5
 
 
 def test_added_keys_are_uniform() -> None:
