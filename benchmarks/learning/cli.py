@@ -17,6 +17,7 @@ from tqdm import tqdm
 from benchmarks.learning import tasks
 from smartbird.functional import METHODS
 from smartbird.nn import LEARNING_ROUTES
+from smartbird.nn.attention import SKETCHES
 
 PROG = "python -m benchmarks.learning"
 EXIT_FAILURE = 1
@@ -75,8 +76,9 @@ def _add_train(commands: _Commands) -> argparse.ArgumentParser:
     add("--num-samples", type=int, metavar="K", help="keys per query and head")
     add("--window", type=int, metavar="W", help="nearest keys that are always among the K")
     add("--num-sinks", type=int, metavar="N", help="leading keys that are always among the K")
-    add("--num-index-heads", type=int, metavar="H", help="sets of keys per query; default: heads")
-    add("--sketch-dim", type=int, metavar="S", help="width of the sketch")
+    add("--num-index-heads", type=int, metavar="H", help="sets of keys per query")
+    add("--sketch-dim", type=int, metavar="S", help="width of a sketch")
+    add("--num-sketches", choices=SKETCHES, help="whom each sketch is for")
     add("--method", choices=METHODS, help="how keys are drawn")
     add("--eval-method", choices=METHODS, help="how keys are drawn in evaluation")
     add("--correction", action=switch, help="estimate dense attention from the sample")
@@ -94,6 +96,7 @@ def _add_train(commands: _Commands) -> argparse.ArgumentParser:
     add("--layers", type=int, help="encoder layers")
     add("--dim", type=int, help="model width")
     add("--heads", type=int, help="attention heads per layer")
+    add("--num-kv-heads", type=int, metavar="H", help="heads of keys and values; default: heads")
     add("--dropout", type=float, metavar="P", help="dropout probability")
     add("--embedding-std", type=float, metavar="STD", help="of new embeddings")
     add("--vocab-size", type=int, metavar="V", help="tokens (sotu, mqar, continuation)")

@@ -18,8 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from smartbird._checks import check_sketches
+from smartbird._visible import check_visible
 from smartbird.functional import smart_bird_attention
 from smartbird.ops import distill_loss
+from smartbird.ops.sample import draw
 
 SDPA = "SDPA"
 SDPA_FLASH = "SDPA, FlashAttention"
@@ -143,6 +146,24 @@ def build(name: str, problem: Problem) -> Forward:
     if contender.longest is not None and problem.length > contender.longest:
         raise Unavailable(f"not run above N = {contender.longest}: {contender.reason}")
     return contender.build(problem)
+
+
+def draw_keys(p: Problem, *, method: str, num_index_heads: int, seed: Tensor) -> Tensor:
+    """As attention without correction draws: ``sketch_sample`` without log_inclusion."""
+    q_sketch, k_sketch = check_sketches(p.q_sketch.detach(), p.k_sketch.detach())
+    batch, length = p.q.shape[0], p.length
+    indices, _ = draw(
+        q_sketch,
+        k_sketch,
+        p.num_samples,
+        check_visible(batch, length, length, p.q.device),
+        num_index_heads=num_index_heads,
+        method=method,
+        scale=q_sketch.shape[3] ** -0.5,
+        seed=seed,
+        need_log_inclusion=False,
+    )
+    return indices
 
 
 def _sdpa(p: Problem) -> Forward:

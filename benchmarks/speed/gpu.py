@@ -35,13 +35,14 @@ from benchmarks.speed.contenders import (
     Unavailable,
     Widths,
     build,
+    draw_keys,
 )
 from benchmarks.speed.plots import write_plots
 from benchmarks.speed.report import update_page
 from benchmarks.speed.results import Case, Memory, Results, Stage, ms, pass_name
 from benchmarks.speed.timing import Clock, interleave, time_case, wall_clock
 from smartbird._library import why_no_cuda
-from smartbird.ops import gather_attention, gather_scores, sample_indices, sketch_lse
+from smartbird.ops import gather_attention, gather_scores, sketch_lse
 
 LENGTHS = (1024, 4096, 16384, 65536)
 # As many tokens as in a sequence of 16384: one of 1024 does not fill a GPU.
@@ -179,12 +180,7 @@ def _calls(p: Problem) -> dict[str, Callable[[], object]]:
     seed = torch.tensor([1, 2], device=p.q.device)
 
     def sample(method: str) -> torch.Tensor:
-        return sample_indices(
-            *(q_sketch, k_sketch, p.num_samples),
-            num_index_heads=p.q.shape[1],
-            method=method,
-            seed=seed,
-        )
+        return draw_keys(p, method=method, num_index_heads=p.q.shape[1], seed=seed)
 
     indices = sample(SYSTEMATIC)
     out = gather_attention(p.q, p.k, p.v, indices)

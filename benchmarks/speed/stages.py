@@ -1,8 +1,8 @@
 """Where Smart Bird's time goes, and how near each stage is to what the machine allows.
 
-Stages are timed through the public operators:
+Stages are timed through the operators:
 
-- *scores* (with exp and running sums) and *drawing*: the time of ``sketch_sample`` is fitted as
+- *scores* (with exp and running sums) and *drawing*: the time of ``draw_keys`` is fitted as
   scores + H_i * drawing from H_i = 1 and H_i = H, as all index heads share the scores.
 - *gather attention*: ``gather_attention`` alone, on indices that were drawn.
 - *slot gradients*, the first part of its backward pass (scores, softmax and dout . v again): the
@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from benchmarks.speed.contenders import GUMBEL, SYSTEMATIC, Problem, Widths
+from benchmarks.speed.contenders import GUMBEL, SYSTEMATIC, Problem, Widths, draw_keys
 from benchmarks.speed.results import Limits, Stage
 from benchmarks.speed.timing import interleave
-from smartbird.ops import distill_loss, gather_attention, sample_indices
+from smartbird.ops import distill_loss, gather_attention
 
 SCORES = "scores"
 DRAWING = {SYSTEMATIC: "drawing, systematic", GUMBEL: "drawing, gumbel"}
@@ -162,23 +162,15 @@ def measure_stages(
 def _calls(p: Problem) -> dict[str, Callable[[], object]]:
     """What is timed; the forward passes of the backward ones are run here, once."""
     H, D = p.q.shape[1], p.q.shape[3]
-    q_sketch, k_sketch = p.q_sketch.detach(), p.k_sketch.detach()
     q, k, v = (x.detach() for x in (p.q, p.k, p.v))
     seed = torch.tensor([1, 2])
-    indices = sample_indices(q_sketch, k_sketch, p.num_samples, num_index_heads=H, seed=seed)
+    indices = draw_keys(p, method=GUMBEL, num_index_heads=H, seed=seed)
     bias = torch.zeros(indices.shape, requires_grad=True)
     with_bias = gather_attention(q, k, v, indices, bias=bias)
     out = gather_attention(p.q, p.k, p.v, indices)
 
     def sample(method: str, index_heads: int) -> Callable[[], object]:
-        return lambda: sample_indices(
-            q_sketch,
-            k_sketch,
-            p.num_samples,
-            num_index_heads=index_heads,
-            method=method,
-            seed=seed,
-        )
+        return lambda: draw_keys(p, method=method, num_index_heads=index_heads, seed=seed)
 
     def gradient(of: Tensor, *inputs: Tensor) -> Callable[[], object]:
         return lambda: torch.autograd.grad(of, inputs, p.dout, retain_graph=True)

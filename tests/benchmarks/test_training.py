@@ -381,6 +381,9 @@ def test_sizes_that_do_not_fit_leave_nothing_behind(config):
         ("dense_warmup", -1),
         ("num_sinks", -1),
         ("num_index_heads", 0),
+        ("num_sketches", "nothing"),
+        ("num_kv_heads", 0),
+        ("num_kv_heads", 3),
         ("method", "nothing"),
         ("eval_method", "nothing"),
         ("temperature", 0.0),
@@ -458,12 +461,28 @@ def test_options_reach_the_layers(attention, config):
     config = dataclasses.replace(config, attention=attention, **OPTIONS)
     _, model = training._build(config)
     for layer in model.layers:
-        assert {name: getattr(layer.attention, name) for name in OPTIONS} == OPTIONS
+        assert {name: getattr(layer.attention.core, name) for name in OPTIONS} == OPTIONS
     _, model = training._build(
         dataclasses.replace(config, uniform_share=0.0, correction=True, distill_correction=None)
     )
-    assert model.layers[0].attention.correction
-    assert model.layers[0].attention.distill_correction
+    assert model.layers[0].attention.core.correction
+    assert model.layers[0].attention.core.distill_correction
+
+
+@pytest.mark.parametrize(
+    ("num_sketches", "widths"), [("layer", (1, 1)), ("kv", (2, 2)), ("head", (4, 2))]
+)
+def test_sketches_and_kv_heads_reach_the_layers(num_sketches, widths, config):
+    config = dataclasses.replace(
+        config, attention="smartbird", heads=4, num_kv_heads=2, num_sketches=num_sketches
+    )
+    result = tasks.train(config)
+    model, _ = tasks.load_model(Path(config.out) / files.CHECKPOINT)
+    layer = model.layers[0].attention
+    assert (layer.num_query_sketches, layer.num_key_sketches) == widths
+    assert layer.core.num_kv_heads == 2
+    assert layer.core.num_index_heads == max(2, widths[0])
+    assert len(result.recall) == config.layers
 
 
 def test_options_that_do_not_fit_the_layer_leave_nothing_behind(config):
@@ -523,7 +542,7 @@ def test_layers_reuse_the_keys_of_the_one_before(training_mode, config):
         else:
             assert given is None
             assert not attended.equal(used[position - 2][1]) or position == 0
-    losses = [layer.attention._sketch_loss is not None for layer in model.layers]
+    losses = [layer.attention.core.take_loss()[0] is not None for layer in model.layers]
     assert losses == [training_mode and position % 2 == 0 for position in range(5)]
 
 
@@ -580,20 +599,28 @@ def test_sharing_means_nothing_to_other_attentions(config, tmp_path):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("correction", [False, True])
 @pytest.mark.parametrize(
-    ("attention", "num_index_heads"),
-    [("smartbird", 1), ("smartbird-largest", 2)],  # with a head of its own, largest is mean
+    ("attention", "num_index_heads", "num_sketches"),
+    [
+        ("smartbird", 1, "layer"),
+        ("smartbird", 2, "kv"),
+        ("smartbird-largest", 2, "layer"),  # with a head of its own, largest is mean
+    ],
 )
 def test_without_a_change_the_controls_distil_as_the_library_does(
-    attention, num_index_heads, correction, is_causal, config
+    attention, num_index_heads, num_sketches, correction, is_causal, config
 ):
     config = dataclasses.replace(
-        config, attention=attention, correction=correction, num_index_heads=num_index_heads
+        config,
+        attention=attention,
+        correction=correction,
+        num_index_heads=num_index_heads,
+        num_sketches=num_sketches,
     )
     layer = tasks.ATTENTIONS[attention](config, is_causal)
     x, key_mask = torch.randn(2, 9, 16), torch.arange(9) < torch.tensor([[9], [6]])
     losses = []
-    for kind in (type(layer), DistillationControl):
-        layer.__class__ = kind
+    for kind in (type(layer.core), DistillationControl):
+        layer.core.__class__ = kind
         torch.manual_seed(1)
         layer(x, key_mask=key_mask)
         losses.append(sketch_loss(layer))
@@ -605,7 +632,7 @@ def test_the_largest_control_follows_the_head_that_looks_most(config):
     layer = tasks.ATTENTIONS[config.attention](config, False)
     probabilities = torch.tensor([[0.8, 0.1, 0.1, 0.0], [0.3, 0.3, 0.1, 0.3]]).view(1, 1, 2, 1, 4)
     expected = torch.tensor([0.8, 0.3, 0.1, 0.3]) / 1.5
-    torch.testing.assert_close(layer._target(probabilities).flatten(), expected)
+    torch.testing.assert_close(layer.core._target(probabilities).flatten(), expected)
 
 
 @pytest.mark.parametrize("num_index_heads", [1, 2])
@@ -626,7 +653,7 @@ def test_the_restricted_control_is_normalised_over_the_drawn_keys(
     layer(x, key_mask=key_mask)
     loss = sketch_loss(layer)
     q, k, _ = layer._project(x, x, x)
-    q_sketch, k_sketch = layer._sketch(x, x)
+    q_sketch, k_sketch = (sketch.squeeze(1) for sketch in layer._sketch(x, x))
     torch.manual_seed(1)
     indices, log_inclusion = ops.sketch_sample(
         q_sketch,
@@ -636,15 +663,18 @@ def test_the_restricted_control_is_normalised_over_the_drawn_keys(
         key_mask=key_mask,
         window=config.window,
     )
+    assert config.window == 2
     rows = []
     for i in range(9):  # the other sequence has no key
         heads = []
         for head in range(2):
             index_head = head * num_index_heads // 2
             keys = indices[0, index_head, i].long()
+            free = (keys - i).abs() > 1  # beyond the window, which a row holds anyhow
+            keys = keys[free]
             logits = q[0, head, i] @ k[0, head, keys].T / 8**0.5 / 0.5
             if correction:
-                logits = logits - log_inclusion[0, index_head, i]
+                logits = logits - log_inclusion[0, index_head, i, free]
             scores = q_sketch[0, i] @ k_sketch[0, keys].T / layer.sketch_dim**0.5
             heads.append(-(logits.softmax(-1) * scores.log_softmax(-1)).sum())
         rows.append(sum(heads) / 2)

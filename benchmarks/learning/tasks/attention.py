@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.learning.tasks.config import Config
 from smartbird import ops, patterns
+from smartbird._visible import Visible, check_room
 from smartbird.functional import dense_attention
 from smartbird.inspection import LayerCall
-from smartbird.nn import SmartBirdAttention
+from smartbird.nn import SampledAttention, SmartBirdAttention
+from smartbird.nn.sampled import SamplingOptions
+from smartbird.ops.dense import log_sum_exp
 
 
 class ProjectedAttention(nn.Module):
@@ -27,7 +29,9 @@ class ProjectedAttention(nn.Module):
     def __init__(self, config: Config, is_causal: bool) -> None:
         super().__init__()
         self.heads, self.num_samples, self.is_causal = config.heads, config.num_samples, is_causal
-        self.in_proj = nn.Linear(config.dim, 3 * config.dim)
+        self.head_dim = config.dim // config.heads
+        self.kv_heads = config.num_kv_heads or config.heads
+        self.in_proj = nn.Linear(config.dim, (config.heads + 2 * self.kv_heads) * self.head_dim)
         self.out_proj = nn.Linear(config.dim, config.dim)
         nn.init.xavier_uniform_(self.in_proj.weight)
         nn.init.zeros_(self.in_proj.bias)
@@ -39,15 +43,13 @@ class ProjectedAttention(nn.Module):
         return result
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of x [B, N, dim], each [B, H, N, D]."""
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in self.in_proj(x).chunk(3, dim=-1)
-        )
+        """q [B, H, N, D], k and v [B, H_kv, N, D] of x [B, N, dim]."""
+        heads = self.in_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        """Attention of q, k, v [B, H, N, D] -> [B, H, N, D]."""
+        """Attention of what `project` gives -> [B, H, N, D]."""
         raise NotImplementedError
 
     def indices(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor | None:
@@ -182,7 +184,7 @@ class RoutingAttention(PatternAttention):
         if self.training:
             moved = patterns.update_centroids(
                 self.centroids,
-                torch.cat([q, k], dim=2),
+                torch.cat([q, k.repeat_interleave(self.heads // self.kv_heads, dim=1)], dim=2),
                 decay=self.decay,
                 key_mask=None if key_mask is None else key_mask.repeat(1, 2),
             )
@@ -199,45 +201,54 @@ class OracleAttention(PatternAttention):
         )
 
 
-class DistillationControl(SmartBirdAttention):
+class DistillationControl(SampledAttention):
     """Distils as `ops.distill_loss` does not, to show what its choices are worth."""
 
     def _log_probabilities(
-        self, scores: Tensor, q_sketch: Tensor, k_sketch: Tensor, masks: Any
+        self, scores: Tensor, q_sketch: Tensor, k_sketch: Tensor, visible: Visible
     ) -> Tensor:
-        """Of the sketch for the drawn keys, from their scores [B, H_i, N, K]."""
-        lse = ops.sketch_lse(q_sketch, k_sketch, **masks)
-        return scores - lse.unsqueeze(1).unsqueeze(-1)
+        """Of the sketches for the drawn keys, from their scores [B, H_i, N, K]."""
+        lse = log_sum_exp(q_sketch, k_sketch, visible, self._sketch_scale(q_sketch))
+        return scores - lse.repeat_interleave(scores.shape[1] // lse.shape[1], 1).unsqueeze(-1)
 
     def _target(self, probabilities: Tensor) -> Tensor:
         """What the sketch is to come near to, from that of each head [B, H_i, H / H_i, N, K]."""
         return probabilities.mean(2)
 
-    def _distill_loss(
+    def _sketch_scale(self, q_sketch: Tensor) -> float:
+        return q_sketch.shape[3] ** -0.5 if self.sketch_scale is None else self.sketch_scale
+
+    def distill_loss(
         self,
         q: Tensor,
         k: Tensor,
         q_sketch: Tensor,
         k_sketch: Tensor,
+        visible: Visible,
         indices: Tensor | None,
         log_inclusion: Tensor | None,
-        masks: Any,
     ) -> Tensor:
         if indices is None:
-            return super()._distill_loss(q, k, q_sketch, k_sketch, None, None, masks)
+            return super().distill_loss(q, k, q_sketch, k_sketch, visible, None, None)
+        visible = visible.residual()  # what a row is forced to hold, the sketch need not know
+        free = visible.free_slots(indices)
         num_index_heads = indices.shape[1]
-        sketches = q_sketch.unsqueeze(1).expand(-1, num_index_heads, -1, -1)
-        scores = ops.gather_scores(sketches, k_sketch.unsqueeze(1), indices)
-        scale = self.head_dim**-0.5 / self.distill_temperature
-        logits = ops.gather_scores(q.detach(), k.detach(), indices, scale=scale)
+        sketches = q_sketch.repeat_interleave(num_index_heads // q_sketch.shape[1], 1)
+        scores = ops.gather_scores(sketches, k_sketch, indices, scale=self._sketch_scale(q_sketch))
+        scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+        logits = ops.gather_scores(
+            q.detach(), k.detach(), indices, scale=scale / self.distill_temperature
+        )
         logits = torch.unflatten(logits, 1, (num_index_heads, -1))
-        if log_inclusion is not None:
+        if log_inclusion is not None and self.distill_correction:
             logits = logits - log_inclusion.unsqueeze(2)
-        held = indices >= 0
-        target = self._target(logits.masked_fill(~held.unsqueeze(2), -torch.inf).softmax(-1))
-        learned = self._log_probabilities(scores, q_sketch, k_sketch, masks)
-        agreement = torch.where(held, target * learned, 0.0).sum(-1).mean(1)
-        answered = held.any(-1).any(1)
+        # Finite, as a row without a free key must leave no NaN in the gradient.
+        least = torch.finfo(scores.dtype).min
+        target = self._target(logits.masked_fill(~free.unsqueeze(2), least).softmax(-1))
+        scores = scores.masked_fill(~free, least)
+        learned = self._log_probabilities(scores, q_sketch, k_sketch, visible)
+        agreement = torch.where(free, target * learned, 0.0).sum(-1).mean(1)
+        answered = free.any(-1).any(1)
         return -agreement[answered].sum() / answered.sum().clamp(min=1)
 
 
@@ -248,7 +259,7 @@ class RestrictedSmartBird(DistillationControl):
     """
 
     def _log_probabilities(
-        self, scores: Tensor, q_sketch: Tensor, k_sketch: Tensor, masks: Any
+        self, scores: Tensor, q_sketch: Tensor, k_sketch: Tensor, visible: Visible
     ) -> Tensor:
         return scores.log_softmax(-1)
 
@@ -262,13 +273,10 @@ class LargestSmartBird(DistillationControl):
 
 
 def _smartbird(
-    config: Config, is_causal: bool, layer: type[SmartBirdAttention] = SmartBirdAttention
+    config: Config, is_causal: bool, core: type[SampledAttention] = SampledAttention
 ) -> SmartBirdAttention:
-    return layer(
-        config.dim,
-        config.heads,
+    sampling = SamplingOptions(
         num_samples=config.num_samples,
-        sketch_dim=config.sketch_dim,
         num_index_heads=config.num_index_heads,
         method=config.method,
         eval_method=config.eval_method,
@@ -277,11 +285,28 @@ def _smartbird(
         uniform_share=config.uniform_share,
         window=config.window,
         num_sinks=config.num_sinks,
-        learning=config.learning,
         distill_temperature=config.distill_temperature,
         distill_correction=config.distill_correction,
         is_causal=is_causal,
     )
+    layer = SmartBirdAttention(
+        config.dim,
+        config.heads,
+        num_kv_heads=config.num_kv_heads,
+        sketch_dim=config.sketch_dim,
+        num_sketches=config.num_sketches,
+        learning=config.learning,
+        **sampling,
+    )
+    if core is not SampledAttention:
+        sampling["num_index_heads"] = layer.core.num_index_heads
+        layer.core = core(
+            config.heads,
+            num_kv_heads=config.num_kv_heads,
+            distill="distill" in config.learning,
+            **sampling,
+        )
+    return layer
 
 
 def _untrained(config: Config, is_causal: bool) -> SmartBirdAttention:
@@ -293,8 +318,8 @@ def _untrained(config: Config, is_causal: bool) -> SmartBirdAttention:
 ATTENTIONS: dict[str, Callable[[Config, bool], nn.Module]] = {
     "smartbird": _smartbird,
     "untrained": _untrained,
-    "smartbird-restricted": functools.partial(_smartbird, layer=RestrictedSmartBird),
-    "smartbird-largest": functools.partial(_smartbird, layer=LargestSmartBird),
+    "smartbird-restricted": functools.partial(_smartbird, core=RestrictedSmartBird),
+    "smartbird-largest": functools.partial(_smartbird, core=LargestSmartBird),
     "dense": DenseAttention,
     "window": WindowAttention,
     "random": RandomAttention,
@@ -308,7 +333,8 @@ ATTENTIONS: dict[str, Callable[[Config, bool], nn.Module]] = {
 _SMART_BIRDS = ("smartbird", "untrained", "smartbird-restricted", "smartbird-largest")
 _OF_DISTILLATION = ("distill_weight", "distill_temperature", "distill_correction")
 _OF_SMART_BIRD = (
-    *("num_sinks", "num_index_heads", "sketch_dim", "method", "eval_method", "correction"),
+    *("num_sinks", "num_index_heads", "sketch_dim", "num_sketches"),
+    *("method", "eval_method", "correction"),
     *("temperature", "uniform_share", "learning", *_OF_DISTILLATION, "dense_warmup"),
     *("anneal_samples", "anneal_steps", "share_sketch", "reuse"),
 )
@@ -352,6 +378,6 @@ def check_forced_keys(config: Config, is_causal: bool) -> None:
         ValueError: says how many are forced, and by what.
     """
     if config.attention == "random":
-        ops.check_room(config.num_samples, config.window, 0, is_causal)
+        check_room(config.num_samples, config.window, 0, is_causal)
     elif config.attention in _SMART_BIRDS:
-        ops.check_room(config.num_samples, config.window, config.num_sinks, is_causal)
+        check_room(config.num_samples, config.window, config.num_sinks, is_causal)

@@ -10,6 +10,7 @@ from typing import Any
 
 from smartbird.functional import METHODS
 from smartbird.nn import LEARNING_ROUTES
+from smartbird.nn.attention import SKETCHES
 
 LARGEST_COUNT = 2**31 - 1  # of int32, as are the indices of keys and the threads of PyTorch
 
@@ -38,8 +39,11 @@ class Config:
         num_samples: keys per query and head (K), forced keys included; dense attention ignores it.
         window: nearest keys that are always among the K of `smartbird` and `random`.
         num_sinks: leading keys that are always among the K.
-        num_index_heads: sets of keys per query (H_i), divides `heads`; None: `heads`.
-        sketch_dim: width of the sketch (S).
+        num_index_heads: sets of keys per query (H_i), divides `heads`; None: as many as key/value
+            heads, or as sketches where those are more.
+        sketch_dim: width of a sketch (S).
+        num_sketches: one for the "layer", one for each key/value head ("kv") or one for each "head"
+            on the side of the queries.
         method: how keys are drawn, of `METHODS`.
         eval_method: how they are drawn in evaluation, likewise; None: `method`.
         correction: whether the sample estimates dense attention.
@@ -60,6 +64,7 @@ class Config:
         layers: encoder layers.
         dim: model width.
         heads: attention heads per layer; must divide `dim`.
+        num_kv_heads: heads of keys and values, divides `heads`; None: `heads`.
         dropout: probability, in [0, 1), on embeddings, attention output and feed-forward output.
         embedding_std: standard deviation of new token and position embeddings.
         vocab_size: tokens the task knows; only for tasks that have such a choice.
@@ -120,6 +125,8 @@ class Config:
     anneal_steps: int = 0
     reuse: int = 1
     share_sketch: int = 1
+    num_sketches: str = "layer"
+    num_kv_heads: int | None = None
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(Config).items():
@@ -130,6 +137,7 @@ class Config:
             *("seq_len", "num_samples", "sketch_dim", "layers", "dim", "heads", "steps"),
             *("batch_size", "log_every", "eval_every", "checkpoint_every", "threads"),
             *("vocab_size", "num_pairs", "num_index_heads", "reuse", "share_sketch"),
+            "num_kv_heads",
         ):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= LARGEST_COUNT:
@@ -159,6 +167,10 @@ class Config:
             value = getattr(self, name)
             if value not in METHODS and (name, value) != ("eval_method", None):
                 raise ValueError(f"{name} must be one of {', '.join(METHODS)}, got {value!r}")
+        if self.num_sketches not in SKETCHES:
+            raise ValueError(
+                f"num_sketches must be one of {', '.join(SKETCHES)}, got {self.num_sketches!r}"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if not 0.0 <= self.curriculum <= 1.0:
@@ -176,6 +188,10 @@ class Config:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         if self.dim % self.heads:
             raise ValueError(f"heads must divide dim, got heads={self.heads}, dim={self.dim}")
+        if self.heads % (self.num_kv_heads or self.heads):
+            raise ValueError(
+                f"num_kv_heads must divide heads={self.heads}, got {self.num_kv_heads}"
+            )
         if unknown := set(self.learning) - set(LEARNING_ROUTES):
             raise ValueError(
                 f"learning must name routes of {', '.join(LEARNING_ROUTES)}, "
