@@ -115,6 +115,7 @@ class Problem:
             self.q[None, :, : self.sketch_dim],
             self.k[None, :, : self.sketch_dim],
             num_samples,
+            num_index_heads=draws,
             method=method,
             correction=correction,
             scale=self.scale,
