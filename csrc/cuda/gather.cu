@@ -7,7 +7,7 @@ namespace {
 // q [B, H, N, D], k [B, H_kv, M, D], indices [B, H_i, N, K] -> out [B, H, N, K]: the scaled scores
 // of each query's keys, -inf in empty slots.
 template <typename L>
-__global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
+__global__ void __launch_bounds__(kGatherThreads, L::kBlocks)
     gather_scores_kernel(const GatherParams p) {
   using T = typename L::T;
   const int64_t number = int64_t{blockIdx.x} * kGatherWarps + warp_id();
@@ -72,7 +72,7 @@ __device__ __forceinline__ PartialAttention<L> attend(const GatherParams& p, con
 // Dv], lse [B, H, N]. kWarps warps share the slots of a query: one where there are queries enough
 // to fill the device, all of a block where there are few.
 template <typename L, int kWarps>
-__global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
+__global__ void __launch_bounds__(kGatherThreads, L::kBlocks)
     gather_attention_kernel(const GatherParams p) {
   using T = typename L::T;
   using A = typename L::A;

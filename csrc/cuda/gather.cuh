@@ -13,7 +13,6 @@ namespace smartbird::cuda {
 
 constexpr int kGatherThreads = 128;
 constexpr int kGatherWarps = kGatherThreads / kWarpSize;
-constexpr int kGatherBlocks = 4;  // on a multiprocessor at least: 128 registers to a thread
 
 // A row of up to kLanes * kChunks * kVec elements: lane l of its group holds the elements
 // (c * kLanes + l) * kVec + e.
@@ -27,6 +26,9 @@ struct RowLayout {
   static constexpr int kGroups = kWarpSize / kLanes;
   // Rows read before the first is used: some 64 bytes in flight per lane, few enough registers.
   static constexpr int kInFlight = kChunks * kVec * sizeof(T) <= 16 ? 4 : (kChunks <= 2 ? 2 : 1);
+  // On a multiprocessor at least: 128 registers to a thread, 168 where rows come element by
+  // element.
+  static constexpr int kBlocks = kVec > 1 ? 4 : 3;
 };
 
 // One lane's part of a row.
@@ -107,11 +109,13 @@ __device__ __forceinline__ Rows<T> head_rows(const void* x, const int64_t (&stri
 
 // Query i of head h of batch b; `number` counts all of them.
 struct GatherRow {
-  int64_t number, b, h, i;
+  int64_t number;
+  int b, h, i;
 };
 
 __device__ __forceinline__ GatherRow gather_row(const GatherParams& p, int64_t number) {
-  return {number, number / (p.H * p.N), number / p.N % p.H, number % p.N};
+  return {number, static_cast<int>(number / (p.H * p.N)), static_cast<int>(number / p.N % p.H),
+          static_cast<int>(number % p.N)};
 }
 
 __device__ __forceinline__ int64_t key_head(const GatherParams& p, const GatherRow& at) {
@@ -201,7 +205,8 @@ __device__ __forceinline__ A finish_logit(const GatherParams& p, const GatherRow
 // Where the random numbers of a query's dropout live.
 struct DropoutRow {
   PhiloxKey key;
-  int64_t head, position;
+  int head;
+  int64_t position;
 };
 
 __device__ __forceinline__ DropoutRow dropout_row(const GatherParams& p, const GatherRow& at) {
@@ -209,7 +214,7 @@ __device__ __forceinline__ DropoutRow dropout_row(const GatherParams& p, const G
   const Visible& v = p.visible;
   const Sequence sequence = sequence_at(v, v.queries.of_row(at.b, at.i));
   return {sequence_key(read_philox_key(p.device_seed, kDropoutStream), sequence),
-          v.first_head * (p.H / p.H_i) + at.h,
+          static_cast<int>(v.first_head * (p.H / p.H_i)) + at.h,
           position_of(v, sequence, at.i - sequence.first_query)};
 }
 

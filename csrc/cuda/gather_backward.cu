@@ -94,7 +94,7 @@ __device__ __forceinline__ void scatter(const RowPart<L>& part, typename L::A fa
 // dk_sum and dv_sum or slot_grads [B, H, N, K, 2]. One warp to a query. In the backward of
 // gather_scores v is null and dout [B, H, N, K].
 template <typename L>
-__global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
+__global__ void __launch_bounds__(kGatherThreads, L::kBlocks)
     gather_backward_queries_kernel(const GatherBackwardParams p) {
   using T = typename L::T;
   using A = typename L::A;
@@ -162,8 +162,7 @@ struct KeyStartParams {
   int64_t* key_start;   // [lists, M + 1] out: how many come before each key
 };
 
-__global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
-    key_starts_kernel(const KeyStartParams p) {
+__global__ void __launch_bounds__(kGatherThreads) key_starts_kernel(const KeyStartParams p) {
   const int64_t at = int64_t{blockIdx.x} * kGatherThreads + threadIdx.x;
   if (at >= p.lists * (p.M + 1)) return;
   const int64_t key = at % (p.M + 1);
@@ -183,7 +182,7 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
 // [B, H_kv, M, D], dv [B, H_kv, M, Dv]. One block to a key: its groups take turns at the entries,
 // so the order of additions is always the same.
 template <typename L>
-__global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
+__global__ void __launch_bounds__(kGatherThreads, L::kBlocks)
     gather_backward_keys_kernel(const GatherBackwardParams p) {
   using T = typename L::T;
   using A = typename L::A;
