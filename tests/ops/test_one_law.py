@@ -167,7 +167,7 @@ class Law:
         self.seed = torch.tensor([p.numbers, 11], device=device)
 
     def run(self, x: Sequence, **rows: Any) -> tuple[Tensor, ...]:
-        """indices, log_inclusion, out and the two log-sum-exps."""
+        """indices, log_inclusion, out and the two log-sum-exps; one op for all gives this out."""
         p, ops = self.problem, self.backend.ops
         H, _, H_i, _, _ = p.heads
         local_heads = H_i * x.q.shape[1] // H
@@ -192,6 +192,21 @@ class Law:
             **who,
         )
         sketch_lse = ops.sketch_lse(x.q_sketch, x.k_sketch, **masks, **who)
+        by_one_op = smart_bird_attention(
+            x.q,
+            x.k,
+            x.v,
+            x.q_sketch,
+            x.k_sketch,
+            p.K,
+            num_index_heads=local_heads,
+            method=self.method,
+            correction=p.correction,
+            dropout_p=0.2,
+            seed=self.seed,
+            **masks,
+            **who,
+        )
         who.pop("cu_seqlens_k", None)
         out, lse = ops.gather_attention(
             x.q,
@@ -204,20 +219,24 @@ class Law:
             return_lse=True,
             **who,
         )
-        return indices, log_inclusion, out, lse, sketch_lse
+        result = (indices, log_inclusion, out, lse, sketch_lse)
+        self.check((indices, log_inclusion, by_one_op, lse, sketch_lse), result)
+        return result
 
     def check(self, actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
         names = ("indices", "log_inclusion", "out", "lse", "sketch_lse")
         on_cpu = self.backend.device.type == "cpu"
         exact = on_cpu and "SMARTBIRD_EMULATED_LIBRARY" not in os.environ
         for name, a, e in zip(names, actual, expected, strict=True):
-            if exact or name == "indices":
-                assert torch.equal(a, e), name
+            assert a.dtype == e.dtype
+            if exact or name == "indices":  # padding is NaN in both
+                torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True)
             else:
                 # Log-sum-exps and probabilities of scores as large as the sketch's.
                 scale = e[e.isfinite()].abs().max().item() if e.isfinite().any() else 1.0
                 tolerance = 1e-5 if e.dtype in (torch.float32, torch.float64) else 2e-2
-                torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance * max(scale, 1.0))
+                tolerances = {"rtol": tolerance, "atol": tolerance * max(scale, 1.0)}
+                torch.testing.assert_close(a, e, **tolerances, equal_nan=True)
 
 
 def rows_of(results: tuple[Tensor, ...], b: int, rows: slice) -> tuple[Tensor, ...]:
@@ -355,40 +374,6 @@ def test_on_ranks_that_share_the_heads(backend: Backend, method: str, problem: P
         *whole, sketch_lse = law.run(x)
         *parts, lse = joined(results, 1)
         law.check((*parts, lse[:, : sketch_lse.shape[1]]), (*whole, sketch_lse))
-
-
-@pytest.mark.parametrize("method", METHODS)
-@law
-@given(problem=problems())
-def test_by_one_op(backend: Backend, method: str, problem: Problem) -> None:
-    """Without gradients one op draws and attends, else two; packed as well."""
-    law = Law(backend, problem, method)
-    for x in law.sequences:
-        *_, out, _, _ = expected = law.run(x)
-        q = x.q.clone().requires_grad_()
-        for query in (x.q, q):
-            result = smart_bird_attention(
-                query,
-                x.k,
-                x.v,
-                x.q_sketch,
-                x.k_sketch,
-                problem.K,
-                num_index_heads=problem.heads[2],
-                method=method,
-                correction=problem.correction,
-                is_causal=problem.is_causal,
-                key_mask=x.key_mask if problem.has_mask else None,
-                window=problem.window,
-                num_sinks=problem.num_sinks,
-                global_mask=x.global_mask if problem.has_globals else None,
-                query_offset=x.offset,
-                sequence_ids=torch.tensor([x.id], device=backend.device),
-                dropout_p=0.2,
-                seed=law.seed,
-            )
-            law.check((*expected[:2], result.detach(), *expected[3:]), expected)
-        assert out.shape == result.shape
 
 
 @pytest.mark.parametrize("method", METHODS)
