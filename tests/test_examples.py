@@ -22,6 +22,12 @@ def test_swap_encoder_layers_learns() -> None:
     assert trained < 0.5 * untrained
 
 
+def test_rotary_gqa_decoder_tells_what_it_has_read() -> None:
+    (told,) = re.findall(r"(\S+) % of the second half told", run("rotary_gqa_decoder.py"))
+    # By chance, 1 of 64 tokens.
+    assert float(told) > 80
+
+
 def test_plot_draws(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pictures need the extra smartbird[plot]")
     run("plot_draws.py", str(tmp_path))

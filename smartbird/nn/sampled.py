@@ -525,7 +525,8 @@ class SampledAttention(nn.Module):
         if _inside_backward():
             return
         rides = self.loss_weight is not None
-        if self._loss is not None and self._loss.requires_grad and not self._has_warned:
+        lost = self._loss is not None and self._loss.requires_grad and self.observer is None
+        if lost and not self._has_warned:
             warnings.warn(
                 "a later pass replaced a sketch loss that nobody had collected, so it taught "
                 "nothing: add smartbird.sketch_loss(model) to the training loss of each pass, or "

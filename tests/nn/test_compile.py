@@ -14,7 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from smartbird import ops
 from smartbird.functional import smart_bird_attention
-from smartbird.modules import DenseWarmup, SmartBirdAttention, SmartBirdEncoderLayer, sketch_loss
+from smartbird.nn import (
+    DenseWarmup,
+    RotaryEmbedding,
+    SampleAnneal,
+    SmartBirdAttention,
+    SmartBirdEncoderLayer,
+    sketch_loss,
+)
 
 E, H = 16, 4
 ROUTES = ("distill", "bias", "value")
@@ -178,6 +185,67 @@ def test_default_backend() -> None:
     for length in (17, 32):
         x = torch.randn(2, length, E)
         torch.testing.assert_close(step(compiled, layer, x), step(layer, layer, x))
+
+
+def test_a_riding_loss_leaves_no_side_effect_in_a_graph() -> None:
+    model = make_model(1, loss_weight=0.5)
+    x = torch.randn(2, 20, E)
+    expected = step(model, model, x)
+    compiled = torch.compile(
+        lambda x: checkpoint(model, x, use_reentrant=False), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(step(compiled, model, x), {**expected, "distill": torch.zeros(())})
+
+
+@pytest.mark.parametrize("learning", [(), ("distill",)])
+def test_annealing_compiles_three_times(learning: tuple[str, ...]) -> None:
+    model = make_model(1, learning=learning)
+    anneal = SampleAnneal(model, start=32, steps=20)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x = torch.randn(2, 40, E)
+    for _ in range(23):
+        torch.manual_seed(0)
+        out = compiled(x)
+        sketch_loss(model)
+        torch.manual_seed(0)
+        torch.testing.assert_close(out, model(x))
+        sketch_loss(model)
+        anneal.step()
+    # The first number of keys, any number, and the last.
+    assert counter.frame_count == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_integer_padding_masks_are_refused_in_graphs(dtype: torch.dtype) -> None:
+    layer = make_model(1).eval()[0]
+    x, mask = torch.randn(2, 9, E), torch.ones(2, 9, dtype=dtype)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="src_key_padding_mask must be"):
+        compiled(x, src_key_padding_mask=mask)
+    with pytest.raises(ValueError, match="src_key_padding_mask must be"):
+        torch.export.export(layer, (x,), {"src_key_padding_mask": mask}, strict=False)
+
+
+def test_graphs_check_what_a_padding_mask_of_floats_holds() -> None:
+    layer = make_model(1).eval()[0]
+    x = torch.randn(2, 9, E)
+    mask = torch.zeros(2, 9).masked_fill(torch.rand(2, 9) < 0.3, -torch.inf)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(layer, (x,), {"src_key_padding_mask": mask}).module()
+    for graph in (compiled, exported):
+        out = graph(x, src_key_padding_mask=mask)
+        torch.testing.assert_close(out, layer(x, src_key_padding_mask=mask))
+        with pytest.raises(RuntimeError, match="src_key_padding_mask must be boolean, or hold 0"):
+            graph(x, src_key_padding_mask=torch.ones(2, 9))
+
+
+def test_compiled_nested_tensors() -> None:
+    layer = make_layer(rotary=RotaryEmbedding()).eval()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ((5, 9), (1, 20)):
+        x = torch.nested.nested_tensor([torch.randn(n, E) for n in lengths], layout=torch.jagged)
+        torch.testing.assert_close(compiled(x).values(), layer(x).values())
 
 
 # --- torch.export ---

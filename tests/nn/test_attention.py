@@ -1,51 +1,35 @@
-"""The layers: equal to PyTorch's own when every key is drawn, and a sketch that learns."""
+"""SmartBirdAttention: equal to PyTorch's own layer when every key is drawn, and what it adds."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from typing import Any
 
 import pytest
 import torch
+from layers import (
+    ROUTES,
+    E,
+    H,
+    N,
+    gradients,
+    make_layer,
+    padding_mask,
+    start_value_route,
+)
 from torch import Tensor, nn
 
 from smartbird import ops
 from smartbird.functional import deal_keys, smart_bird_attention
-from smartbird.modules import (
+from smartbird.nn import (
     DenseWarmup,
-    SampleAnneal,
+    RotaryEmbedding,
     SmartBirdAttention,
     SmartBirdEncoderLayer,
     seed_evaluation,
     sketch_loss,
 )
-
-E, H, N = 16, 4, 9
-ROUTES = ("distill", "bias", "value")
-
-
-def make_layer(**arguments: Any) -> SmartBirdAttention:
-    return SmartBirdAttention(E, H, **{"num_samples": 4, "sketch_dim": 4, **arguments})
-
-
-def padding_mask() -> Tensor:
-    """PyTorch's sense, True = ignored: the last three tokens of the second of two sequences."""
-    mask = torch.zeros(2, N, dtype=torch.bool)
-    mask[1, -3:] = True
-    return mask
-
-
-def causal_mask(kind: str) -> Tensor:
-    mask = nn.Transformer.generate_square_subsequent_mask(N)
-    return mask if kind == "additive" else mask == -torch.inf
-
-
-def start_value_route(layer: SmartBirdAttention) -> None:
-    """Leave the start where the output of the value route is multiplied by zero."""
-    nn.init.normal_(layer.sketch_out_weight)
-
 
 # --- nn.MultiheadAttention ---
 
@@ -63,10 +47,11 @@ def test_equals_multihead_attention_when_every_key_is_drawn(batch_first: bool, b
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     padding = padding_mask()
     for arguments in ((query, query, query), (query, key, key), (query, key, value)):
-        torch.testing.assert_close(
-            layer(*arguments, key_mask=~padding),
-            expected(*arguments, key_padding_mask=padding, need_weights=False)[0],
-        )
+        out = layer(*arguments, key_mask=~padding)
+        dense = expected(*arguments, key_padding_mask=padding, need_weights=False)[0]
+        if arguments[1] is query:  # the queries are padded as well
+            dense = dense.masked_fill((padding if batch_first else padding.T).unsqueeze(-1), 0)
+        torch.testing.assert_close(out, dense)
 
 
 def test_cross_attention_of_another_length() -> None:
@@ -229,7 +214,7 @@ def test_dealt_evaluation() -> None:
     x = torch.randn(2, N, E)
     indices = layer(x, key_mask=~padding_mask(), return_indices=True)[1]
     expected = deal_keys(
-        *layer._sketch(x, x),
+        *layer.sketch(x),
         4,
         num_index_heads=2,
         window=2,
@@ -237,7 +222,10 @@ def test_dealt_evaluation() -> None:
         is_causal=True,
         key_mask=~padding_mask(),
     )
-    assert indices.equal(expected)
+    assert indices[~padding_mask()[:, None].expand(-1, 2, -1)].equal(
+        expected[~padding_mask()[:, None].expand(-1, 2, -1)]
+    )
+    assert (indices[1, :, -3:] == -1).all()
 
 
 # --- Exploration ---
@@ -316,7 +304,7 @@ def test_given_indices_are_attended_to(learning: tuple[str, ...]) -> None:
     layer = make_layer(learning=learning).eval()
     x = torch.randn(2, N, E)
     expected, indices = layer(x, return_indices=True)
-    layer.eval_seed.add_(1)
+    seed_evaluation(layer, 1)
     assert not layer(x).equal(expected)
     out, same = layer(x, indices=indices, return_indices=True)
     assert out.equal(expected)
@@ -418,385 +406,195 @@ def test_a_given_sketch_that_does_not_fit_is_refused(change: Any, error: Any, sa
         layer(x, sketch=change(*layer.sketch(x)))
 
 
-# --- How the sketch learns ---
-
-
-def gradients(layer: SmartBirdAttention, x: Tensor, loss: Tensor) -> dict[str, bool]:
-    """Which parameters, and whether the input ("x"), get a gradient other than zero."""
-    names = dict(layer.named_parameters(), x=x)
-    grads = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
-    return {n: g is not None and bool((g != 0).any()) for n, g in zip(names, grads, strict=True)}
-
-
-@pytest.mark.parametrize("dense", [False, True])
-def test_distill_moves_the_sketch_only(dense: bool) -> None:
-    layer, x = make_layer(), torch.randn(2, N, E, requires_grad=True)
-    layer.dense = dense
-    out = layer(x)
-    of_loss = gradients(layer, x, sketch_loss(layer))
-    assert {n for n, moved in of_loss.items() if moved} == {
-        "sketch_proj_weight",
-        "sketch_proj_bias",
-    }
-    of_out = gradients(layer, x, out.square().sum())
-    assert {n for n, moved in of_out.items() if not moved} == {
-        "sketch_proj_weight",
-        "sketch_proj_bias",
-    }
-
-
-@pytest.mark.parametrize("route", ["bias", "value"])
-def test_other_routes_learn_from_the_output(route: str) -> None:
-    layer, x = make_layer(learning=(route,)), torch.randn(2, N, E, requires_grad=True)
-    if route == "value":
-        start_value_route(layer)
-    moved = gradients(layer, x, layer(x).square().sum())
-    assert all(moved.values()), moved
-    assert sketch_loss(layer).item() == 0.0
-
-
-def test_value_route_starts_at_zero() -> None:
-    plain, layer = make_layer().eval(), make_layer(learning=("value",)).eval()
-    layer.load_state_dict(plain.state_dict(), strict=False)
-    x = torch.randn(2, N, E)
-    assert layer(x).equal(plain(x))
-
-
-@pytest.mark.parametrize("route", ["bias", "value"])
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_dense_is_what_drawing_every_key_gives(is_causal: bool, route: str) -> None:
-    layer = make_layer(num_samples=N, num_kv_heads=2, learning=(route,), is_causal=is_causal).eval()
-    if route == "value":
-        start_value_route(layer)
-    x, mask = torch.randn(2, N, E), ~padding_mask()
-    sampled = layer(x, key_mask=mask)
-    layer.dense = True
-    torch.testing.assert_close(layer(x, key_mask=mask), sampled)
-
-
-@pytest.mark.parametrize("correction", [False, True])
-@pytest.mark.parametrize("dense_steps", [0, 30])
-def test_distilled_sketch_finds_what_attention_looks_at(dense_steps: int, correction: bool) -> None:
-    # Attention sharp enough to have favourites, and a sketch just wide enough to know them.
-    layer = make_layer(num_samples=8, sketch_dim=8, num_index_heads=1, correction=correction)
-    with torch.no_grad():
-        layer.in_proj_weight.mul_(3.0)
-    x = torch.randn(4, 64, E)
-
-    def mass_drawn() -> float:
-        layer.eval()
-        q, k, _ = layer._project(x, x, x)
-        attention = (q @ k.mT * layer.head_dim**-0.5).softmax(-1).mean(1)
-        indices = layer(x, return_indices=True)[1][:, 0].long()
-        layer.train()
-        return attention.gather(-1, indices).sum(-1).mean().item()
-
-    before = mass_drawn()
-    sketch = [layer.sketch_proj_weight, layer.sketch_proj_bias]
-    optimizer = torch.optim.Adam(sketch, lr=0.03)
-    warmup = DenseWarmup(layer, dense_steps)
-    losses = []
-    for _ in range(60):
-        layer(x)
-        loss = sketch_loss(layer)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        warmup.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    # 8 of 64 keys hold 1/8 of the mass by chance; a sketch at random does no better.
-    assert before < 0.25
-    assert mass_drawn() > 2 * before
-
-
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_distill_temperature(temperature: float, dense: bool) -> None:
-    layer = make_layer(distill_temperature=temperature, correction=not dense)
-    layer.dense = dense
-    x = torch.randn(2, N, E)
-    torch.manual_seed(1)
-    layer(x)
-    q, k, _ = layer._project(x, x, x)
-    drawn: dict[str, Any] = {}
-    if not dense:
-        torch.manual_seed(1)
-        indices, log_inclusion = ops.sketch_sample(*layer._sketch(x, x), 4, num_index_heads=H)
-        drawn = {"indices": indices, "log_inclusion": log_inclusion}
-    expected = ops.distill_loss(q / temperature, k, *layer._sketch(x, x), **drawn)
-    torch.testing.assert_close(sketch_loss(layer), expected)
-
-
-@pytest.mark.parametrize("correction", [False, True])
-@pytest.mark.parametrize("distill_correction", [None, False, True])
-def test_distill_correction(distill_correction: bool | None, correction: bool) -> None:
-    layer = make_layer(
-        correction=correction, distill_correction=distill_correction, distill_temperature=1.0
-    )
-    x = torch.randn(2, N, E)
-    torch.manual_seed(1)
-    out = layer(x)
-    q, k, v = layer._project(x, x, x)
-    sketch = layer._sketch(x, x)
-    torch.manual_seed(1)
-    indices, log_inclusion = ops.sketch_sample(*sketch, 4, num_index_heads=H)
-    corrected = correction if distill_correction is None else distill_correction
-    expected = ops.distill_loss(
-        q, k, *sketch, indices=indices, log_inclusion=log_inclusion if corrected else None
-    )
-    torch.testing.assert_close(sketch_loss(layer), expected)
-    bias = -log_inclusion if correction else None
-    attended = ops.gather_attention(q, k, v, indices, bias=bias)
-    torch.testing.assert_close(out, layer.out_proj(attended.transpose(1, 2).flatten(2)))
-
-
-def test_sketch_loss_sums_layers_and_clears() -> None:
-    model = nn.Sequential(make_layer(), make_layer())
-    x = torch.randn(2, N, E)
-    model(x)
-    parts = [layer._sketch_loss for layer in model]
-    total = sketch_loss(model)
-    assert total.shape == ()
-    torch.testing.assert_close(total, parts[0] + parts[1])
-    assert sketch_loss(model).item() == 0.0
-    assert sketch_loss(nn.Linear(2, 2)).item() == 0.0
-    assert sketch_loss(nn.ReLU()).item() == 0.0
-
-
-def test_sketch_loss_without_the_private_name_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch._C, "_current_graph_task_id")
-    layer = make_layer()
-    layer(torch.randn(2, N, E))
-    assert sketch_loss(layer).item() > 0.0
-
-
-def test_evaluation_leaves_no_sketch_loss() -> None:
-    layer = make_layer().eval()
-    layer(torch.randn(2, N, E))
-    assert sketch_loss(layer).item() == 0.0
-
-
-def test_sketch_loss_warns_where_it_cannot_teach() -> None:
-    layer = make_layer()
-    x = torch.randn(2, N, E)
-    with torch.no_grad():
-        layer(x)
-    with pytest.warns(UserWarning, match="without gradients"):
-        sketch_loss(layer)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        layer(x)
-        assert sketch_loss(layer) > 0
-
-
-def test_no_sketch_loss_without_the_distill_route() -> None:
-    layer = make_layer(learning=())
-    layer(torch.randn(2, N, E))
-    assert sketch_loss(layer).item() == 0.0
-
-
-# --- Dense warm-up ---
-
-
-def test_dense_warmup() -> None:
-    expected = nn.MultiheadAttention(E, H, batch_first=True)
-    layer = make_layer()
-    layer.load_state_dict(expected.state_dict(), strict=False)
-    x = torch.randn(2, N, E)
-    dense = expected(x, x, x, need_weights=False)[0]
-    warmup = DenseWarmup(nn.Sequential(layer), steps=2)
-    for _ in range(2):
-        torch.testing.assert_close(layer(x), dense)
-        torch.testing.assert_close(layer.eval()(x), dense)
-        layer.train()
-        warmup.step()
-    assert not torch.allclose(layer(x), dense)
-
-
-def test_dense_warmup_goes_on_where_it_was_saved() -> None:
-    layer = make_layer()
-    warmup = DenseWarmup(layer, steps=3)
-    warmup.step()
-    other_layer = make_layer()
-    other = DenseWarmup(other_layer, steps=0)
-    assert not other_layer.dense
-    other.load_state_dict(pickle.loads(pickle.dumps(warmup.state_dict())))
-    dense = []
-    for _ in range(2):
-        dense.append(other_layer.dense)
-        other.step()
-    assert [*dense, other_layer.dense] == [True, True, False]
-
-
-def test_dense_layer_has_no_indices_to_return() -> None:
-    layer = make_layer()
-    DenseWarmup(layer, steps=1)
-    with pytest.raises(ValueError, match="return_indices"):
-        layer(torch.randn(2, N, E), return_indices=True)
-
-
-# --- Annealed samples ---
-
-
-def test_sample_anneal() -> None:
-    model = nn.Sequential(make_layer(num_samples=4), make_layer(num_samples=1))
-    anneal = SampleAnneal(model, start=64, steps=4)
-    counts = []
-    for _ in range(6):
-        counts.append([layer.num_samples for layer in model])
-        anneal.step()
-    assert counts == [[64, 64], [32, 23], [16, 8], [8, 3], [4, 1], [4, 1]]
-
-
-def test_sample_anneal_reaches_the_draw() -> None:
-    layer = make_layer(uniform_share=0.5)
-    x = torch.randn(2, 20, E)
-    SampleAnneal(layer, start=10, steps=1)
-    assert layer(x, return_indices=True)[1].shape[-1] == 10
-    assert layer.eval()(x, return_indices=True)[1].shape[-1] == 10
-
-
-def test_sample_anneal_goes_on_where_it_was_saved() -> None:
-    layer = make_layer()
-    anneal = SampleAnneal(layer, start=16, steps=2)
-    anneal.step()
-    other_layer = make_layer()
-    other = SampleAnneal(other_layer, start=4, steps=0)
-    assert other_layer.num_samples == 4
-    other.load_state_dict(pickle.loads(pickle.dumps(anneal.state_dict())))
-    assert other_layer.num_samples == layer.num_samples == 8
-    other.step()
-    assert other_layer.num_samples == 4
-
-
-def test_sample_anneal_refuses_to_rise() -> None:
-    with pytest.raises(ValueError, match="start must be at least num_samples=4, got 3"):
-        SampleAnneal(make_layer(), start=3, steps=1)
-    with pytest.raises(ValueError, match="steps"):
-        SampleAnneal(make_layer(), start=8, steps=-1)
-    with pytest.raises(TypeError, match=r"start must be an int, got float"):
-        SampleAnneal(make_layer(), start=8.5, steps=1)
-    with pytest.raises(TypeError, match=r"steps must be an int, got float"):
-        SampleAnneal(make_layer(), start=8, steps=1.5)
-
-
-# --- nn.TransformerEncoderLayer ---
-
-
-def make_pair(**arguments: Any) -> tuple[nn.TransformerEncoderLayer, SmartBirdEncoderLayer]:
-    expected = nn.TransformerEncoderLayer(E, H, 32, **arguments).eval()
-    layer = SmartBirdEncoderLayer(E, H, 32, num_samples=N, sketch_dim=4, **arguments).eval()
-    missing, unexpected = layer.load_state_dict(expected.state_dict(), strict=False)
-    assert all(name.startswith("self_attn.sketch_") for name in missing)
-    assert unexpected == []
-    return expected, layer
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh])
-@pytest.mark.parametrize("bias", [False, True])
-def test_encoder_layer_equals_pytorchs(
-    bias: bool, activation: Any, batch_first: bool, norm_first: bool
-) -> None:
-    expected, layer = make_pair(
-        activation=activation,
-        batch_first=batch_first,
-        norm_first=norm_first,
-        bias=bias,
-        layer_norm_eps=1e-3,
-    )
-    x = torch.randn(2, N, E) if batch_first else torch.randn(N, 2, E)
-    torch.testing.assert_close(layer(x), expected(x))
-    torch.testing.assert_close(layer(x[:, 0]), expected(x[:, 0]))
-
-
-@pytest.mark.parametrize("causal", [None, "additive", "boolean"])
-@pytest.mark.parametrize("padding", [None, "additive", "boolean"])
-@pytest.mark.parametrize("hint", [False, True])
-def test_encoder_layer_masks(causal: str | None, padding: str | None, hint: bool) -> None:
-    expected, layer = make_pair(batch_first=True)
-    masks: dict[str, Any] = {}
-    if causal is not None:
-        masks = {"src_mask": causal_mask(causal), "is_causal": hint}
-    if padding == "boolean":
-        masks["src_key_padding_mask"] = padding_mask()
-    elif padding == "additive":
-        masks["src_key_padding_mask"] = torch.zeros(2, N).masked_fill(padding_mask(), -torch.inf)
-    x = torch.randn(2, N, E)
-    # PyTorch's fast path leaves the padded positions at zero; no one reads them.
-    kept = ~padding_mask()
-    with warnings.catch_warnings():
-        # PyTorch deprecates a float mask beside a boolean one; callers still give it both.
-        warnings.filterwarnings("ignore", "Support for mismatched", UserWarning)
-        torch.testing.assert_close(layer(x, **masks)[kept], expected(x, **masks)[kept])
-
-
-def test_encoder_layer_is_causal_without_a_mask() -> None:
-    expected, layer = make_pair(batch_first=True)
-    x = torch.randn(2, N, E)
-    causal = expected(x, src_mask=causal_mask("additive"), is_causal=True)
-    torch.testing.assert_close(layer(x, is_causal=True), causal)
-    layer.self_attn.is_causal = True
-    torch.testing.assert_close(layer(x), causal)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("training", [False, True])
-def test_inside_transformer_encoder(training: bool, padded: bool, causal: bool) -> None:
-    layers = make_pair(batch_first=True, dropout=0.0)
-    expected, model = (nn.TransformerEncoder(x, 2, enable_nested_tensor=False) for x in layers)
-    expected.train(training)
-    model.train(training)
-    masks = {
-        "mask": causal_mask("additive") if causal else None,
-        "src_key_padding_mask": padding_mask() if padded else None,
-    }
-    x = torch.randn(2, N, E)
-    kept = ~padding_mask()
-    with warnings.catch_warnings():
-        # PyTorch deprecates a float mask beside a boolean one; callers still give it both.
-        warnings.filterwarnings("ignore", "Support for mismatched", UserWarning)
-        torch.testing.assert_close(model(x, **masks)[kept], expected(x, **masks)[kept])
-
-
-def test_encoder_layer_dropout_is_active_in_training_only() -> None:
-    layer = SmartBirdEncoderLayer(E, H, 32, dropout=0.5, num_samples=N, batch_first=True)
-    x = torch.randn(2, N, E)
-    assert not layer(x).equal(layer(x))
-    layer.eval()
-    assert layer(x).equal(layer(x))
+# --- Sketches of their own, and rotated ones ---
 
 
 @pytest.mark.parametrize(
-    "masks",
+    ("num_sketches", "shapes"),
     [
-        {"src_mask": torch.zeros(N, N)},
-        {"src_mask": torch.zeros(N, N, dtype=torch.bool)},
-        {"src_mask": causal_mask("boolean").T},
-        {"src_mask": 0.5 * torch.ones(N, N) + causal_mask("additive")},
-        {"src_mask": causal_mask("boolean").expand(2 * H, N, N)},
-        {"src_mask": nn.Transformer.generate_square_subsequent_mask(N - 1)},
-        {"src_key_padding_mask": torch.full((2, N), 0.5)},
-        {"src_key_padding_mask": torch.zeros(2, N - 1, dtype=torch.bool)},
+        ("layer", ((2, N, 4), (2, 5, 4))),
+        ("kv", ((2, 2, N, 4), (2, 2, 5, 4))),
+        ("head", ((2, H, N, 4), (2, 2, 5, 4))),
     ],
 )
-def test_masks_that_cannot_be_honoured_are_refused(masks: dict[str, Tensor]) -> None:
-    layer = SmartBirdEncoderLayer(E, H, batch_first=True)
-    # A padding mask reaches the attention as its key_mask.
-    name = "src_mask" if "src_mask" in masks else "src_key_padding_mask|key_mask"
-    with pytest.raises(ValueError, match=name):
-        layer(torch.randn(2, N, E), **masks)
+def test_number_of_sketches(num_sketches: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+    layer = make_layer(num_kv_heads=2, num_sketches=num_sketches, method="topk").eval()
+    x, y = torch.randn(2, N, E), torch.randn(2, 5, E)
+    sketch = layer.sketch(x, y)
+    assert tuple(part.shape for part in sketch) == shapes
+    assert layer.core.num_index_heads == (H if num_sketches == "head" else 2)
+    out, indices = layer(x, y, return_indices=True)
+    expected, _ = ops.sketch_sample(
+        *sketch, 4, num_index_heads=layer.core.num_index_heads, method="topk"
+    )
+    assert indices.equal(expected)
+    assert layer(x, y, sketch=sketch).equal(out)
+    # Every sketch starts as the one of a layer does, whatever their number.
+    bound = (6 / (E + 2 * 4)) ** 0.5
+    assert 0.8 * bound < layer.sketch_proj_weight.abs().max() <= bound
 
 
-def test_transformer_encoder_leaves_nested_tensors_out_by_itself() -> None:
-    _, layer = make_pair(batch_first=True)
-    with pytest.warns(UserWarning, match="enable_nested_tensor"):
-        model = nn.TransformerEncoder(layer, 2).eval()
+@pytest.mark.parametrize("num_sketches", ["kv", "head"])
+def test_every_sketch_learns(num_sketches: str) -> None:
+    layer = make_layer(num_kv_heads=2, num_sketches=num_sketches, learning=ROUTES)
+    start_value_route(layer)
+    (layer(torch.randn(2, N, E)).sum() + sketch_loss(layer)).backward()
+    for name, parameter in layer.named_parameters():
+        assert (parameter.grad.flatten(1) if parameter.dim() > 1 else parameter.grad).any(), name
+    assert layer.sketch_proj_weight.grad.any(-1).all()
+
+
+def turn_by_hand(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary embedding by complex numbers."""
+    half = x.shape[-1] // 2
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    turn = torch.polar(torch.ones(()).double(), positions.double()[:, None] * frequency)
+    turned = torch.complex(*x.double().chunk(2, -1)) * turn
+    return torch.cat([turned.real, turned.imag], -1).to(x.dtype)
+
+
+@pytest.mark.parametrize("num_sketches", ["layer", "kv", "head"])
+def test_rotary_turns_queries_keys_and_sketches(num_sketches: str) -> None:
+    arguments = {"num_kv_heads": 2, "num_sketches": num_sketches, "is_causal": True}
+    layer = make_layer(rotary=RotaryEmbedding(), method="topk", **arguments).eval()
     x = torch.randn(2, N, E)
-    assert model(x, src_key_padding_mask=padding_mask()).shape == x.shape
+    positions = torch.arange(N)
+    q, k, v = layer._project(x, x, x)
+    turned = [turn_by_hand(part, positions) for part in (q, k)]
+    sketch = [turn_by_hand(part, positions) for part in layer._sketch(x, x)]
+    expected, expected_indices = smart_bird_attention(
+        *(*turned, v, *sketch),
+        4,
+        num_index_heads=layer.core.num_index_heads,
+        is_causal=True,
+        method="topk",
+        return_indices=True,
+    )
+    out, indices = layer(x, return_indices=True)
+    assert indices.equal(expected_indices)
+    torch.testing.assert_close(out, layer.out_proj(expected.transpose(1, 2).flatten(2)))
+    # What is given is turned, too.
+    assert layer(x, sketch=layer.sketch(x)).equal(out)
+
+
+def test_rotary_positions_of_cross_attention_end_with_the_keys() -> None:
+    layer = make_layer(rotary=RotaryEmbedding(), is_causal=True).eval()
+    x = torch.randn(2, N, E)
+    whole, indices = layer(x, return_indices=True)
+    last, last_indices = layer(x[:, -3:], x, return_indices=True)
+    assert last_indices.equal(indices[:, :, -3:])
+    torch.testing.assert_close(last, whole[:, -3:])
+
+
+def test_rotary_reaches_every_route() -> None:
+    layer = make_layer(rotary=RotaryEmbedding(), learning=ROUTES)
+    start_value_route(layer)
+    x = torch.randn(2, N, E, requires_grad=True)
+    moved = gradients(layer, x, layer(x).square().sum() + sketch_loss(layer))
+    assert all(moved.values()), moved
+
+
+def test_widths_that_cannot_be_turned_are_refused() -> None:
+    with pytest.raises(ValueError, match="sketch_dim must be even with rotary, got 3"):
+        make_layer(rotary=RotaryEmbedding(), sketch_dim=3)
+    with pytest.raises(ValueError, match="embed_dim / num_heads must be even with rotary, got 5"):
+        SmartBirdAttention(15, 3, rotary=RotaryEmbedding())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"num_sketches": 2}, "num_sketches must be one of"),
+        ({"num_sketches": "head", "num_index_heads": 2}, "num_index_heads must be a multiple of 4"),
+    ],
+)
+def test_sketches_that_do_not_fit_are_refused(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make_layer(num_kv_heads=2, **arguments)
+
+
+# --- Nested tensors ---
+
+
+def nest(*lengths: int) -> Tensor:
+    return torch.nested.nested_tensor(
+        [torch.randn(length, E) for length in lengths], layout=torch.jagged
+    )
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_nested_tensors(dense: bool) -> None:
+    layer = make_layer(learning=ROUTES, is_causal=True)
+    start_value_route(layer)
+    layer.dense = dense
+    layer.eval()
+    x = nest(5, 1, 9)
+    out = layer(x)
+    assert out.is_nested
+    assert out.shape == x.shape
+    for part, alone in zip(out.unbind(), x.unbind(), strict=True):
+        torch.testing.assert_close(part, layer(alone))
+    layer.train()
+    values = x.values().detach().requires_grad_()
+    out = layer(torch.nested.nested_tensor_from_jagged(values, x.offsets()))
+    (out.values().sum() + sketch_loss(layer)).backward()
+    assert values.grad.any()
+
+
+def test_nested_indices_and_sketches_are_taken_as_they_are_given() -> None:
+    layer, x = make_layer().eval(), nest(5, 1, 9)
+    out, indices = layer(x, return_indices=True)
+    assert indices.shape[:2] == (3, H)
+    again, same = layer(x, indices=indices, return_indices=True)
+    assert again.values().equal(out.values())
+    assert same.values().equal(indices.values())
+    assert layer(x, sketch=layer.sketch(x)).values().equal(out.values())
+    wrong = torch.nested.nested_tensor_from_jagged(
+        indices.values().clamp(min=5), indices.offsets(), jagged_dim=2
+    )
+    with pytest.raises(ValueError, match="indices"):
+        layer(x, indices=wrong)
+
+
+def test_nested_cross_attention() -> None:
+    layer, x, y = make_layer().eval(), nest(3, 1), nest(5, 9)
+    out = layer(x, y)
+    for part, query, key in zip(out.unbind(), x.unbind(), y.unbind(), strict=True):
+        torch.testing.assert_close(part, layer(query, key))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"key_mask": torch.ones(2, 9).bool()}, ValueError, "key_mask must be None with a nested"),
+        ({"key": torch.randn(2, 9, E)}, TypeError, "key must be nested if and only if query is"),
+        ({"key": nest(5, 9, 1)}, ValueError, "key must have the batch size of query"),
+        ({"key": nest(5, 9), "value": nest(9, 5)}, ValueError, "value must have the batch size an"),
+    ],
+)
+def test_nested_tensors_that_do_not_fit_are_refused(
+    arguments: dict[str, Tensor], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        make_layer()(nest(5, 9), **arguments)
+
+
+# --- What nn.MultiheadAttention has and this has not ---
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("key_padding_mask", "give key_mask=~key_padding_mask"),
+        ("need_weights", "the output comes alone"),
+        ("attn_mask", "give is_causal=True"),
+        ("average_attn_weights", "no attention weights are made"),
+        ("kye_mask", "unexpected keyword argument 'kye_mask'$"),
+    ],
+)
+def test_arguments_of_multihead_attention_are_explained(argument: str, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        make_layer()(torch.randn(2, N, E), **{argument: None})
 
 
 # --- Copies ---
@@ -815,15 +613,6 @@ def test_copies_are_equal_and_leave_a_pending_loss_behind() -> None:
     assert sketch_loss(layer) > 0
 
 
-def test_encoder_layer_copies() -> None:
-    layer = SmartBirdEncoderLayer(E, H, num_samples=4, activation="gelu")
-    x = torch.randn(N, 2, E)
-    layer(x)
-    expected = layer.eval()(x)
-    assert copy.deepcopy(layer)(x).equal(expected)
-    assert pickle.loads(pickle.dumps(layer))(x).equal(expected)
-
-
 def test_layers_can_be_made_without_memory_and_drawn_later() -> None:
     with torch.device("meta"):
         layer = make_layer(learning=ROUTES)
@@ -832,6 +621,19 @@ def test_layers_can_be_made_without_memory_and_drawn_later() -> None:
     expected.load_state_dict(layer.state_dict())
     x = torch.randn(2, N, E)
     assert layer.eval()(x).equal(expected.eval()(x))
+
+
+def test_a_layer_made_without_memory_evaluates_as_what_it_loads() -> None:
+    source = make_layer().eval()
+    x = torch.randn(2, N, E)
+    with torch.device("meta"):
+        assigned, copied = make_layer().eval(), make_layer().eval()
+    assigned.load_state_dict(source.state_dict(), assign=True)
+    copied.to_empty(device="cpu")
+    copied.load_state_dict(source.state_dict())
+    for layer in (assigned, copied):
+        assert layer(x).equal(source(x))
+    assert not list(source.buffers())
 
 
 # --- Bad input ---
@@ -931,9 +733,9 @@ def test_bad_sizes_are_named() -> None:
             "key_mask",
         ),
         (
-            {"query": torch.nested.nested_tensor([torch.randn(3, E)], layout=torch.jagged)},
+            {"query": torch.nested.nested_tensor([torch.randn(3, E)], layout=torch.strided)},
             TypeError,
-            "query",
+            "query must have layout torch.jagged",
         ),
     ],
 )
@@ -957,12 +759,3 @@ def test_empty_input(shape: tuple[int, ...], dense: bool) -> None:
     assert out.shape == shape
     (out.sum() + sketch_loss(layer)).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
-
-
-def test_a_call_with_given_indices_leaves_no_sketch_loss() -> None:
-    layer = SmartBirdAttention(8, 2, num_samples=3).train()
-    tokens = torch.randn(1, 7, 8)
-    _, indices = layer(tokens, return_indices=True)
-    assert sketch_loss(layer) > 0
-    layer(tokens, indices=indices)
-    assert sketch_loss(layer) == 0
