@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smartbird._checks import check_count, check_int, check_scale
 from smartbird._visible import Visible
-from smartbird.nn.sampled import SampledAttention
+from smartbird.nn.sampled import Observer, SampledAttention
 
 
 class _Schedule:
@@ -180,15 +181,37 @@ def sketch_stats(model: nn.Module, *, rows: int = 64) -> Iterator[dict[str, Sket
     """
     rows = check_count("rows", rows, 1)
     stats: dict[str, SketchStats] = {}
+    with observed(model, lambda name, layer: partial(_judge, stats, name, layer, rows)):
+        yield stats
+
+
+@contextmanager
+def observed(
+    model: nn.Module, observer: Callable[[str, SampledAttention], Observer]
+) -> Iterator[None]:
+    """Show the calls of the layers of ``model`` to an observer of each, beside those it has.
+
+    Compiled models run without their graphs meanwhile.
+    """
     layers = list(attention_layers(model))
+    before = [layer.observer for _, layer in layers]
     for name, layer in layers:
-        layer.observer = partial(_judge, stats, name, layer, rows)
+        layer.observer = _both(layer.observer, observer(name, layer))
     try:
         with torch.compiler.set_stance("force_eager"):
-            yield stats
+            yield
     finally:
-        for _, layer in layers:
-            layer.observer = None
+        for (_, layer), previous in zip(layers, before, strict=True):
+            layer.observer = previous
+
+
+def _both(first: Observer | None, second: Observer) -> Observer:
+    def observe(*call: Any) -> None:
+        if first is not None:
+            first(*call)
+        second(*call)
+
+    return observe
 
 
 @torch.no_grad()
