@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import Backend, Case, make_inputs
 
+from smartbird._visible import check_room, check_visible
 from smartbird.functional import smart_bird_attention
 
 CASE = Case("small", B=2, N=3, M=5, H=4, H_kv=2, H_i=2, D=8, Dv=6, S=4, K=3)
@@ -79,6 +83,29 @@ KEY_MASKS = [
     ("key_mask", mask(2, 3), ValueError),
     ("key_mask", mask(1, 5), ValueError),
     ("key_mask", mask(2, 3, 5), ValueError),
+]
+VISIBLE = [
+    ("is_causal", 1, TypeError),
+    ("is_causal", None, TypeError),
+    ("window", -1, ValueError),
+    ("window", 1.5, TypeError),
+    ("window", True, TypeError),
+    ("num_sinks", -1, ValueError),
+    ("num_sinks", None, TypeError),
+    ("global_mask", zeros(2, 5), TypeError),
+    ("global_mask", mask(2, 3), ValueError),
+    ("global_mask", mask(5), ValueError),
+    ("query_offset", 1.0, TypeError),
+    ("query_offset", 2**40, ValueError),
+    ("query_offset", index(2), TypeError),
+    ("query_offset", zeros(3, dtype=torch.int64), ValueError),
+    ("query_offset", zeros(2, dtype=torch.int64, device="meta"), ValueError),
+    ("cu_seqlens_q", index(3), (TypeError, ValueError)),  # alone: cu_seqlens_k is missing
+    ("sequence_ids", [0, 1], TypeError),
+    ("sequence_ids", index(2), TypeError),
+    ("sequence_ids", zeros(3, dtype=torch.int64), ValueError),
+    ("first_head", -1, ValueError),
+    ("first_head", 0.0, TypeError),
 ]
 SCALES = [
     ("scale", "large", TypeError),
@@ -158,7 +185,29 @@ ATTENTION = [
     ("dropout_p", math.nan, ValueError),
     ("dropout_p", "0.5", (TypeError, ValueError)),
 ]
+SEVERAL_SKETCHES = [
+    ("q_sketch", zeros(2, 2, 3, 4), ValueError),  # and k_sketch of one
+    ("k_sketch", zeros(2, 1, 5, 4), ValueError),
+]
+ROWS = [
+    ("rows", [0], TypeError),
+    ("rows", index(2), TypeError),
+    ("rows", zeros(1, 2, dtype=torch.int64), ValueError),
+    ("rows", torch.tensor([0, 3]), ValueError),
+    ("rows", torch.tensor([-1]), ValueError),
+    ("rows", zeros(2, dtype=torch.int64, device="meta"), ValueError),
+]
+DROPOUT_ROWS = [
+    ("query_offset", "1", TypeError),
+    ("query_offset", zeros(3, dtype=torch.int64), ValueError),
+    ("cu_seqlens_q", index(3), ValueError),  # B = 2
+    ("cu_seqlens_q", zeros(3, dtype=torch.int64), TypeError),
+    ("sequence_ids", index(2), TypeError),
+    ("first_head", -1, ValueError),
+]
 DISTILL = [
+    ("reduction", "none", ValueError),
+    ("reduction", None, ValueError),
     ("q_sketch", zeros(2, 4, 4), ValueError),  # N = 3
     ("k_sketch", zeros(2, 4, 4), ValueError),  # M = 5
     ("q_sketch", zeros(2, 3, 4, dtype=torch.float64), TypeError),
@@ -177,11 +226,25 @@ TABLE = [
     *(
         (op, {name: value}, name, error)
         for op, rows in {
-            "sketch_sample": SKETCHES + KEY_MASKS + SCALES + SEEDS + SAMPLING,
+            "sketch_sample": SKETCHES
+            + SEVERAL_SKETCHES
+            + KEY_MASKS
+            + VISIBLE
+            + SCALES
+            + SEEDS
+            + SAMPLING,
             "gather_scores": HEADS + INDICES + SCALES,
-            "gather_attention": HEADS + INDICES + SCALES + ATTENTION,
-            "sketch_lse": SKETCHES + KEY_MASKS + SCALES,
-            "distill_loss": HEADS + INDICES + SKETCHES + KEY_MASKS + SCALES + DISTILL,
+            "gather_attention": HEADS + INDICES + SCALES + ATTENTION + DROPOUT_ROWS,
+            "sketch_lse": SKETCHES + SEVERAL_SKETCHES + KEY_MASKS + VISIBLE + SCALES + ROWS,
+            "distill_loss": HEADS
+            + INDICES
+            + SKETCHES
+            + SEVERAL_SKETCHES
+            + KEY_MASKS
+            + VISIBLE
+            + SCALES
+            + ROWS
+            + DISTILL,
         }.items()
         for name, value, error in rows
     ),
@@ -208,7 +271,8 @@ def test_error_names_the_argument(
     with pytest.raises(error) as raised:
         call(backend, op, changes)
     # A mismatch may be told from either side.
-    names = next((pair for pair in (("q", "k"), ("q_sketch", "k_sketch")) if name in pair), (name,))
+    pairs = (("q", "k"), ("q_sketch", "k_sketch"), ("cu_seqlens_q", "cu_seqlens_k"))
+    names = next((pair for pair in pairs if name in pair), (name,))
     words = str(raised.value).replace("=", " ").replace(",", " ").split()
     assert any(n in words for n in names), raised.value
 
@@ -272,6 +336,153 @@ def test_sketches_of_other_tokens() -> None:
         smart_bird_attention(q, q, q, q_sketch, k_sketch, 2)
     with pytest.raises(ValueError, match="q_sketch must have the batch and length of q"):
         smart_bird_attention(q, q, q, k_sketch, q_sketch, 2)
+
+
+# Packed sequences, whose ends are read on the CPU only.
+
+
+@pytest.mark.parametrize(
+    ("ends_q", "ends_k", "name"),
+    [
+        ([0, 4], [0, 5], "cu_seqlens_q"),  # beyond N = 3
+        ([0, 3], [0, 6], "cu_seqlens_k"),
+        ([1, 3], [0, 5], "cu_seqlens_q"),
+        ([0, 2, 1, 3], [0, 1, 2, 5], "cu_seqlens_q"),
+        ([0, 1, 2, 3], [0, 3, 2, 5], "cu_seqlens_k"),
+        ([0, -1, 3], [0, 1, 5], "cu_seqlens_q"),
+        ([0, 3], [0, 2, 5], "cu_seqlens_k"),  # two sequences of one
+        ([], [], "cu_seqlens_q"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("op", ["sketch_sample", "sketch_lse", "distill_loss"])
+def test_ends_of_sequences(
+    backend: Backend, op: str, ends_q: list[int], ends_k: list[int], name: str
+) -> None:
+    x = make_inputs(replace(CASE, B=1), torch.float32)
+    good = {"num_samples": CASE.K, **vars(x)}
+    arguments = {argument: good[argument] for argument in OPS[op]}
+    ends = {
+        "cu_seqlens_q": torch.tensor(ends_q, dtype=torch.int32),
+        "cu_seqlens_k": torch.tensor(ends_k, dtype=torch.int32),
+    }
+    with pytest.raises(ValueError, match=name):
+        getattr(backend.ops, op)(**arguments, **ends)
+
+
+def test_packed_sequences_need_a_batch_of_one(backend: Backend) -> None:
+    ends = torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens_q must come with a batch of 1, got 2"):
+        call(backend, "sketch_sample", {"cu_seqlens_q": ends, "cu_seqlens_k": ends})
+
+
+# Heads that do not divide.
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "said"),
+    [
+        (
+            "sketch_sample",
+            {"q_sketch": zeros(2, 2, 3, 4), "k_sketch": zeros(2, 1, 5, 4), "num_index_heads": 3},
+            "num_index_heads must be a multiple of the sketches of q_sketch, 2, got 3",
+        ),
+        (
+            "sketch_lse",
+            {"q_sketch": zeros(2, 3, 3, 4), "k_sketch": zeros(2, 2, 5, 4)},
+            "the sketches of q_sketch must be a multiple of those of k_sketch, got 3 and 2",
+        ),
+        (
+            "distill_loss",
+            {"q_sketch": zeros(2, 3, 3, 4), "k_sketch": zeros(2, 3, 5, 4)},
+            "the heads of q must be a multiple of the sketches of q_sketch, 3, got 4",
+        ),
+        (
+            "distill_loss",
+            {
+                "q_sketch": zeros(2, 4, 3, 4),
+                "k_sketch": zeros(2, 4, 5, 4),
+                "indices": index(2, 2, 3, 3),
+            },
+            "the heads of indices must be a multiple of the sketches of q_sketch, 4, got 2",
+        ),
+    ],
+)
+def test_heads_and_sketches_must_divide(
+    backend: Backend, op: str, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        call(backend, op, changes)
+
+
+# Numbers of numpy are numbers.
+
+
+def test_numbers_of_numpy(backend: Backend) -> None:
+    x = make_inputs(CASE, torch.float32)
+    plain = backend.ops.sketch_sample(
+        x.q_sketch, x.k_sketch, 4, num_index_heads=2, scale=0.5, is_causal=True, window=1,
+        num_sinks=1, query_offset=2, first_head=1, seed=x.seed,
+    )  # fmt: skip
+    of_numpy = backend.ops.sketch_sample(
+        x.q_sketch,
+        x.k_sketch,
+        np.int64(4),
+        num_index_heads=np.int32(2),
+        scale=np.float32(0.5),
+        is_causal=np.bool_(True),
+        window=np.int8(1),
+        num_sinks=np.uint8(1),
+        query_offset=np.int64(2),
+        first_head=np.int64(1),
+        seed=x.seed,
+    )
+    for a, b in zip(plain, of_numpy, strict=True):
+        assert torch.equal(a, b)
+    out = backend.ops.gather_attention(
+        x.q, x.k, x.v, x.indices, dropout_p=np.float64(0.0), scale=np.int64(2)
+    )
+    assert torch.equal(out, backend.ops.gather_attention(x.q, x.k, x.v, x.indices, scale=2))
+
+
+# What the caller wrote.
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sketch_scale": math.nan}, "sketch_scale must be finite, got nan"),
+        ({"sketch_scale": "1"}, "sketch_scale must be a float, got str"),
+        ({"scale": math.inf}, "scale must be finite, got inf"),
+        ({"correction": 1}, "correction must be a bool, got int"),
+        ({"return_indices": None}, "return_indices must be a bool, got NoneType"),
+        ({"num_index_heads": 3}, "num_index_heads must divide the heads of q, 4, got 3"),
+        ({"method": "best"}, "method must be one of gumbel, systematic, multinomial, topk, dealt"),
+        ({"query_offset": 0.5}, "query_offset must be an int, got float"),
+        ({"global_mask": zeros(2, 5)}, "global_mask must be a bool Tensor, got torch.float32"),
+        ({"dropout_p": True}, "dropout_p must be a float, got bool"),
+    ],
+    ids=str,
+)
+def test_a_function_names_its_own_arguments(change: dict[str, Any], said: str) -> None:
+    x = make_inputs(CASE, torch.float32)
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(said)}"):
+        smart_bird_attention(x.q, x.k, x.v, x.q_sketch, x.k_sketch, 3, **change)
+
+
+def test_names_of_the_caller() -> None:
+    """A layer calls them otherwise than the function it uses."""
+    names = {"key_mask": "src_key_padding_mask", "window": "local_window", "num_sinks": "first"}
+    device = torch.device("cpu")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"key_mask": mask(2, 3)}, "src_key_padding_mask must be"),
+        ({"window": -1}, "local_window must be"),
+    ]
+    for change, said in wrong:
+        with pytest.raises(ValueError, match=said):
+            check_visible(2, 3, 5, device, names=names, **change)
+    with pytest.raises(ValueError, match="keys: local_window=4 and first=0 force 5"):
+        check_room(3, 4, 0, False, names=names)
 
 
 # The dispatcher ops themselves check less, but what would leave their memory.

@@ -64,6 +64,48 @@ def test_distill_loss(backend: Backend, case: Case, target: str, dtype: torch.dt
     check_against_reference(backend.ops, run, x.q_sketch, x.k_sketch)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["globals", "offsets", "packed_forced", "packed_offsets"])
+def test_rows_asked_for(backend: Backend, name: str, target: str, reduction: str) -> None:
+    """In any order, one of them twice."""
+    x = make_inputs(CASE[name], torch.float32, backend.device)
+    rows = torch.tensor([7, 0, 7, x.case.N - 1, 3], device=backend.device)
+    keywords = target_keywords(x, target) | x.rows() | {"rows": rows, "reduction": reduction}
+
+    def run(ops: ModuleType, q_sketch: Tensor, k_sketch: Tensor) -> tuple[Tensor, ...]:
+        q, k = x.q.to(q_sketch.dtype), x.k.to(q_sketch.dtype)
+        loss = ops.distill_loss(q, k, q_sketch, k_sketch, **keywords)
+        return loss, ops.sketch_lse(q_sketch, k_sketch, rows=rows, **x.rows())
+
+    check_against_reference(backend.ops, run, x.q_sketch, x.k_sketch)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_rows_asked_for(backend: Backend, target: str) -> None:
+    x = make_inputs(CASE["globals"], torch.float32, backend.device)
+    keywords = target_keywords(x, target) | x.rows()
+    keywords["rows"] = torch.zeros(0, dtype=torch.int64, device=backend.device)
+    q_sketch, k_sketch = leaves(x.q_sketch, x.k_sketch)
+    loss = backend.ops.distill_loss(x.q, x.k, q_sketch, k_sketch, **keywords)
+    loss.backward()
+    assert loss == 0
+    assert (q_sketch.grad == 0).all()
+    assert (k_sketch.grad == 0).all()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_who_the_rows_are_does_not_matter(backend: Backend, target: str) -> None:
+    x = make_inputs(CASE["packed_forced"], torch.float32, backend.device)
+    keywords = target_keywords(x, target) | x.rows()
+    ids = torch.tensor([5, 1, 9, 0, 2, 3, 4], device=backend.device)
+    losses = [
+        backend.ops.distill_loss(x.q, x.k, x.q_sketch, x.k_sketch, **keywords, **who)
+        for who in ({}, {"sequence_ids": ids, "first_head": 3})
+    ]
+    assert torch.equal(*losses)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_scales(backend: Backend, target: str) -> None:
     x = make_inputs(CASE["gqa"], torch.float64, backend.device)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASE, DTYPES, METHODS, Case, assert_accurate, drawn_entries, leaves, make_inputs
+from cases import (
+    CASE,
+    CASES,
+    DTYPES,
+    METHODS,
+    Case,
+    Inputs,
+    assert_accurate,
+    drawn_entries,
+    leaves,
+    make_inputs,
+)
 from torch import Tensor
 
 from smartbird import reference
@@ -108,6 +120,185 @@ def test_sketch_lse_is_logsumexp() -> None:
     expected = scores.masked_fill(~x.valid(), -math.inf).logsumexp(-1)
     actual = reference.sketch_lse(x.q_sketch, x.k_sketch, scale=0.3, **x.masks())
     torch.testing.assert_close(actual, expected)
+
+
+# Rows: which keys they see, and which they must hold.
+
+
+def seen_and_held(x: Inputs, num_samples: int, b: int, i: int) -> tuple[list[int], list[int]]:
+    """The definition, key by key, of row i of batch element b."""
+    case = x.case
+    first_query, num_queries, first_key, num_keys, s = 0, case.N, 0, case.M, b
+    if case.lengths:
+        s, num_queries, num_keys = 0, *case.lengths[0]
+        while i >= first_query + num_queries:
+            first_query, first_key, s = first_query + num_queries, first_key + num_keys, s + 1
+            if s == len(case.lengths):
+                return [], []
+            num_queries, num_keys = case.lengths[s]
+    offset = x.query_offset
+    if isinstance(offset, Tensor):
+        offset = int(offset[s])
+    position = (num_keys - num_queries if offset is None else offset) + i - first_query
+    seen, near, many = [], [], []
+    for place in range(num_keys):
+        j = first_key + place
+        if case.is_causal and place > position:
+            continue
+        if x.key_mask is not None and not x.key_mask[b, j]:
+            continue
+        seen.append(j)
+        if case.window and case.is_causal and position - case.window < place:
+            near.append(j)
+        if case.window and not case.is_causal and abs(place - position) <= case.window // 2:
+            near.append(j)
+        if x.global_mask is not None and x.global_mask[b, j]:
+            many.append(j)
+    held = set(seen[: case.num_sinks]) | set(near)
+    for j in many:
+        if len(held) < num_samples:
+            held.add(j)
+    return seen, sorted(held)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_see_and_hold(case: Case) -> None:
+    x = make_inputs(case, torch.float32)
+    valid, forced = x.valid_and_forced(case.K)
+    for b, i in itertools.product(range(case.B), range(case.N)):
+        seen, held = seen_and_held(x, case.K, b, i)
+        assert valid[b, i].nonzero().flatten().tolist() == seen, (b, i)
+        assert forced[b, i].nonzero().flatten().tolist() == held, (b, i)
+
+
+@pytest.mark.parametrize("name", ["packed_masked", "packed_offsets", "sketch_per_head"])
+def test_several_sequences_and_sketches_are_one_each(name: str) -> None:
+    """A pack gives what its sequences give alone, H_s sketches what each gives its heads."""
+    x = make_inputs(CASE[name], torch.float64)
+    case, group = x.case, x.case.H // x.case.H_s
+    indices, log_inclusion = drawn_entries(x)
+    whole = {
+        reduction: reference.distill_loss(
+            x.q, x.k, x.q_sketch, x.k_sketch, indices=indices, log_inclusion=log_inclusion,
+            reduction=reduction, **x.rows(),
+        )
+        for reduction in ("sum", "mean")
+    }  # fmt: skip
+    lse = reference.sketch_lse(x.q_sketch, x.k_sketch, **x.rows())
+    total, count = 0.0, 0
+    sequences = [(b, slice(0, case.N), slice(0, case.M), b) for b in range(case.B)]
+    if case.lengths:
+        ends = [x.cu_seqlens_q.tolist(), x.cu_seqlens_k.tolist()]
+        sequences = [
+            (0, slice(*ends[0][s : s + 2]), slice(*ends[1][s : s + 2]), s)
+            for s in range(len(case.lengths))
+        ]
+    for b, queries, keys, s in sequences:
+        offset = x.query_offset
+        options = {
+            "is_causal": case.is_causal,
+            "window": case.window,
+            "num_sinks": case.num_sinks,
+            "query_offset": int(offset[s]) if isinstance(offset, Tensor) else offset,
+            "key_mask": None if x.key_mask is None else x.key_mask[b : b + 1, keys],
+        }
+        for n in range(case.H_s):
+            heads = slice(n * group, (n + 1) * group)
+            k = x.k.repeat_interleave(case.H // case.H_kv, 1)[b : b + 1, heads, keys]
+            q_sketch = x.q_sketch[b : b + 1, n, queries]
+            k_sketch = x.k_sketch[b : b + 1, n // (case.H_s // case.H_ks), keys]
+            rows = lse[b : b + 1, n, queries]
+            alone = reference.sketch_lse(q_sketch, k_sketch, **options)
+            torch.testing.assert_close(alone, rows)
+            index_heads = slice(n * case.H_i // case.H_s, (n + 1) * case.H_i // case.H_s)
+            drawn = indices[b : b + 1, index_heads, queries]
+            total = total + reference.distill_loss(
+                x.q[b : b + 1, heads, queries],
+                k,
+                q_sketch,
+                k_sketch,
+                indices=torch.where(drawn < 0, drawn, drawn - keys.start),
+                log_inclusion=log_inclusion[b : b + 1, index_heads, queries],
+                reduction="sum",
+                **options,
+            )
+            count += int((alone > -math.inf).sum())
+    torch.testing.assert_close(whole["sum"], total)
+    torch.testing.assert_close(whole["mean"], total / count)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_what_is_forced_is_neither_in_the_target_nor_in_the_normaliser(sampled: bool) -> None:
+    """As if these keys were masked, one row at a time."""
+    x = make_inputs(Case("forced", window=3, num_sinks=2, has_globals=True, K=12), torch.float64)
+    options = {}
+    if sampled:
+        options["indices"], options["log_inclusion"] = drawn_entries(x)
+    args = (x.q, x.k, x.q_sketch, x.k_sketch)
+    whole = reference.distill_loss(*args, reduction="sum", **options, **x.rows())
+    free = x.free()
+    total = 0.0
+    for i in range(x.case.N):
+        row = slice(i, i + 1)
+        own = {name: t[:, :, row] for name, t in options.items()}
+        if sampled:
+            entries = own["indices"].long().remainder(x.case.M + 1)
+            kept = F.pad(free[:, None, row], (0, 1)).expand(-1, x.case.H_i, -1, -1)
+            own["indices"] = own["indices"].masked_fill(~kept.gather(-1, entries), -1)
+        total = total + reference.distill_loss(
+            x.q[:, :, row], x.k, x.q_sketch[:, row], x.k_sketch,
+            key_mask=free[:, i], reduction="sum", **own,
+        )  # fmt: skip
+        lse = reference.sketch_lse(x.q_sketch, x.k_sketch, **x.rows())[:, i]
+        alone = reference.sketch_lse(x.q_sketch[:, row], x.k_sketch, key_mask=free[:, i])[:, 0]
+        torch.testing.assert_close(lse, alone)
+    torch.testing.assert_close(whole, total)
+
+
+def test_rows_asked_for() -> None:
+    x = make_inputs(CASE["globals"], torch.float64)
+    rows = torch.tensor([7, 0, 7, 20])
+    lse = reference.sketch_lse(x.q_sketch, x.k_sketch, **x.rows())
+    some = reference.sketch_lse(x.q_sketch, x.k_sketch, rows=rows, **x.rows())
+    assert torch.equal(some, lse[:, rows])
+    args = (x.q, x.k, x.q_sketch, x.k_sketch)
+    each = [
+        reference.distill_loss(*args, rows=rows[n : n + 1], reduction="sum", **x.rows())
+        for n in range(4)
+    ]
+    total = reference.distill_loss(*args, rows=rows, reduction="sum", **x.rows())
+    torch.testing.assert_close(total, sum(each))
+    mean = reference.distill_loss(*args, rows=rows, **x.rows())
+    torch.testing.assert_close(mean, total / x.free()[:, rows].any(-1).sum())
+
+
+@pytest.mark.parametrize("method", ["topk", "gumbel"])
+def test_padding_is_taken_out(method: str) -> None:
+    x = make_inputs(Case("self", is_causal=True), torch.float64)
+    real = torch.rand(2, 21) < 0.6
+    args = (x.q, x.k, x.v, x.q_sketch, x.k_sketch, 21)
+    out, indices = reference.smart_bird_attention(
+        *args, method=method, is_causal=True, query_mask=real, key_mask=real, return_indices=True
+    )
+    expected = dense(x.q, x.k, x.v, (torch.ones(21, 21) > 0).tril() & real[:, None])
+    attends = real[:, None].expand(-1, 4, -1)
+    torch.testing.assert_close(out[attends], expected[attends])
+    assert (out[~attends] == 0).all()
+    assert (indices[~attends] == -1).all()
+    for b, i in real.nonzero().tolist():
+        keys = real[b, : i + 1].nonzero().flatten().tolist()
+        assert indices[b, 0, i].tolist() == keys + [-1] * (21 - len(keys))
+
+
+def test_varlen_is_the_packed_form() -> None:
+    x = make_inputs(CASE["packed_offsets"], torch.float64)
+    options = {"method": "topk", **x.sampling()}
+    args = (x.q, x.k, x.v, x.q_sketch, x.k_sketch)
+    out = reference.smart_bird_attention(*args, 6, **options)
+    flat = reference.smart_bird_attention_varlen(
+        *(t[0].transpose(0, 1) for t in args), 6, **options
+    )
+    assert torch.equal(flat, out[0].transpose(0, 1))
 
 
 # By hand.
