@@ -398,10 +398,10 @@ class SmartBirdAttention(nn.Module):
         itself = key is None or key is query
         key = query if key is None else key
         keys = queries if itself else lay_out("key", key, self.embed_dim, self.batch_first)
+        _check_like("key", key, keys, "query", query, queries, whole=False)
         if value is not None and value is not key:
             values = lay_out("value", value, self.embed_dim, self.batch_first)
             _check_like("value", value, values, "key", key, keys, whole=True)
-        _check_like("key", key, keys, "query", query, queries, whole=False)
         if key_mask is None and query_mask is None:
             return queries, keys
         for name, mask in (("key_mask", key_mask), ("query_mask", query_mask)):

@@ -91,11 +91,11 @@ class SampledAttention(nn.Module):
     :func:`smartbird.sketch_loss`. With it the loss **rides on the output**: the output is
     unchanged, and whatever is computed from it hands the loss a gradient of ``loss_weight`` in the
     backward pass. Nothing then has to be collected, so that DistributedDataParallel (also with
-    ``find_unused_parameters``), FSDP, activation checkpointing and ``torch.compile`` need nothing
-    more. That gradient does not depend on what becomes of the output: where the training loss is
-    divided by the number of accumulated batches, divide ``loss_weight``, too, and where a
-    ``GradScaler`` multiplies the training loss, set the attribute ``loss_weight`` to
-    ``weight * scaler.get_scale()`` before the forward pass.
+    ``find_unused_parameters``), FSDP, activation checkpointing, ``torch.compile`` and
+    ``torch.vmap`` need nothing more. That gradient does not depend on what becomes of the output:
+    where the training loss is divided by the number of accumulated batches, divide ``loss_weight``,
+    too, and where a ``GradScaler`` multiplies the training loss, set the attribute ``loss_weight``
+    to ``weight * scaler.get_scale()`` before the forward pass.
 
     Args:
         num_heads: H.
@@ -516,26 +516,26 @@ class SampledAttention(nn.Module):
         return loss, self._loss_has_no_graph
 
     def _keep_loss(self, loss: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            # A side effect in a graph; a loss that rides needs none.
-            if self.loss_weight is None:
-                self._loss, self._loss_has_no_graph = loss, False
-            return
-        # Inside backward a checkpoint recomputes this call, whose loss was collected before.
-        if _inside_backward():
-            return
         rides = self.loss_weight is not None
-        lost = self._loss is not None and self._loss.requires_grad and self.observer is None
-        if lost and not self._has_warned:
+        if torch.compiler.is_compiling():
+            if rides:
+                return  # so that the graph has no side effect
+        elif _inside_backward():
+            return  # a checkpoint recomputes this call, whose loss was collected before
+        elif self._loss is not None and self._loss.requires_grad and self.observer is None:
+            self._warn_of_a_lost_loss()
+        self._loss = loss
+        self._loss_has_no_graph = not rides and not torch.is_grad_enabled()
+
+    def _warn_of_a_lost_loss(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
             warnings.warn(
                 "a later pass replaced a sketch loss that nobody had collected, so it taught "
                 "nothing: add smartbird.sketch_loss(model) to the training loss of each pass, or "
                 "give the layers loss_weight, so that their losses ride on the output",
                 stacklevel=2,
             )
-            self._has_warned = True
-        self._loss = loss.detach() if rides else loss
-        self._loss_has_no_graph = not rides and not torch.is_grad_enabled()
 
     def _seed(self, device: torch.device) -> Tensor:
         if self.training:

@@ -146,6 +146,28 @@ def test_causal_layer_does_not_look_ahead(learning: tuple[str, ...]) -> None:
     assert not layer(x, is_causal=False)[:, :5].equal(layer(changed, is_causal=False)[:, :5])
 
 
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [(0, N, E), (2, 0, E), (2, N, E)])
+def test_masks_that_leave_little_or_nothing(
+    shape: tuple[int, ...], training: bool, dense: bool
+) -> None:
+    layer = make_layer(learning=ROUTES).train(training)
+    layer.dense = dense
+    x = torch.randn(shape, requires_grad=True)
+    lengths = torch.arange(shape[0])[:, None]
+    for mask in (torch.arange(shape[1]) < 3 * lengths, torch.arange(shape[1]) < 0 * lengths):
+        out = layer(x, key_mask=mask)
+        assert out.shape == shape
+        assert (out[~mask] == 0).all()
+        (out.sum() + sketch_loss(layer)).backward()
+        assert x.grad is None or x.grad.isfinite().all()
+        if not dense:
+            indices = layer(x, key_mask=mask, return_indices=True)[1]
+            assert indices.shape == (shape[0], H, shape[1], 4)
+            sketch_loss(layer)
+
+
 # --- Evaluation and training ---
 
 

@@ -1,4 +1,4 @@
-"""The layers under torch.compile, torch.export, autocast, checkpointing and the profiler."""
+"""The layers under torch.compile, torch.export, torch.vmap, autocast, checkpoints, the profiler."""
 
 from __future__ import annotations
 
@@ -261,6 +261,32 @@ def test_export_with_dynamic_length(is_causal: bool) -> None:
     for n in (17, 9, 64):
         x = torch.randn(2, n, E)
         torch.testing.assert_close(exported.module()(x), model(x))
+
+
+# --- torch.vmap ---
+
+
+@pytest.mark.filterwarnings("ignore:.*performance drop")
+@pytest.mark.parametrize("training", [False, True])
+def test_an_ensemble_by_vmap_has_the_gradients_of_a_loop(training: bool) -> None:
+    """In training the loss rides: a loss kept within vmap could not be collected outside."""
+    # Every key is drawn: within vmap random numbers are others.
+    layers = [make_layer(num_samples=9, loss_weight=0.5).train(training) for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(layers)
+    x = torch.randn(2, 9, E)
+
+    def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layers[0], (parameters, buffers), (x,))
+
+    out = torch.vmap(call, randomness="different")(parameters, buffers)
+    out.square().sum().backward()
+    expected = torch.stack([layer(x) for layer in layers])
+    expected.square().sum().backward()
+    torch.testing.assert_close(out, expected)
+    for name, stacked in parameters.items():
+        if training or not name.startswith("sketch"):
+            of_loop = [layer.get_parameter(name).grad for layer in layers]
+            torch.testing.assert_close(stacked.grad, torch.stack(of_loop))
 
 
 # --- autocast ---
