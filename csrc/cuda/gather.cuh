@@ -268,7 +268,7 @@ void dispatch_gather(const GatherParams& p, bool more_vectors, F&& f) {
     const bool vectors =
         more_vectors && rows_are_vectors(p.q, p.q_stride, p.B, p.H, p.N, p.D, sizeof(T)) &&
         rows_are_vectors(p.k, p.k_stride, p.B, p.H_kv, p.M, p.D, sizeof(T)) &&
-        (p.v == nullptr || rows_are_vectors(p.v, p.v_stride, p.B, p.H_kv, p.M, p.Dv, sizeof(T)));
+        (p.Dv == 0 || rows_are_vectors(p.v, p.v_stride, p.B, p.H_kv, p.M, p.Dv, sizeof(T)));
     dispatch_layout<T>(p, vectors, f);
   });
 }

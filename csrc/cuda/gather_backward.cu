@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kGatherThreads, L::kBlocks)
   Slot<A>* slots = p.slot_grads == nullptr ? shared_memory<Slot<A>>() + warp_id() * f.K
                                            : static_cast<Slot<A>*>(p.slot_grads) + number * f.K;
   RowPart<L> dout = zero_part<L>();
-  if (f.v != nullptr) {
+  if (f.Dv > 0) {
     dout =
         load_part<L>(static_cast<const T*>(p.dout) + number * f.Dv, static_cast<int>(f.Dv), true);
     const DropoutRow random = dropout_row(f, at);
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kGatherThreads, L::kBlocks)
 template <typename F>
 void dispatch_backward(const GatherBackwardParams& p, F&& f) {
   const bool vectors = reinterpret_cast<uintptr_t>(p.dout) % kVectorBytes == 0;
-  dispatch_gather(p.fwd, p.fwd.v == nullptr || vectors, f);
+  dispatch_gather(p.fwd, p.fwd.Dv == 0 || vectors, f);
 }
 
 }  // namespace
