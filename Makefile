@@ -30,18 +30,6 @@ SOURCES   := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA      := $(shell find csrc/cuda -name '*.cu' -o -name '*.cuh')
 CPP_FILES := $(SOURCES) $(CUDA) $(shell find tests -name '*.cpp' -o -name '*.h' 2>/dev/null)
 CMAKE      = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
-OP_TESTS  := tests/ops/test_sketch_sample.py tests/ops/test_gather.py tests/ops/test_distill.py
-EMU_TESTS := $(OP_TESTS) tests/ops/test_bad_input.py tests/ops/test_opcheck.py tests/ops/test_cuda_paths.py \
-    tests/emulation
-# Draws are those of the CPU in every order (tests/emulation/test_draws.py), so of the tests that
-# need very many of them test_law_of_the_set is enough in further orders.
-EMU_ONE_ORDER := horvitz or independent or unbiased
-# Wrong data is left to the emulation: it stops a real device, and every test after.
-GPU_TESTS := $(OP_TESTS) tests/ops/test_opcheck.py tests/ops/test_cuda_paths.py tests/ops/test_gpu.py \
-    -k "not reference"
-GPU_SLOW_TESTS := tests/ops/test_gather.py -k "offsets_beyond_32_bits and not reference"
-GPU_SANITIZER_TESTS := $(OP_TESTS) tests/ops/test_cuda_paths.py \
-    -k "not reference and (past_the_tiles or masked_causal_gqa or cuda_paths)"
 GPU_BUILD = $(GPU_PYTHON) -c 'import torch; torch.cuda.is_available() or exit("error: torch " \
     + torch.__version__ + " of $(GPU_PYTHON) finds no usable GPU: see docs/cuda.md")'; \
     SMARTBIRD_CUDA=1 $(GPU_PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
@@ -61,13 +49,13 @@ test: test-quick test-isa  ## the quick test suite, then the op tests under the 
 test-quick: $(BUILT)
 	$(BIN)/pytest
 
-# What test-quick covers is left out: the default instruction set, and tests of the reference alone.
+# The default instruction set is left out, as test-quick covers it.
 test-isa: $(BUILT)  ## the op tests with each further instruction set of this machine forced in turn
 	isas=$$($(BIN)/python -c 'import smartbird; info = smartbird.build_info()
 	print(*sorted(set(info["cpu_isas"]) - {info["cpu_isa"]}))')
 	for isa in $$isas; do
 	    echo "SMARTBIRD_CPU_ISA=$$isa"
-	    SMARTBIRD_CPU_ISA=$$isa $(BIN)/pytest -q -k "not reference" $(OP_TESTS)
+	    SMARTBIRD_CPU_ISA=$$isa $(BIN)/pytest -q -n auto -m "ops and not slow" tests/ops
 	done
 
 test-slow: $(BUILT)  ## the tests marked slow
@@ -77,7 +65,8 @@ cpp-test: $(CPP_DIR)/compile_commands.json  ## the torch-free kernels and their 
 	$(BIN)/cmake --build $(CPP_DIR)
 	$(CPP_ENV) $(BIN)/ctest --test-dir $(CPP_DIR) --output-on-failure
 
-# Right in every order needs no luck on a GPU; three are tried.
+# Right in every order needs no luck on a GPU; three are tried. pyproject.toml says what the markers
+# mean, by which this and other targets choose their tests.
 test-emulated: $(BUILT)  ## the op tests through the CUDA kernels, run on the CPU by the emulation
 	$(CMAKE) -B $(EMU_DIR) -DCMAKE_BUILD_TYPE=Release \
 	    -DSMARTBIRD_TORCH=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')
@@ -85,10 +74,11 @@ test-emulated: $(BUILT)  ## the op tests through the CUDA kernels, run on the CP
 	$(BIN)/ctest --test-dir $(EMU_DIR) --output-on-failure -R '^cuda_emulation'
 	export PYTHONPATH=tests/emulation OMP_NUM_THREADS=1
 	export SMARTBIRD_EMULATED_LIBRARY=$(EMU_DIR)/libsmartbird_emulated.so
-	$(BIN)/pytest -p emulated_cuda -q -n auto -k "not reference" $(EMU_TESTS)
+	$(BIN)/pytest -p emulated_cuda -q -n auto -m "(ops or emulation) and not slow" \
+	    tests/ops tests/emulation
 	for order in reverse random; do
 	    SMARTBIRD_EMULATION_ORDER=$$order $(BIN)/pytest -p emulated_cuda -q -n auto \
-	        -k "not (reference or $(EMU_ONE_ORDER))" $(EMU_TESTS)
+	        -m "(ops or emulation) and not (slow or one_order)" tests/ops tests/emulation
 	done
 
 race-test: $(READY)  ## the CUDA kernels in the emulation under ThreadSanitizer
@@ -107,14 +97,14 @@ test-gpu:  ## the op tests on a GPU and, where it is installed, under compute-sa
 	{
 	    $(GPU_PYTHON) -c 'import torch; print(torch.__version__, torch.cuda.get_device_properties())'
 	    failed=
-	    $(GPU_PYTHON) -m pytest --device cuda -q $(GPU_TESTS) || failed="$$failed tests"
-	    $(GPU_PYTHON) -m pytest --device cuda -q -m slow $(GPU_SLOW_TESTS) || failed="$$failed slow"
+	    $(GPU_PYTHON) -m pytest --device cuda -q -m "(ops or gpu) and not cpu_only" tests/ops || \
+	        failed="$$failed tests"
 	    if command -v compute-sanitizer; then
 	        for tool in memcheck racecheck synccheck; do
 	            echo "compute-sanitizer: $$tool"
 	            PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	                --kernel-regex kns=smartbird $(GPU_PYTHON) -m pytest --device cuda -q \
-	                $(GPU_SANITIZER_TESTS) || failed="$$failed $$tool"
+	                -m "ops and sanitized" tests/ops || failed="$$failed $$tool"
 	        done
 	    else
 	        echo 'compute-sanitizer is not on PATH: memcheck, racecheck and synccheck did not run'

@@ -1,11 +1,21 @@
+"""What the tests share: the device they run on, and the markers that runs are chosen by.
+
+pyproject.toml says what the markers mean.
+"""
+
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from cases import Backend
+from cases import CASE, Backend
+
+EMULATION = Path(__file__).parent / "emulation"
+# Of the problems that the ops are tested on, few that together take most ways through the kernels.
+SANITIZED = [CASE[name] for name in ("past_the_tiles", "masked_causal_gqa", "packed_forced")]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,6 +33,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
         if reason := why_no_cuda():
             raise pytest.UsageError(f"--device cuda: {reason}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if EMULATION in item.path.parents:
+            item.add_marker("emulation")
+        if not isinstance(item, pytest.Function):
+            continue
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if "backend" in item.fixturenames:
+            item.add_marker("reference" if params.get("backend") == "reference" else "ops")
+        if any(params.get("case") is case for case in SANITIZED):
+            item.add_marker("sanitized")
+        if item.get_closest_marker("gpu") and config.getoption("--device") != "cuda":
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: pytest --device cuda"))
 
 
 @pytest.fixture(params=["ops"])

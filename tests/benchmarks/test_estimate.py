@@ -13,8 +13,11 @@ from benchmarks.learning.estimate import METHODS, Error, Law, Problem, measure
 
 DRAWS = 512
 NUM_SAMPLES = (8, 32, 128)
-# Four standard deviations of the mean square of 128 x 16 normal errors of a mean.
+# Four standard deviations of a mean square of normal errors: of one draw as if of 128 x 16. Of
+# the mean over draws as if of 250 (seen with torch.multinomial): the 16 features of a query go
+# together, and a few queries have most of the error.
 CHANCE = 1 + 4 * (2 / (128 * 16)) ** 0.5 / 2
+CHANCE_OF_MEAN = 1 + 4 * (2 / 250) ** 0.5 / 2
 
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -62,7 +65,7 @@ def test_mean_has_no_bias_but_of_self_normalisation(
     problem: Problem, law: Law, method: str
 ) -> None:
     for x in errors(problem, method, correction=True):
-        assert x.mean <= CHANCE * law.error(x.num_samples, DRAWS)
+        assert x.mean <= CHANCE_OF_MEAN * law.error(x.num_samples, DRAWS)
 
 
 @every_method

@@ -15,6 +15,9 @@ from cases import Backend, Case, make_inputs
 from smartbird._visible import check_room, check_visible
 from smartbird.functional import smart_bird_attention
 
+# On the CPU whatever the device under test: on a GPU bad data stops the whole process's work there.
+pytestmark = pytest.mark.cpu_only
+
 CASE = Case("small", B=2, N=3, M=5, H=4, H_kv=2, H_i=2, D=8, Dv=6, S=4, K=3)
 OPS = {
     "sketch_sample": ("q_sketch", "k_sketch", "num_samples"),
@@ -26,8 +29,7 @@ OPS = {
 
 
 def call(backend: Backend, op: str, changes: dict[str, Any]) -> Any:
-    """The op on good arguments, but for ``changes``; on the CPU whatever the device under test:
-    on a GPU bad data stops the whole process's work there."""
+    """The op on good arguments, but for ``changes``."""
     x = make_inputs(CASE, torch.float32)
     good = {"num_samples": CASE.K, **vars(x)}
     arguments = {name: good[name] for name in OPS[op]} | changes

@@ -17,6 +17,8 @@ from cases import (
 )
 from torch import Tensor
 
+pytestmark = pytest.mark.sanitized
+
 # Head dims of every row layout, few and many queries, more slots than a query keeps on chip.
 LAYOUTS = [
     Case(f"D={D}", B=1, N=3, M=40, H=2, H_kv=1, H_i=2, D=D, Dv=D, K=33)

@@ -316,6 +316,7 @@ def test_dropout_rate(backend: Backend, p: float) -> None:
         assert abs(rate - (1 - p)) < 5 * math.sqrt(p * (1 - p) / count)
 
 
+@pytest.mark.one_order
 def test_dropout_is_independent_between_entries(backend: Backend) -> None:
     """No correlation between neighbours along batch, head, row, slot, seed and offset."""
     kept = kept_weights(backend, 4, 4, 64, 32, 0.5, torch.tensor([3, 4])).double() * 2 - 1
@@ -330,6 +331,7 @@ def test_dropout_is_independent_between_entries(backend: Backend) -> None:
         assert abs(product.mean()) < 5 / math.sqrt(product.numel())
 
 
+@pytest.mark.one_order
 def test_dropout_is_unbiased(backend: Backend) -> None:
     x = make_inputs(CASE["gqa"], torch.float64, backend.device)
     expected = backend.ops.gather_attention(x.q, x.k, x.v, x.indices)

@@ -10,14 +10,10 @@ from torch import Tensor
 from smartbird import ops
 from smartbird.functional import smart_bird_attention
 
+pytestmark = pytest.mark.gpu
+
 PROBLEM = CASE["past_the_tiles"]
 DRAWS = Case("draws", B=1, N=128, M=1000, H=2, H_kv=2, H_i=2, S=16, K=32)
-
-
-@pytest.fixture(autouse=True)
-def _on_a_gpu(request: pytest.FixtureRequest) -> None:
-    if request.config.getoption("--device") != "cuda":
-        pytest.skip("needs a GPU: pytest --device cuda")
 
 
 def attend(x: Inputs, seed: Tensor, method: str = "gumbel") -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASE, CASES, DTYPES, METHODS, Backend, Case, make_inputs
+from cases import CASE, CASES, DTYPES, METHODS, PROBLEMS, Backend, Case, make_inputs
 from scipy import special, stats
 from torch import Tensor
 
@@ -183,6 +183,7 @@ def test_inclusion_in_a_long_row(backend: Backend, method: str) -> None:
 
 
 @both
+@pytest.mark.one_order
 @pytest.mark.parametrize("row", ["falling", "uneven"])
 @pytest.mark.parametrize("method", RANDOM)
 def test_heads_rows_and_batch_elements_are_independent(
@@ -231,6 +232,7 @@ def test_seeds_give_different_draws(backend: Backend, method: str) -> None:
 
 
 @both
+@pytest.mark.one_order
 @pytest.mark.parametrize("k", [1, 3, 4])
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("method", RANDOM)
@@ -298,10 +300,15 @@ def test_gumbel_log_inclusion_comes_from_one_kappa(backend: Backend, row: str, k
 # Which keys, for every case and dtype.
 
 
-@both
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("backend", "case", "dtype"),
+    [
+        *(pytest.param("ops", *problem.values, id=f"ops-{problem.id}") for problem in PROBLEMS),
+        *(pytest.param("reference", case, torch.float32, id=f"reference-{case}") for case in CASES),
+    ],
+    indirect=["backend"],
+)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("case", CASES, ids=str)
 def test_structure(backend: Backend, case: Case, method: str, dtype: torch.dtype) -> None:
     x = make_inputs(case, dtype, backend.device)
     indices, log_inclusion = backend.ops.sketch_sample(
@@ -430,8 +437,7 @@ def test_topk_breaks_ties_to_the_lower_index(backend: Backend, dtype: torch.dtyp
     assert torch.equal(indices, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), PROBLEMS)
 def test_topk_has_the_largest_scores(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     x = make_inputs(case, dtype, backend.device)
     args = (x.q_sketch, x.k_sketch, case.K)
