@@ -28,10 +28,9 @@ from smartbird._checks import draw_seed
 from smartbird.ops.dense import sketch_lse
 from smartbird.ops.distill import distill_loss
 from smartbird.ops.gather import gather_attention, gather_scores
-from smartbird.ops.sample import METHODS, sketch_sample
+from smartbird.ops.sample import sketch_sample
 
 __all__ = [
-    "METHODS",
     "distill_loss",
     "draw_seed",
     "gather_attention",

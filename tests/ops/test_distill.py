@@ -9,8 +9,8 @@ import pytest
 import torch
 from cases import (
     CASE,
-    CASES,
     DTYPES,
+    PROBLEMS,
     Backend,
     Case,
     Inputs,
@@ -39,8 +39,7 @@ def target_keywords(x: Inputs, target: str) -> dict[str, Tensor]:
     return {"indices": indices, "log_inclusion": log_inclusion}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), PROBLEMS)
 def test_sketch_lse(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     x = make_inputs(case, dtype, backend.device)
 
@@ -50,9 +49,8 @@ def test_sketch_lse(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     check_against_reference(backend.ops, run, x.q_sketch, x.k_sketch)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), PROBLEMS)
 def test_distill_loss(backend: Backend, case: Case, target: str, dtype: torch.dtype) -> None:
     x = make_inputs(case, dtype, backend.device)
     keywords = target_keywords(x, target) | x.rows()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASE, CASES, METHODS, Case, check_against_reference
+from cases import CASE, CASES, METHODS, Backend, Case, check_against_reference
 from cases import make_inputs as case_inputs
 from torch import Tensor
 
@@ -448,6 +448,23 @@ def test_packed_sequences_are_those_of_a_batch(
     (gradient,) = torch.autograd.grad(out.values().sum(), nested["v"])
     assert gradient.is_nested
     assert gradient.values().abs().sum() > 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_packed_queries_stand_at_the_last_keys(backend: Backend, masked: bool) -> None:
+    """Also for dropout, whichever way keys and attention are put together."""
+    x = case_inputs(CASE["packed_forced_causal"], torch.float32, backend.device)
+    keep = torch.rand(1, x.case.M, device=backend.device) < 0.8
+    options = {**x.sampling(), "key_mask": keep if masked else None, "dropout_p": 0.4}
+    lengths = torch.tensor(x.case.lengths, device=backend.device)
+    outs = []
+    for offset in (None, lengths[:, 1] - lengths[:, 0]):
+        for grad in (False, True):
+            q = x.q.clone().requires_grad_(grad)
+            args = (q, x.k, x.v, x.q_sketch, x.k_sketch, x.case.K)
+            outs.append(smart_bird_attention(*args, **{**options, "query_offset": offset}).detach())
+    for out in outs[1:]:
+        assert torch.equal(out, outs[0])
 
 
 def test_packing_in_a_graph_carries_the_padding_along() -> None:

@@ -28,7 +28,7 @@ DEVIATIONS = (0.5, 1.8, 4.0, 12.0, 60.0)
 LENGTHS = (1, 2, 5, 17, 31, 32, 33, 63, 64, 65, 100, 129)
 
 law = settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     database=None,

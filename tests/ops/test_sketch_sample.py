@@ -319,22 +319,25 @@ def test_structure(backend: Backend, case: Case, method: str, dtype: torch.dtype
     assert (indices.dtype, log_inclusion.dtype) == (torch.int32, torch.float32)
     assert not indices.requires_grad
 
-    valid, forced = x.valid_and_forced(case.K)
-    num_valid = valid.sum(-1)
+    rows_valid, rows_forced = (
+        [[set() for _ in range(case.N)] for _ in range(case.B)] for _ in "vf"
+    )
+    for rows, keys in zip((rows_valid, rows_forced), x.valid_and_forced(case.K), strict=True):
+        for b, i, key in keys.nonzero().tolist():
+            rows[b][i].add(key)
+    all_indices, all_entries = indices.tolist(), log_inclusion.tolist()
     for b, h, i in itertools.product(range(case.B), range(case.H_i), range(case.N)):
-        keys = indices[b, h, i].tolist()
+        keys, valid, must = all_indices[b][h][i], rows_valid[b][i], rows_forced[b][i]
         used = [key for key in keys if key != -1]
-        entry = dict(zip(keys, log_inclusion[b, h, i].tolist(), strict=True))
-        assert len(used) == min(case.K, num_valid[b, i])
+        entry = dict(zip(keys, all_entries[b][h][i], strict=True))
+        assert len(used) == min(case.K, len(valid))
         assert keys == sorted(used) + [-1] * (case.K - len(used))
-        assert valid[b, i, used].all()
-        must = torch.nonzero(forced[b, i]).flatten().tolist()
-        assert set(must) <= set(used)
-        if method in DISTINCT or num_valid[b, i] <= case.K:
+        assert must <= set(used) <= valid
+        if method in DISTINCT or len(valid) <= case.K:
             assert len(set(used)) == len(used)
         assert all(used.count(key) == 1 for key in must)
-        if num_valid[b, i] <= case.K:
-            must = used
+        if len(valid) <= case.K:
+            must = set(used)
         assert all(entry[key] == 0.0 for key in must)
         assert all(math.isfinite(entry[key]) for key in used)
         assert entry.get(-1, -math.inf) == -math.inf

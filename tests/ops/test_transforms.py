@@ -337,14 +337,15 @@ class Attention(nn.Module):
         )
 
 
-@pytest.mark.parametrize(("grad", "strict"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "grad", "strict"),
     [
-        {"correction": True, "is_causal": True},
-        {"return_indices": True, "num_sinks": 1},
-        {"method": "dealt", "window": 1},
-        {"query_mask": True, "is_causal": True},
+        ({"correction": True, "is_causal": True}, False, False),
+        ({"correction": True, "is_causal": True}, True, True),
+        ({"return_indices": True, "num_sinks": 1}, True, False),
+        ({"method": "dealt", "window": 1}, True, False),
+        ({"query_mask": True, "is_causal": True}, False, True),
+        ({"query_mask": True, "is_causal": True}, True, False),
     ],
     ids=str,
 )
@@ -374,7 +375,7 @@ def test_compiled_for_any_number_of_samples() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(smart_bird_attention, fullgraph=True, dynamic=True, backend=counter)
     counts = []
-    for num_samples in (5, 4, 7, 9):
+    for num_samples in (5, 4, 7):
         x = tensors()
         out = compiled(*x.values(), num_samples, seed=SEED, is_causal=True)
         torch.testing.assert_close(
