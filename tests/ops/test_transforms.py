@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import METHODS, Backend
+from cases import Backend
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
@@ -21,7 +21,6 @@ from smartbird.functional import (
     smart_bird_attention,
     smart_bird_attention_varlen,
 )
-from smartbird.ops.sampled import sampled_attention
 
 B, H, H_KV, N, M, D, S, K = 2, 4, 2, 9, 12, 8, 4, 5
 SEED = torch.tensor([3, 4])
@@ -152,49 +151,10 @@ def test_uniform_keys_under_vmap_differ_with_the_seed() -> None:
     assert not torch.equal(added[0], added[1])
 
 
-# ---- without recording --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("correction", [False, True])
-@pytest.mark.parametrize("method", METHODS)
-def test_the_op_that_does_both_has_the_gradients_of_two(
-    backend: Backend, method: str, correction: bool
-) -> None:
-    """As within vmap, where no one knows that gradients will be wanted."""
-    x = tensors(device=backend.device)
-    q, k, v, q_sketch, k_sketch = x.values()
-    seed = SEED.to(backend.device)
-    options = {"method": method, "correction": correction, "seed": seed, "window": 2}
-    options |= {"dropout_p": 0.3, "is_causal": True, "query_offset": 1}
-    composed = smart_bird_attention(q, k, v, q_sketch, k_sketch, K, **options)
-    expected = torch.autograd.grad(composed.square().sum(), (q, k, v))
-    visible = check_visible(B, N, M, q.device, window=2, is_causal=True, query_offset=1)
-    fused = sampled_attention(
-        q,
-        k,
-        v,
-        q_sketch.unsqueeze(1),
-        k_sketch.unsqueeze(1),
-        K,
-        visible,
-        num_index_heads=H_KV,
-        method=method,
-        correction=correction,
-        scale=D**-0.5,
-        sketch_scale=S**-0.5,
-        dropout_p=0.3,
-        seed=seed,
-    )
-    assert torch.equal(fused, composed)
-    for ours, theirs in zip(
-        torch.autograd.grad(fused.square().sum(), (q, k, v)), expected, strict=True
-    ):
-        assert torch.equal(ours, theirs)
-
-
 def test_a_loss_told_that_no_gradients_are_needed_makes_them_all_the_same(
     backend: Backend,
 ) -> None:
+    """As within vmap, where no one knows that gradients will be wanted."""
     x = tensors(device=backend.device)
     q, k, _, q_sketch, k_sketch = (t.detach() for t in x.values())
     sketches = [t.unsqueeze(1).requires_grad_() for t in (q_sketch, k_sketch)]
