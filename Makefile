@@ -2,13 +2,14 @@
 # needs python3 (with venv), g++ and make; the rest is installed by pip at the versions pinned in
 # requirements-dev.txt.
 
-PYTHON       ?= python3
-TORCH_INDEX  ?= https://download.pytorch.org/whl/cpu
-DEMO_FLAGS   ?=
-BENCH_ISA    ?= native
-GPU_PYTHON   ?= python3
-STUDY_FLAGS  ?=
-STATIC_FLAGS ?=
+PYTHON        ?= python3
+TORCH_INDEX   ?= https://download.pytorch.org/whl/cpu
+DEMO_FLAGS    ?=
+BENCH_ISA     ?= native
+GPU_PYTHON    ?= python3
+STUDY_FLAGS   ?=
+VERSION_FLAGS ?=
+STATIC_FLAGS  ?=
 
 SHELL       := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -34,11 +35,11 @@ GPU_BUILD = $(GPU_PYTHON) -c 'import torch; torch.cuda.is_available() or exit("e
     + torch.__version__ + " of $(GPU_PYTHON) finds no usable GPU: see docs/cuda.md")'; \
     SMARTBIRD_CUDA=1 $(GPU_PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 
-.PHONY: help setup build test test-quick test-isa test-slow test-emulated cpp-test race-test cuda lint \
-        test-gpu bench-gpu format demo bench bench-quick study study-quick wheel clean
+.PHONY: help setup build test test-quick test-isa test-slow test-versions test-emulated cpp-test \
+        race-test cuda lint test-gpu bench-gpu format demo bench bench-quick study study-quick wheel clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## create .venv with the pinned tools and the CPU build of torch
 
@@ -60,6 +61,10 @@ test-isa: $(BUILT)  ## the op tests with each further instruction set of this ma
 
 test-slow: $(BUILT)  ## the tests marked slow
 	$(BIN)/pytest -m slow
+
+# VERSION_FLAGS=--large lets it download builds of some GB where there is no other.
+test-versions: wheel  ## one wheel with the oldest and newest torch and Python that this machine can have
+	$(BIN)/python -m tools.test_versions dist/*.whl --index $(TORCH_INDEX) $(VERSION_FLAGS)
 
 cpp-test: $(CPP_DIR)/compile_commands.json  ## the torch-free kernels and their C++ tests under ASan and UBSan
 	$(BIN)/cmake --build $(CPP_DIR)
