@@ -1,0 +1,131 @@
+"""Tests one wheel with the oldest and the newest PyTorch and Python that it is for.
+
+``make test-versions`` builds the wheel and runs this. Each pair of versions gets an environment of
+its own below build/versions, which is kept for the next time, and runs the tests of the ops, the
+layers and torch.compile there. What this machine cannot run is left out, and said; it fails where a
+test does or where nothing could be run.
+
+Of torch the CPU build is taken where pip finds one, else what PyPI has, which for Linux is a CUDA
+build of some GB, downloaded only if asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# Python, torch, numpy: the least that pyproject.toml allows, and the newest known to be good.
+PAIRS = (("3.10", "2.10.0", "1.26.4"), ("3.13", "2.14.1", "2.4.6"))
+ROOT = Path(__file__).parents[1]
+WORK = ROOT / "build" / "versions"
+TESTS = ("tests/ops", "tests/nn")
+MARKERS = "not slow and not reference"
+
+
+class LeftOut(Exception):
+    """Why a pair of versions cannot be tested here."""
+
+
+def find_python(version: str) -> str:
+    """An interpreter of that version, on PATH or of pyenv, by what it says itself."""
+    candidates = [f"python{version}", "python3"]
+    if shutil.which("pyenv"):
+        prefix = subprocess.run(["pyenv", "prefix", version], capture_output=True, text=True)
+        candidates.append(f"{prefix.stdout.strip()}/bin/python")
+    say = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
+    for candidate in candidates:
+        path = shutil.which(candidate)
+        if path is None:
+            continue
+        said = subprocess.run([path, "-c", say], capture_output=True, text=True)
+        if said.stdout.strip() == version:
+            return path
+    raise LeftOut(f"there is no python{version} with venv, neither on PATH nor of pyenv")
+
+
+def install(python: Path, wheel: Path, torch: str, numpy: str, index: str, large: bool) -> None:
+    """Torch, the wheel and what its tests need."""
+    pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    sources = [[f"torch=={torch}+cpu"], [f"torch=={torch}+cpu", "--index-url", index]]
+    if large:
+        sources.append([f"torch=={torch}"])
+    for source in sources:
+        quick = ["--no-deps", "--retries", "0", "--timeout", "30"]
+        said = subprocess.run([*pip, *quick, *source], capture_output=True, text=True)
+        if said.returncode == 0:
+            break
+    else:
+        reason = (said.stderr.strip().splitlines() or ["pip says nothing"])[-1]
+        hint = "" if large else "; --large takes PyPI's CUDA build, some GB"
+        raise LeftOut(f"torch {torch} for it cannot be had ({reason}){hint}")
+    subprocess.run(
+        [*pip, f"torch=={torch}", f"numpy=={numpy}", f"{wheel}[test]", "pytest-xdist"], check=True
+    )
+    subprocess.run(
+        [*pip, "--force-reinstall", "--no-deps", str(wheel)], check=True
+    )  # a wheel of the same version may have been there
+
+
+def run_tests(python: Path, tree: Path, jobs: str) -> bool:
+    """In a tree without the package, so that the installed one is tested."""
+    say = (
+        "import smartbird, torch; print(smartbird.__file__, torch.__version__, torch.version.cuda)"
+    )
+    subprocess.run([str(python), "-c", say], cwd=tree, check=True)
+    command = [str(python), "-m", "pytest", "-q", "-n", jobs, "-m", MARKERS, *TESTS]
+    return subprocess.run(command, cwd=tree).returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("wheel", type=Path, help="the wheel to test")
+    parser.add_argument(
+        "--pair",
+        action="append",
+        metavar="PYTHON,TORCH,NUMPY",
+        help=f"versions to test; default: {' and '.join(','.join(pair) for pair in PAIRS)}",
+    )
+    parser.add_argument("--index", default="https://download.pytorch.org/whl/cpu", metavar="URL")
+    parser.add_argument("--large", action="store_true", help="download a CUDA build if need be")
+    parser.add_argument("--jobs", default="auto", help="of pytest-xdist; default: %(default)s")
+    args = parser.parse_args()
+    pairs = [tuple(pair.split(",")) for pair in args.pair] if args.pair else PAIRS
+
+    tree = WORK / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    tree.mkdir(parents=True)
+    shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tree)
+
+    results = []
+    for version, torch, numpy in pairs:
+        name = f"Python {version}, torch {torch}, numpy {numpy}"
+        print(f"== {name}", flush=True)
+        begin = time.perf_counter()
+        try:
+            interpreter = find_python(version)
+            place = WORK / f"python-{version}-torch-{torch}"
+            python = place / "bin" / "python"
+            if not python.exists():
+                subprocess.run([interpreter, "-m", "venv", str(place)], check=True)
+            install(python, args.wheel.resolve(), torch, numpy, args.index, args.large)
+            passed = run_tests(python, tree, args.jobs)
+            results.append((name, "passed" if passed else "FAILED"))
+        except LeftOut as reason:
+            results.append((name, f"left out: {reason}"))
+        except subprocess.CalledProcessError as error:
+            results.append((name, f"FAILED: {error}"))
+        print(f"== {results[-1][1]} ({time.perf_counter() - begin:.0f} s)", flush=True)
+    print(*(f"{name}: {result}" for name, result in results), sep="\n")
+    outcomes = [result for _, result in results]
+    return int("passed" not in outcomes or any(o.startswith("FAILED") for o in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
