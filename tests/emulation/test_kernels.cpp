@@ -13,6 +13,12 @@
 namespace smartbird::testing {
 namespace {
 
+#ifdef __SANITIZE_THREAD__  // a hundred times slower
+constexpr bool kShort = true;
+#else
+constexpr bool kShort = false;
+#endif
+
 constexpr DType kTensorCoreAndNot[] = {DType::kBFloat16, DType::kFloat32};
 
 struct Matrix {
@@ -261,14 +267,17 @@ void test_dense(DType dtype, int64_t D, const Layout& layout, int64_t H_out, int
 
 void test_dense(DType dtype, int64_t D) {
   Random random(14);
-  Layout layout{{}, {}, 20, 70, true, 0, random_mask(70, random)};
-  test_dense(dtype, D, layout, 1, 1);
-  layout.window = 3;
-  test_dense(dtype, D, layout, 4, 2);
-  layout = {{0, 18, 18, 30}, {0, 40, 47, 70}, 33, 75, false, 4, random_mask(75, random)};
-  test_dense(dtype, D, layout, 2, 4);
-  layout.is_causal = true;
-  test_dense(dtype, D, layout, 2, 1);
+  const Layout one{{}, {}, 20, 70, true, 0, random_mask(70, random)};
+  const Layout packed{{0, 18, 18, 30}, {0, 40, 47, 70}, 33, 75, false, 4, random_mask(75, random)};
+  if (!kShort || D != 16) test_dense(dtype, D, one, 1, 1);
+  if (!kShort || D == 16) test_dense(dtype, D, packed, 2, 4);
+  if (kShort) return;
+  Layout other = one;
+  other.window = 3;
+  test_dense(dtype, D, other, 4, 2);
+  other = packed;
+  other.is_causal = true;
+  test_dense(dtype, D, other, 2, 1);
 }
 
 // ---- draws --------------------------------------------------------------------------------------
@@ -434,6 +443,8 @@ void test_same_draws(DType dtype, int64_t S, SampleMethod method, bool is_causal
       for (int64_t slot = 0; slot < K; ++slot)
         CHECK(packed.keys(head, i)[slot] == -1 && packed.log_inclusions(head, i)[slot] == -kInf);
 
+  if (kShort) return;
+
   for (size_t s = 0; s < sequences.size(); ++s) {
     const Sketches& one = sequences[s];
     if (one.N == 0) continue;
@@ -524,6 +535,20 @@ void test_long_rows(SampleMethod method) {
     row.run();
     for (int64_t head = 0; head < H_i; ++head) check_same_row(row, head, 0, 0, all, head, i);
   }
+  // All of them as the second sequence of a pack, of which a launch does not know how long it is:
+  // of a block's warps only as many draw as have room.
+  const int32_t cu_q[] = {0, 0, N}, cu_k[] = {0, 0, M};
+  const int64_t ids[] = {5, 0};
+  Draws packed = all;
+  packed.p.visible.queries = {N, 2, cu_q};
+  packed.p.visible.keys = {M, 2, cu_k};
+  packed.p.visible.sequence_ids = ids;
+  packed.p.visible.is_causal = all.p.visible.is_causal = false;
+  packed.run();
+  all.run();
+  for (int64_t head = 0; head < H_i; ++head)
+    for (int64_t i = 0; i < N; ++i) check_same_row(packed, head, i, 0, all, head, i);
+
   // The last of these with all keys, none of them valid that it does not see.
   std::vector<uint8_t> mask(static_cast<size_t>(M));
   std::fill_n(mask.begin(), row.p.M, 1);
@@ -609,12 +634,14 @@ int test() {
       for (const SampleMethod method : kMethods) test_sample(dtype, D, method, D != 16, D != 64);
     }
     for (const SampleMethod method : kMethods)
-      test_same_draws(dtype, 16, method, method != SampleMethod::kSystematic);
+      if (!kShort || dtype == DType::kBFloat16)
+        test_same_draws(dtype, 16, method, method != SampleMethod::kSystematic);
   }
+  test_same_dropout();
+  if (kShort) return failures == 0 ? 0 : 1;
   test_same_draws(DType::kBFloat16, 16, SampleMethod::kSystematic, true);
   test_same_draws(DType::kBFloat16, 16, SampleMethod::kGumbel, false);
   for (const SampleMethod method : kMethods) test_long_rows(method);
-  test_same_dropout();
   return failures == 0 ? 0 : 1;
 }
 
