@@ -71,11 +71,14 @@ struct RowArguments {
   }
 };
 
-// Of queries alone, as dropout needs them: a packed sequence counts its positions from 0 unless
-// told otherwise.
+// Of queries, as dropout needs them. Where nothing is said of the keys of a pack, a sequence has as
+// many as queries: positions count from 0 unless told otherwise.
 inline Visible query_rows(int64_t B, int64_t N, int64_t M, RowArguments* rows) {
-  rows->cu_seqlens_k = rows->cu_seqlens_q;
-  return rows->visible(B, N, rows->cu_seqlens_q.has_value() ? N : M);
+  if (!rows->cu_seqlens_k.has_value() && rows->cu_seqlens_q.has_value()) {
+    rows->cu_seqlens_k = rows->cu_seqlens_q;
+    M = N;
+  }
+  return rows->visible(B, N, M);
 }
 
 // ---- the ops' own inputs ------------------------------------------------------------------------

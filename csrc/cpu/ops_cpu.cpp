@@ -229,7 +229,6 @@ Tensor sampled_attention_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v
                                               method, sketch_scale, &rows_of);
   GatherParams g = gather_params(q, k, num_index_heads, num_samples, scale);
   add_values(v, std::nullopt, dropout_p, seed, &rows_of, &g);
-  g.visible = s.visible;
   STD_TORCH_CHECK(s.B == g.B && s.N == g.N && s.M == g.M,
                   "q_sketch and k_sketch must have the tokens of q and k");
   const Packed packed = add_keys(k_sketch, seed, &s);

@@ -173,9 +173,13 @@ Tensor sampled_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor zero = zeros(log_inclusion, {1}, ScalarType::Float);
     bias = to_acc(torch::stable::subtract(zero, log_inclusion), dtype_of(q, "q"));
   }
-  return std::get<0>(
-      attend(q, k, v, indices, bias, scale, dropout_p, seed,
-             dropout_rows(query_offset, positions, cu_seqlens_q, sequence_ids, first_head)));
+  return std::get<0>(attend(q, k, v, indices, bias, scale, dropout_p, seed,
+                            {.query_offset = query_offset,
+                             .positions = positions,
+                             .cu_seqlens_q = cu_seqlens_q,
+                             .cu_seqlens_k = cu_seqlens_k,
+                             .sequence_ids = sequence_ids,
+                             .first_head = first_head}));
 }
 
 // indices sorted by key within each index head, equal keys in their order: (keys, slots), both
