@@ -44,14 +44,14 @@ class Block(NamedTuple):
 
 
 BLOCKS = {
-    "dense_lse": Block(256, 1024),
-    "dense_mean": Block(256, 18944),
+    "dense_lse": Block(256, 1280),
+    "dense_mean": Block(256, 19200),
     "gather_attention": Block(128, 0),
     "gather_backward_keys": Block(128, 1024),
     "gather_backward_queries": Block(128, 2048),
     "gather_scores": Block(128, 0),
     "key_starts": Block(128, 0),
-    "sketch_sample": Block(256, 91552),
+    "sketch_sample": Block(256, 91744),
 }
 
 
