@@ -228,6 +228,13 @@ def _(
     )
 
 
+def _free_entries(indices: Tensor, visible: Visible) -> Tensor:
+    """The entries that are free keys of their rows, else -1; those out of range as they are."""
+    last = max(visible.num_keys - 1, 0)
+    taken = (indices <= last) & ~visible.free_slots(indices.clamp(max=last))
+    return indices.masked_fill(taken & (indices >= 0), -1)
+
+
 def compose_sampled_distill(
     q: Tensor,
     k: Tensor,
@@ -270,7 +277,7 @@ def compose_sampled_distill(
         q.to(acc),
         _expand_heads(k.to(acc), shared),
         _expand_heads(k_sketch.to(acc), shared),
-        indices.masked_fill(~visible.free_slots(indices), -1),
+        _free_entries(indices, visible),
         bias,
         scale,
         *(0.0, None, None, None, None, None, 0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import replace
 from typing import Any
@@ -343,6 +344,9 @@ def test_sketches_of_other_tokens() -> None:
 # Packed sequences, whose ends are read on the CPU only.
 
 
+@pytest.mark.skipif(
+    "SMARTBIRD_EMULATED_LIBRARY" in os.environ, reason="a GPU's cu_seqlens are clamped, not read"
+)
 @pytest.mark.parametrize(
     ("ends_q", "ends_k", "name"),
     [
