@@ -12,6 +12,7 @@ build of some GB, downloaded only if asked for.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def find_python(version: str) -> str:
 
 def install(python: Path, wheel: Path, torch: str, numpy: str, index: str, large: bool) -> None:
     """Torch, the wheel and what its tests need."""
-    pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     sources = [[f"torch=={torch}+cpu"], [f"torch=={torch}+cpu", "--index-url", index]]
     if large:
         sources.append([f"torch=={torch}"])
@@ -77,7 +78,9 @@ def run_tests(python: Path, tree: Path, jobs: str) -> bool:
     )
     subprocess.run([str(python), "-c", say], cwd=tree, check=True)
     command = [str(python), "-m", "pytest", "-q", "-n", jobs, "-m", MARKERS, *TESTS]
-    return subprocess.run(command, cwd=tree).returncode == 0
+    # What another torch has compiled is of no use.
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(python.parents[1] / "inductor")}
+    return subprocess.run(command, cwd=tree, env=environment).returncode == 0
 
 
 def main() -> int:
