@@ -17,7 +17,7 @@ from smartbird._visible import check_room, check_visible
 from smartbird.functional import smart_bird_attention
 
 # On the CPU whatever the device under test: on a GPU bad data stops the whole process's work there.
-pytestmark = pytest.mark.cpu_only
+pytestmark = [pytest.mark.cpu_only, pytest.mark.one_order]
 
 CASE = Case("small", B=2, N=3, M=5, H=4, H_kv=2, H_i=2, D=8, Dv=6, S=4, K=3)
 OPS = {

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from smartbird.functional import smart_bird_attention
 
-pytestmark = pytest.mark.usefixtures("restore_num_threads")
+pytestmark = [pytest.mark.one_order, pytest.mark.usefixtures("restore_num_threads")]
 
 # What depends on rounding of scores: below the grid of the noise, beyond it, far beyond.
 DEVIATIONS = (0.5, 1.8, 4.0, 12.0, 60.0)
 LENGTHS = (1, 2, 5, 17, 31, 32, 33, 63, 64, 65, 100, 129)
 
 law = settings(
-    max_examples=15,
+    max_examples=3 if "SMARTBIRD_EMULATED_LIBRARY" in os.environ else 15,
     deadline=None,
     derandomize=True,
     database=None,

@@ -11,6 +11,8 @@ from cases import CASE, DTYPES, METHODS, Backend, Case, drawn_entries, make_inpu
 from smartbird._checks import check_sketches
 from smartbird._visible import check_visible
 
+pytestmark = pytest.mark.one_order
+
 SIZES: dict[str, Any] = {"N": 6, "M": 9, "H": 4, "H_kv": 2, "H_i": 2, "D": 8, "Dv": 6, "S": 4}
 SMALL = Case("small", K=5, is_causal=True, **SIZES)
 PACKED = Case("packed", B=1, K=5, lengths=((2, 4), (3, 3)), query_offset=1, **SIZES)

@@ -13,6 +13,8 @@ from smartbird._checks import check_sketches
 from smartbird._visible import check_visible
 from smartbird.ops.sampled import sampled_attention
 
+pytestmark = pytest.mark.one_order
+
 DROPOUT, FIRST_HEAD = 0.3, 4
 
 
