@@ -48,7 +48,7 @@ build: $(BUILT)  ## compile the extension into the source tree (editable install
 test: test-quick test-isa  ## the quick test suite, then the op tests under the other instruction sets
 
 test-quick: $(BUILT)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 # The default instruction set is left out, as test-quick covers it.
 test-isa: $(BUILT)  ## the op tests with each further instruction set of this machine forced in turn
