@@ -38,7 +38,7 @@ struct Aligned {
   Aligned(const Matrix& m, DType dtype)
       : bytes(static_cast<size_t>(m.array.size()) * size_of(dtype)),
         memory(std::aligned_alloc(128, (bytes + 127) / 128 * 128)) {
-    std::memcpy(memory, m.array.data(), bytes);
+    if (bytes > 0) std::memcpy(memory, m.array.data(), bytes);
   }
   Aligned(const Aligned&) = delete;
   Aligned& operator=(const Aligned&) = delete;
@@ -415,7 +415,7 @@ void test_same_draws(DType dtype, int64_t S, SampleMethod method, bool is_causal
     const auto copy = [&](const Matrix& from, int64_t heads, int64_t rows, const Aligned& to,
                           int64_t all_rows, int64_t first) {
       const size_t row_bytes = static_cast<size_t>(S) * size_of(dtype);
-      for (int64_t h = 0; h < heads; ++h)
+      for (int64_t h = 0; h < heads && rows > 0; ++h)
         std::memcpy(
             static_cast<char*>(to.memory) + static_cast<size_t>(h * all_rows + first) * row_bytes,
             static_cast<const char*>(from.array.data()) + static_cast<size_t>(h * rows) * row_bytes,
