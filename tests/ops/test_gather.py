@@ -150,6 +150,7 @@ def test_gradient_of_one_input_only(backend: Backend, needed: int) -> None:
     check_against_reference(backend.ops, run, tensors[needed])
 
 
+@pytest.mark.one_order
 def test_gradcheck(backend: Backend) -> None:
     x = make_inputs(SMALL, torch.float64, backend.device)
     bias = torch.randn(4, 1, 3, dtype=torch.float64, device=backend.device)
@@ -431,6 +432,7 @@ def test_no_gradient_mode_is_the_same(backend: Backend) -> None:
 # Sizes that overflow a grid dimension or a 32-bit offset.
 
 
+@pytest.mark.one_order
 def test_many_heads_and_batch_elements(backend: Backend) -> None:
     x = make_inputs(
         Case("many", B=33000, N=1, M=2, H=2, H_kv=2, H_i=1, D=2, Dv=1, K=2),

@@ -153,6 +153,7 @@ def test_law_of_the_set(backend: Backend, method: str, row: str, k: int) -> None
     assert p_value(observed, LAWS[method](ROWS[row], k)) > SMALLEST_P_VALUE
 
 
+@pytest.mark.one_order
 @both
 @pytest.mark.parametrize("method", RANDOM)
 def test_inclusion_in_a_long_row(backend: Backend, method: str) -> None:
@@ -561,6 +562,7 @@ def test_seed_and_generator(backend: Backend, method: str) -> None:
     assert torch.equal(first, run()) == (method == "topk")
 
 
+@pytest.mark.one_order
 @pytest.mark.parametrize("method", RANDOM)
 def test_sampling_and_dropout_use_different_streams(backend: Backend, method: str) -> None:
     """One of two keys is drawn, and one slot kept or dropped, under one seed at equal addresses."""
@@ -598,6 +600,7 @@ def test_poison(backend: Backend, method: str, poisoned: str) -> None:
     assert torch.equal(actual[1], expected[1])
 
 
+@pytest.mark.one_order
 def test_many_batch_elements_and_heads(backend: Backend) -> None:
     q_sketch = torch.zeros(66_000, 1, 1, device=backend.device)
     k_sketch = torch.zeros(66_000, 3, 1, device=backend.device)
