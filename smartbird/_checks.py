@@ -105,7 +105,8 @@ def check_tensor(
     if not isinstance(x, Tensor) or x.dtype != dtype:
         kind = str(dtype).removeprefix("torch.")
         meaning = " (True = may be attended)" if name == "key_mask" else ""
-        raise TypeError(f"{name} must be a {kind} Tensor{meaning}, got {kind_of(x)}")
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise TypeError(f"{name} must be {article} {kind} Tensor{meaning}, got {kind_of(x)}")
     if x.shape != tuple(shape):
         raise ValueError(f"{name} must be {letters} = {list(shape)}, got {shape_of(x)}")
     if x.device != device:
