@@ -68,7 +68,7 @@ test-versions: wheel  ## one wheel with the oldest and newest torch and Python t
 
 cpp-test: $(CPP_DIR)/compile_commands.json  ## the torch-free kernels and their C++ tests under ASan and UBSan
 	$(BIN)/cmake --build $(CPP_DIR)
-	$(CPP_ENV) $(BIN)/ctest --test-dir $(CPP_DIR) --output-on-failure
+	$(CPP_ENV) $(BIN)/ctest --test-dir $(CPP_DIR) --output-on-failure -j $$(nproc)
 
 # Right in every order needs no luck on a GPU; three are tried. pyproject.toml says what the markers
 # mean, by which this and other targets choose their tests.
@@ -76,7 +76,7 @@ test-emulated: $(BUILT)  ## the op tests through the CUDA kernels, run on the CP
 	$(CMAKE) -B $(EMU_DIR) -DCMAKE_BUILD_TYPE=Release \
 	    -DSMARTBIRD_TORCH=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')
 	$(BIN)/cmake --build $(EMU_DIR) --target smartbird_emulated test_cuda_emulation
-	$(BIN)/ctest --test-dir $(EMU_DIR) --output-on-failure -R '^cuda_emulation'
+	$(BIN)/ctest --test-dir $(EMU_DIR) --output-on-failure -R '^cuda_emulation' -j $$(nproc)
 	export PYTHONPATH=tests/emulation OMP_NUM_THREADS=1
 	export SMARTBIRD_EMULATED_LIBRARY=$(EMU_DIR)/libsmartbird_emulated.so
 	$(BIN)/pytest -p emulated_cuda -q -n auto -m "(ops or emulation) and not slow" \
@@ -127,8 +127,8 @@ lint: $(CPP_DIR)/compile_commands.json  ## ruff, mypy --strict, clang-format, cl
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
-	$(BIN)/clang-tidy -quiet -p $(CPP_DIR) \
-	    $$(sed -n 's/^ *"file": "\(.*\.cpp\)",\?$$/\1/p' $<)
+	sed -n 's/^ *"file": "\(.*\.cpp\)",\?$$/\1/p' $< | \
+	    xargs -P $$(nproc) -n 1 $(BIN)/clang-tidy -quiet -p $(CPP_DIR)
 
 format: $(READY)  ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix

@@ -28,81 +28,84 @@ inline void multiply_wide(VecU a, uint32_t b, VecU* high, VecU* low) {
 #endif
 }
 
+// The blocks first, first + 1, ... of (head, position), one in each lane, word by word.
+SMARTBIRD_INLINE void philox_blocks(PhiloxKey key, int64_t head, int64_t position, uint32_t first,
+                                    VecU out[4]) {
+  const PhiloxBlock counter = philox_counter(head, position, first);
+  VecU c0 = bit_cast<VecU>(iota_int()) + counter.word[0], c1 = VecU{} + counter.word[1],
+       c2 = VecU{} + counter.word[2], c3 = VecU{} + counter.word[3];
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    VecU high0, low0, high1, low1;
+    multiply_wide(c0, kPhiloxM0, &high0, &low0);
+    multiply_wide(c2, kPhiloxM1, &high1, &low1);
+    c0 = high1 ^ c1 ^ key.lo;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ key.hi;
+    c3 = low0;
+    key.lo += kPhiloxW0;
+    key.hi += kPhiloxW1;
+  }
+  out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+}
+
 // The draws 64 * chunk, ..., 64 * chunk + 63 of (head, position).
 inline void philox_chunk(PhiloxKey key, int64_t head, int64_t position, uint32_t chunk,
                          uint32_t out[kDrawsPerChunk]) {
-  constexpr int L = kLanes<float>;
   constexpr int kBlocks = kDrawsPerChunk / 4;
-  const PhiloxBlock first = philox_counter(head, position, chunk * kBlocks);
-  for (int b = 0; b < kBlocks; b += L) {
-    VecU c0, c1 = VecU{} + first.word[1], c2 = VecU{} + first.word[2], c3 = VecU{} + first.word[3];
-    for (int l = 0; l < L; ++l) c0[l] = first.word[0] + static_cast<uint32_t>(b + l);
-    PhiloxKey k = key;
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      VecU high0, low0, high1, low1;
-      multiply_wide(c0, kPhiloxM0, &high0, &low0);
-      multiply_wide(c2, kPhiloxM1, &high1, &low1);
-      c0 = high1 ^ c1 ^ k.lo;
-      c1 = low1;
-      c2 = high0 ^ c3 ^ k.hi;
-      c3 = low0;
-      k.lo += kPhiloxW0;
-      k.hi += kPhiloxW1;
-    }
-    std::memcpy(out + 0 * kBlocks + b, &c0, sizeof(c0));
-    std::memcpy(out + 1 * kBlocks + b, &c1, sizeof(c1));
-    std::memcpy(out + 2 * kBlocks + b, &c2, sizeof(c2));
-    std::memcpy(out + 3 * kBlocks + b, &c3, sizeof(c3));
+  for (int b = 0; b < kBlocks; b += kLanes<float>) {
+    VecU words[4];
+    philox_blocks(key, head, position, chunk * kBlocks + static_cast<uint32_t>(b), words);
+    for (int w = 0; w < 4; ++w) std::memcpy(out + w * kBlocks + b, &words[w], sizeof(words[w]));
   }
 }
 
-// Independent Exp(1) variables of one (head, position) in order, a chunk at a time: -log of 64
-// uniforms of 24 bits, and of 16 more that are made of the 8 bits those leave over.
-class ExponentialStream {
+// Arrivals of Poisson processes of rate 1 for one (head, position): each is an Exp(1) variable and
+// an independent uniform time in (0, 1). A block gives three: 22 bits of each of its first three
+// words make an exponential, their 10 others and 10 of the fourth a time. Arrival n is of word n %
+// 24 / 8 of block n / 24 * 8 + n % 8, whatever the vectors are.
+class ArrivalStream {
  public:
-  ExponentialStream(PhiloxKey key, int64_t head, int64_t position)
+  // What n arrivals take of an array: whole vectors of blocks.
+  static constexpr int64_t padded(int64_t n) { return ceil_div(n, kStep) * kStep; }
+
+  ArrivalStream(PhiloxKey key, int64_t head, int64_t position)
       : key_(key), head_(head), position_(position) {}
 
-  // The next n, and zeros up to whole vectors.
-  void take(int64_t n, float* out) {
-    const int64_t padded = ceil_div(n, kLanes<float>) * kLanes<float>;
-    for (int64_t i = n; i < padded; ++i) out[i] = 0;
-    while (n > 0) {
-      if (used_ == kSize) refill();
-      const int64_t count = min_of<int64_t>(n, kSize - used_);
-      std::memcpy(out, values_ + used_, static_cast<size_t>(count) * sizeof(float));
-      used_ += static_cast<int>(count);
-      out += count;
-      n -= count;
+  // The next padded(n) of both; times may be null.
+  void take(int64_t n, float* exponentials, float* times) {
+    constexpr int L = kLanes<float>;
+    for (int64_t begin = 0; begin < n; begin += kStep) {
+      for (int b = 0; b < kStepBlocks; b += L, block_ += L) {
+        VecU words[4];
+        philox_blocks(key_, head_, position_, block_, words);
+        const VecI last = bit_cast<VecI>(words[3]);
+        for (int w = 0; w < 3; ++w) {
+          const VecI bits = bit_cast<VecI>(words[w]);
+          const Vec<float> grid = __builtin_convertvector(bits >> 10 & 0x3FFFFF, Vec<float>);
+          put(-log((grid + 0.5f) * 0x1p-22f), w, b, exponentials + begin);
+          if (times == nullptr) continue;
+          const VecI time = (bits & 0x3FF) << 10 | (last >> (10 * w) & 0x3FF);
+          put((__builtin_convertvector(time, Vec<float>) + 0.5f) * 0x1p-20f, w, b, times + begin);
+        }
+      }
     }
   }
 
  private:
-  static constexpr int kSpare = kDrawsPerChunk / 4, kSize = kDrawsPerChunk + kSpare;
+  static constexpr int kGroup = 8;  // blocks that give 24 arrivals
+  static constexpr int kStepBlocks = max_of(kGroup, kLanes<float>), kStep = 3 * kStepBlocks;
 
-  void refill() {
-    alignas(64) uint32_t words[kSize];
-    philox_chunk(key_, head_, position_, chunk_++, words);
-    for (int i = 0; i < kSpare; ++i) {
-      uint32_t word = 0;
-      for (int part = 0; part < 4; ++part) word |= (words[part * kSpare + i] & 0xFFu) << (8 * part);
-      words[kDrawsPerChunk + i] = word;
-    }
-    for (int i = 0; i < kSize; i += kLanes<float>) {
-      VecI bits;
-      std::memcpy(&bits, words + i, sizeof(bits));
-      const Vec<float> grid = __builtin_convertvector(bits >> 8 & 0xFFFFFF, Vec<float>);
-      // The largest would round to 1, and no spacing may be 0.
-      store(values_ + i, -log(min((grid + 0.5f) * 0x1p-24f, broadcast(0x1.fffffep-1f))));
-    }
-    used_ = 0;
+  // Values of word w of the blocks b, b + 1, ... of a step.
+  static SMARTBIRD_INLINE void put(Vec<float> x, int w, int b, float* out) {
+    constexpr int kRun = min_of(kGroup, kLanes<float>);
+    for (int l = 0; l < kLanes<float>; l += kRun)
+      std::memcpy(out + (b + l) / kGroup * 3 * kGroup + w * kGroup + (b + l) % kGroup,
+                  reinterpret_cast<const float*>(&x) + l, kRun * sizeof(float));
   }
 
   PhiloxKey key_;
   int64_t head_, position_;
-  uint32_t chunk_ = 0;
-  int used_ = kSize;  // of values_
-  alignas(64) float values_[kSize];
+  uint32_t block_ = 0;
 };
 
 }  // namespace smartbird::SMARTBIRD_ISA

@@ -3,15 +3,18 @@
 //
 // A row's scores are made once, for all heads of a sketch, as weights 2^(score - reference) in a
 // buffer of one thread, with running sums of them made tile by tile while the weights are in
-// registers' reach:
-// `cum` within blocks of 32 keys, `block_start` over blocks. To draw a key is to find a uniform
-// number among the running sums: a guide table names the block, one compare over 32 sums names the
-// key. Numbers are drawn in ascending order, so the keys come out in ascending order too, and
-// repeats side by side: no sort and no set.
+// registers' reach: `cum` within blocks of 32 keys, `start` over blocks. To draw a key is to find a
+// uniform number among the running sums: a guide table names the block, one compare over 32 sums
+// names the key. Numbers are drawn in ascending order, so the keys come out in ascending order too,
+// and repeats side by side: no sort and no set.
 //
-// `gumbel` needs no noise per key: the k largest of log p + Gumbel noise are the first k distinct
-// results of independent draws from p. Drawing exactly the number still missing, again and again,
-// never overshoots.
+// Keys that draws would only repeat, as they hold so much of a row's mass, are taken out of the
+// running sums once per row, for all heads: `heavy`. `systematic` takes them for certain. `gumbel`
+// is a race: keys arrive by Poisson processes of rate weight, and the first K distinct arrivals are
+// successive sampling from p. A heavy key has an exponential time of its own; the n first arrivals
+// of all others are n sorted draws with times uniform below that of the next arrival, which is the
+// sum of the exponentials that the draws are made of. The K least times win, the one after them is
+// kappa, and the work does not grow with how peaked a row is.
 #include "pack-inl.h"
 #include "philox-inl.h"
 #include "score-inl.h"
@@ -31,11 +34,12 @@ constexpr int kRowsPerTask = 16;  // enough work that fetching a task costs noth
 // far inside float, and what underflows beside 2^-40 is below what draws resolve. The row alone
 // decides.
 constexpr float kLeastPlainWeight = 0x1p-40f, kMostPlainWeight = 0x1p86f;
-// Below this total, weights relative to the largest have begun to underflow: score again relative
-// to the rest.
+// Below this total, weights have begun to underflow: score again relative to the largest of the
+// rest.
 constexpr double kUnderflow = 1e-25;
-// Share of a row's mass beyond which "total minus chosen" has lost its digits.
-constexpr double kCancellation = 0.999;
+constexpr float kMostWeight = 0x1p127f;
+constexpr float kNever = __builtin_inff();
+constexpr int32_t kNeverBits = 0x7F800000;
 
 // Draws are integers in [0, kWhole]: running sums over blocks are kept on the same grid, so that to
 // find a block is to compare integers, many draws at once.
@@ -51,20 +55,20 @@ struct KeyList {
 // A row of weights with its running sums, all in the order of an interleaved tile, see
 // interleaved(); weights are 0 where the key cannot be drawn.
 struct Row {
-  float* weight;        // [padded M]
-  float* cum;           // [padded M] inclusive running sum within each block of kTile
-  double* block_start;  // [blocks + 1] running sum before each block
+  float* weight;     // [padded M]
+  float* cum;        // [padded M] inclusive running sum within each block of kTile
+  float* block_sum;  // [blocks] of each block's weights
   int64_t blocks;
-  double reference;  // weight = 2^(score - reference)
-  Vec<float> top;    // its largest lane is the largest weight
+  double reference;   // weight = 2^(score - reference)
+  Vec<float> top;     // its largest lane is the largest weight
+  Vec<float> square;  // lanes add up to the sum of the weights' squares
 
   // What find_keys needs, made by index_blocks.
-  int32_t* start;     // [blocks + 1] block_start on a grid where the total is 2^31
+  double total;
+  int32_t* start;     // [blocks + 1] mass before each block on a grid where the total is 2^31
   int32_t* guide;     // [guide size] the block that holds g * 2^31 / guide size, or one before it
   int guide_shift;    // guide index of a draw: draw >> guide_shift
   float draw_weight;  // total / 2^31
-
-  double total() const { return block_start[blocks]; }
 };
 
 struct Scratch {
@@ -72,14 +76,19 @@ struct Scratch {
   KeyList forced;  // [kRows, K] of each row: keys that are taken without drawing
   KeyList
       blank;  // [kRows, blanks] of each row: those, and what its last block has beyond its limit
-  KeyList taken;        // [K] keys of the head at hand
-  int32_t* batch;       // [padded K] keys just drawn
-  int32_t* place;       // [K]
-  int32_t* draws;       // [padded K]
-  float* spacing;       // [padded K + 1] also what find_keys works in
-  float* drawn_weight;  // [padded K]
-  Row rows[kRows];      // those scored together; they share start and guide
-  Row rest;             // the row at hand without the keys taken so far
+  // Of the row at hand: the forced keys and those too heavy to draw, see find_heavy.
+  KeyList heavy;
+  float* heavy_weight;
+  // Of the head at hand: when each heavy key arrives; the keys drawn, ascending, with repeats; and
+  // when those arrive.
+  float* heavy_time;
+  KeyList light;
+  float *light_weight, *light_time;
+  KeyList taken;   // [K] the keys taken
+  float* value;    // [K] their weights, then what is written with each
+  float* spacing;  // exponentials
+  int32_t* draws;
+  Row rows[kRows];  // those scored together; they share start and guide
 };
 
 inline int64_t padded_keys(const SketchSampleParams& p) {
@@ -95,50 +104,46 @@ inline int guide_bits(int64_t blocks) {
 
 inline int64_t blanks_per_row(const SketchSampleParams& p) { return p.K + kTile; }
 
+// Draws that a race makes at once.
+inline int64_t most_draws(int64_t K) { return 2 * K + 16; }
+
 inline Scratch lay_out(const SketchSampleParams& p, ScratchAllocator* arena) {
   constexpr int L = kLanes<float>;
-  const int64_t padded = padded_keys(p), blocks = padded / kTile, vectors = ceil_div(p.K, L) * L;
+  const int64_t padded = padded_keys(p), blocks = padded / kTile;
+  // The keys of one draw that was not enough and of another.
+  const int64_t room = ArrivalStream::padded(p.K + most_draws(p.K) + 2) + L;
   Scratch s{};
   s.q = arena->take<float>(kRows * p.S);
   s.forced.key = arena->take<int32_t>(kRows * p.K);
   s.blank.key = arena->take<int32_t>(kRows * blanks_per_row(p));
-  s.taken.key = arena->take<int32_t>(vectors);
-  s.batch = arena->take<int32_t>(vectors + L);
-  s.place = arena->take<int32_t>(p.K);
-  s.draws = arena->take<int32_t>(vectors);
-  s.spacing = arena->take<float>(vectors + L);
-  s.drawn_weight = arena->take<float>(vectors);
-  const auto take_row = [&](Row* row) {
-    row->weight = arena->take<float>(padded);
-    row->cum = arena->take<float>(padded);
-    row->block_start = arena->take<double>(blocks + 1);
-  };
-  const auto take_index = [&](Row* row) {
-    row->start = arena->take<int32_t>(blocks + 1);
-    row->guide = arena->take<int32_t>((int64_t{1} << guide_bits(blocks)) + L);
-  };
-  take_index(&s.rows[0]);
+  for (KeyList* list : {&s.heavy, &s.light, &s.taken}) list->key = arena->take<int32_t>(room);
+  for (float** list :
+       {&s.heavy_weight, &s.heavy_time, &s.light_weight, &s.light_time, &s.value, &s.spacing})
+    *list = arena->take<float>(room);
+  s.draws = arena->take<int32_t>(room);
+  s.rows[0].start = arena->take<int32_t>(blocks + 1);
+  s.rows[0].guide = arena->take<int32_t>((int64_t{1} << guide_bits(blocks)) + L);
   for (Row& row : s.rows) {
-    take_row(&row);
+    row.weight = arena->take<float>(padded);
+    row.cum = arena->take<float>(padded);
+    row.block_sum = arena->take<float>(blocks);
     row.start = s.rows[0].start;
     row.guide = s.rows[0].guide;
   }
-  take_row(&s.rest);
-  take_index(&s.rest);
   return s;
 }
 
 // ---- lists of keys ------------------------------------------------------------------------------
 
-// Removes repeats, which lie side by side.
-inline void remove_repeats(KeyList* list) {
+// Removes repeats, which lie side by side, and what belongs to them.
+inline void remove_repeats(KeyList* list, float* weights) {
   constexpr int L = kLanes<float>;
   int64_t n = 0;
   while (n + L < list->size && !any(load_int(list->key + n) == load_int(list->key + n + 1))) n += L;
   for (int64_t i = n; i < list->size; ++i) {
-    const int32_t key = list->key[i];
-    list->key[n] = key;
-    n += i + 1 == list->size || list->key[i + 1] != key;
+    list->key[n] = list->key[i];
+    weights[n] = weights[i];
+    n += i + 1 == list->size || list->key[i + 1] != list->key[i];
   }
   list->size = n;
 }
@@ -155,25 +160,11 @@ inline int64_t lower_bound(const KeyList& list, int32_t key) {
   return low;
 }
 
-// Merges what `more` has and `list` lacks into `list`, which has room. `more` and `place` are
-// scratch.
-inline void merge(KeyList more, int32_t* place, KeyList* list) {
-  int64_t n = 0;
-  for (int64_t i = 0; i < more.size; ++i) {
-    const int64_t at = lower_bound(*list, more.key[i]);
-    const bool repeats = (at < list->size && list->key[at] == more.key[i]) ||
-                         (n > 0 && more.key[n - 1] == more.key[i]);
-    place[n] = static_cast<int32_t>(at);
-    more.key[n] = more.key[i];
-    n += !repeats;
-  }
-  int64_t end = list->size;
-  list->size += n;
-  for (int64_t i = n; i-- > 0; end = place[i]) {
-    std::memmove(list->key + place[i] + i + 1, list->key + place[i],
-                 static_cast<size_t>(end - place[i]) * sizeof(int32_t));
-    list->key[place[i] + i] = more.key[i];
-  }
+// Puts x at place `at` of n, those from there on one further.
+template <typename T>
+inline void insert(T* list, int64_t n, int64_t at, T x) {
+  std::memmove(list + at + 1, list + at, static_cast<size_t>(n - at) * sizeof(T));
+  list[at] = x;
 }
 
 // ---- a row --------------------------------------------------------------------------------------
@@ -194,42 +185,50 @@ inline void normalise(int64_t blocks, Row* row) {
   row->reference = static_cast<double>(reference);
 }
 
-inline void begin_sums(Row* row) {
-  row->blocks = 0;
-  row->block_start[0] = 0;
-  row->top = Vec<float>{};
-}
-
-// The running sums of block t = row->blocks. Vector v holds the keys v, v + V, v + 2 V, ... of the
-// block, V the vectors of a block: sums go down the vectors first, and across lanes but once.
-SMARTBIRD_INLINE void add_block(Row* row) {
+// The running sums of block t. Vector v holds the keys v, v + V, v + 2 V, ... of the block, V the
+// vectors of a block: sums go down the vectors first, and across lanes but once.
+SMARTBIRD_INLINE void sum_block(int64_t t, Row* row) {
   constexpr int L = kLanes<float>, V = kTile / L;
-  const int64_t t = row->blocks++;
   const float* weight = row->weight + t * kTile;
-  Vec<float> sums[V], top = row->top;
+  Vec<float> sums[V], top = row->top, square = row->square;
   for (int v = 0; v < V; ++v) {
     const Vec<float> w = load(weight + v * L);
     sums[v] = v == 0 ? w : sums[v - 1] + w;
     top = max(top, w);
+    square += w * w;
   }
   const Vec<float> across = prefix_sum(sums[V - 1]), before = shift_up(across);
   for (int v = 0; v < V; ++v) store(row->cum + t * kTile + v * L, before + sums[v]);
   row->top = top;
-  row->block_start[t + 1] = row->block_start[t] + static_cast<double>(across[L - 1]);
+  row->square = square;
+  row->block_sum[t] = across[L - 1];
+}
+
+inline void begin_sums(int64_t blocks, Row* row) {
+  row->blocks = blocks;
+  row->top = row->square = Vec<float>{};
 }
 
 inline void sum_row(int64_t blocks, Row* row) {
-  begin_sums(row);
-  while (row->blocks < blocks) add_block(row);
+  begin_sums(blocks, row);
+  for (int64_t t = 0; t < blocks; ++t) sum_block(t, row);
 }
 
-// start, guide and what goes with them.
+inline void add_blocks(Row* row) {
+  row->total = 0;
+  for (int64_t t = 0; t < row->blocks; ++t) row->total += static_cast<double>(row->block_sum[t]);
+}
+
+// start, guide and what goes with them, of a row whose total is not 0.
 inline void index_blocks(Row* row) {
   constexpr int L = kLanes<float>;
   const int bits = guide_bits(row->blocks), shift = kWholeBits - bits;
-  const double scale = 0x1p31 / row->total();
-  for (int64_t t = 0; t < row->blocks; ++t)
-    row->start[t] = static_cast<int32_t>(min_of(row->block_start[t] * scale, kWhole - 1.0));
+  const double scale = 0x1p31 / row->total;
+  double before = 0;
+  for (int64_t t = 0; t < row->blocks; ++t) {
+    row->start[t] = static_cast<int32_t>(min_of(before * scale, kWhole - 1.0));
+    before += static_cast<double>(row->block_sum[t]);
+  }
   row->start[row->blocks] = kWhole;
   // Block t is the guide of g from the first g << shift at or beyond its start to that of the next
   // block: about four, written as a whole vector whose surplus the next block overwrites.
@@ -245,7 +244,7 @@ inline void index_blocks(Row* row) {
     } while (g < end);
   }
   row->guide_shift = shift;
-  row->draw_weight = static_cast<float>(row->total() * 0x1p-31);
+  row->draw_weight = static_cast<float>(row->total * 0x1p-31);
 }
 
 // A key of positive weight at or nearest after j, else nearest before it.
@@ -258,15 +257,17 @@ inline int64_t nearest_drawable(const Row& row, int64_t j) {
   return 0;
 }
 
-// keys[n] holds draw n: the first key whose running sum exceeds it. Arrays are padded to whole
-// vectors; `within` is scratch. Loop by loop, so that no vector is loaded from scalars just stored.
+// keys[n] holds draw n: the first key whose running sum exceeds it; its weight goes to weights[n].
+// Arrays are padded to whole vectors. Loop by loop, so that no vector is loaded from scalars just
+// stored.
 inline void find_keys(const Row& row, const int32_t* __restrict draws, int64_t count,
-                      float* __restrict within, int32_t* __restrict keys) {
+                      float* __restrict weights, int32_t* __restrict keys) {
   constexpr int L = kLanes<float>;
   const int32_t* __restrict guide = row.guide;
   const int32_t* __restrict start = row.start;
   const int shift = row.guide_shift;
-  int32_t* rest = reinterpret_cast<int32_t*>(within);
+  const int32_t last = static_cast<int32_t>(row.blocks * kTile) - 1;
+  int32_t* rest = reinterpret_cast<int32_t*>(weights);
   for (int64_t n = 0; n < count; ++n) {
     const int32_t draw = draws[n];
     // The first two steps have no branch to mispredict.
@@ -278,31 +279,19 @@ inline void find_keys(const Row& row, const int32_t* __restrict draws, int64_t c
     keys[n] = static_cast<int32_t>(block * kTile);
   }
   for (int64_t n = 0; n < count; n += L)
-    store(within + n, __builtin_convertvector(load_int(rest + n), Vec<float>) * row.draw_weight);
-  for (int64_t n = 0; n < count; ++n) keys[n] += count_le(row.cum + keys[n], within[n]);
-
+    store(weights + n, __builtin_convertvector(load_int(rest + n), Vec<float>) * row.draw_weight);
+  for (int64_t n = 0; n < count; ++n) keys[n] += count_le(row.cum + keys[n], weights[n]);
+  for (int64_t n = 0; n < count; ++n) weights[n] = row.weight[interleaved(min_of(keys[n], last))];
   // Sums within a block are rounded in an order of their own: rarely, a draw falls between two that
   // should be equal.
-  const int32_t last = static_cast<int32_t>(row.blocks * kTile) - 1;
-  for (int64_t n = count; n < ceil_div(count, L) * L; ++n) keys[n] = keys[0];
+  for (int64_t n = count; n < ceil_div(count, L) * L; ++n) weights[n] = 1;
   for (int64_t n = 0; n < count; n += L) {
-    const VecI key = load_int(keys + n), beyond = key > last;
-    const VecI off = (gather(row.weight, interleaved(key + beyond)) <= 0.0f) | beyond;
-    if (__builtin_expect(any(off), 0))
-      for (int l = 0; l < L; ++l)
-        if (off[l]) keys[n + l] = static_cast<int32_t>(nearest_drawable(row, keys[n + l]));
-  }
-}
-
-// The weights of all keys of a list, padded to whole vectors, those beyond it 0.
-inline void gather_weights(const Row& row, const KeyList& list, float* weights) {
-  constexpr int L = kLanes<float>;
-  for (int64_t n = 0; n < list.size; n += L) {
-    const VecI lane = iota_int() + static_cast<int32_t>(n);
-    const VecI here = lane < static_cast<int32_t>(list.size);
-    const VecI key = load_int(list.key + n) & here;
-    const Vec<float> weight = gather(row.weight, interleaved(key));
-    store(weights + n, bit_cast<Vec<float>>(bit_cast<VecI>(weight) & here));
+    if (__builtin_expect(!any(load(weights + n) <= 0.0f), 1)) continue;
+    for (int64_t i = n; i < min_of(n + L, count); ++i) {
+      if (weights[i] > 0) continue;
+      keys[i] = static_cast<int32_t>(nearest_drawable(row, keys[i]));
+      weights[i] = row.weight[interleaved(keys[i])];
+    }
   }
 }
 
@@ -314,7 +303,7 @@ struct TaskContext {
   const float* k_tiles;  // of the sequence's keys
   const float* key_bias;
   const uint8_t* key_mask;  // or null
-  PhiloxKey key, arrival_key;
+  PhiloxKey key, heavy_key;
 
   int64_t heads() const { return p->H_i / p->H_s; }  // that the sketch serves
 };
@@ -346,37 +335,137 @@ inline void score_row(const RowContext& c, float* weight) {
                   [&](int, int column, Vec<float> s) { store(weight + t * kTile + column, s); });
 }
 
-// rest = row without the taken keys, scored again where what remains has underflowed. `rest` may be
-// `row`.
-inline void exclude_taken(const RowContext& c, const KeyList& taken, const Row& row, Row* rest) {
-  const int64_t blocks = c.blocks();
-  if (rest->weight != row.weight)
-    std::memcpy(rest->weight, row.weight, static_cast<size_t>(blocks * kTile) * sizeof(float));
-  rest->reference = row.reference;
-  put(taken, 0.0f, rest->weight);
-  sum_row(blocks, rest);
-  if (rest->total() < kUnderflow) {
-    score_row(c, rest->weight);
-    put(c.blank, -__builtin_inff(), rest->weight);
-    put(taken, -__builtin_inff(), rest->weight);
-    normalise(blocks, rest);
-    put(c.blank, 0.0f, rest->weight);
-    put(taken, 0.0f, rest->weight);
-    sum_row(blocks, rest);
+// Fills a list's last vector up with infinity: a time that never comes, a weight that is certain.
+inline void fill_up(int64_t n, float* list) {
+  for (int64_t i = n; i < ceil_div(n, kLanes<float>) * kLanes<float>; ++i) list[i] = kNever;
+}
+
+// ---- heavy keys ---------------------------------------------------------------------------------
+
+// Begins `heavy` with the forced keys, which come first whatever is drawn.
+inline void begin_heavy(const RowContext& c, Scratch* s) {
+  s->heavy.size = c.forced.size;
+  for (int64_t n = 0; n < c.forced.size; ++n) {
+    s->heavy.key[n] = c.forced.key[n];
+    s->heavy_weight[n] = __builtin_inff();
   }
-  index_blocks(rest);
+}
+
+// Moves the keys of at least `least`, no more than `most`, from the row's weights to `heavy`.
+// Returns their number.
+inline int64_t take_out(float least, int64_t most, Row* row, Scratch* s) {
+  constexpr int L = kLanes<float>, V = kTile / L;
+  int64_t taken = 0;
+  row->top = row->square = Vec<float>{};
+  for (int64_t t = 0; t < row->blocks; ++t) {
+    float* weight = row->weight + t * kTile;
+    Vec<float> top = row->top, square = row->square;
+    VecI reach{};
+    for (int v = 0; v < V; ++v) {
+      const Vec<float> w = load(weight + v * L);
+      reach |= w >= least;
+      top = max(top, w);
+      square += w * w;
+    }
+    if (!any(reach)) {
+      row->top = top;
+      row->square = square;
+      continue;
+    }
+    for (int v = 0; v < V; ++v)
+      for (uint32_t lanes = lane_bits(load(weight + v * L) >= least); lanes != 0 && taken < most;
+           lanes &= lanes - 1) {
+        const int l = __builtin_ctz(lanes);
+        const int32_t key = static_cast<int32_t>(t * kTile + l * V + v);  // see interleaved()
+        int64_t at = s->heavy.size;
+        while (at > 0 && s->heavy.key[at - 1] > key) --at;
+        insert(s->heavy_weight, s->heavy.size, at, weight[v * L + l]);
+        insert(s->heavy.key, s->heavy.size++, at, key);
+        weight[v * L + l] = 0;
+        ++taken;
+      }
+    sum_block(t, row);
+  }
+  return taken;
+}
+
+// A first estimate of the least weight for which find_heavy is looking, a little too large rather
+// than too small: the keys below it share what places the others leave, in a few passes without
+// moving any.
+inline float estimate_least(double places, const Row& row) {
+  constexpr int L = kLanes<float>, V = kTile / L;
+  double least = row.total / places;
+  for (int step = 0; step < 6; ++step) {
+    const Vec<float> threshold = broadcast(static_cast<float>(least));
+    Vec<float> rest[V] = {};
+    VecI above[V] = {};
+    for (int64_t j = 0; j < row.blocks * kTile; j += kTile)
+      for (int v = 0; v < V; ++v) {
+        const Vec<float> w = load(row.weight + j + v * L);
+        const VecI below = w < threshold;
+        above[v] += ~below;
+        rest[v] += bit_cast<Vec<float>>(bit_cast<VecI>(w) & below);
+      }
+    for (int v = 1; v < V; ++v) rest[0] += rest[v], above[0] += above[v];
+    const double heavy =
+        -static_cast<double>(reduce_add(__builtin_convertvector(above[0], Vec<float>)));
+    if (heavy + 1 > places) break;
+    const double left = static_cast<double>(reduce_add(rest[0]));
+    if (left < kUnderflow || left > 0.95 * least * (places - heavy)) break;
+    least = left / (places - heavy);
+  }
+  return static_cast<float>(least * 1.001);
+}
+
+// Scores the row again without the keys in `heavy`, relative to the largest of the rest.
+inline void score_rest(const RowContext& c, Row* row, Scratch* s) {
+  const double old_reference = row->reference;
+  score_row(c, row->weight);
+  put(c.blank, -__builtin_inff(), row->weight);
+  put(s->heavy, -__builtin_inff(), row->weight);
+  normalise(c.blocks(), row);
+  sum_row(c.blocks(), row);
+  const double factor = __builtin_exp2(min_of(old_reference - row->reference, 1000.0));
+  for (int64_t n = 0; n < s->heavy.size; ++n)
+    s->heavy_weight[n] = static_cast<float>(
+        min_of(static_cast<double>(s->heavy_weight[n]) * factor, double{kMostWeight}));
+}
+
+// The keys that would be drawn with probability 1 or more if `places` were given out in proportion
+// to the weights go into `heavy`, until no such key is left. Returns the places left.
+inline double find_heavy(const RowContext& c, double places, Row* row, Scratch* s) {
+  add_blocks(row);
+  for (bool first = true;; first = false) {
+    if (places <= 0) return 0;
+    if (row->total < kUnderflow) {
+      if (s->heavy.size > c.p->K) {  // none of the rest is ever taken
+        row->total = 0;
+        return places;
+      }
+      score_rest(c, row, s);
+      add_blocks(row);
+    }
+    const float largest = reduce_max(row->top);
+    const double cap = row->total / places;
+    if (static_cast<double>(largest) < cap) return places;
+    const float least = first ? estimate_least(places, *row) : static_cast<float>(cap);
+    places -= static_cast<double>(
+        take_out(min_of(least, largest), static_cast<int64_t>(__builtin_ceil(places)), row, s));
+    add_blocks(row);
+  }
 }
 
 // ---- uniform numbers ----------------------------------------------------------------------------
 
-// n uniform draws in [0, kWhole), ascending, and zeros up to whole vectors: n + 1 exponential
-// spacings over their sum are the order statistics. Sums are float within a vector and double
-// beyond it; as what they are divided by is no round number, draws fall on no grid but that of
-// integers.
-inline void take_draws(ExponentialStream* spacings, int64_t n, float* spacing, int32_t* draws) {
+// n uniform draws in [0, kWhole), ascending, and zeros up to whole vectors, from n + 1 exponential
+// spacings: their running sums over their total are the order statistics. Returns the total, which
+// is independent of the draws: the time of arrival n + 1 of a process of rate 1, to which the draws
+// are arrivals 1 to n. Sums are float within a vector and double beyond it; as what they are
+// divided by is no round number, draws fall on no grid but that of integers.
+inline double take_draws(int64_t n, float* spacing, int32_t* draws) {
   constexpr int L = kLanes<float>;
-  spacings->take(n + 1, spacing);
   double total = 0;
+  for (int64_t i = n + 1; i < ceil_div(n + 1, L) * L; ++i) spacing[i] = 0;
   for (int64_t i = 0; i <= n; i += L) {
     const Vec<float> sums = prefix_sum(load(spacing + i));
     store(spacing + i, sums);
@@ -394,123 +483,194 @@ inline void take_draws(ExponentialStream* spacings, int64_t n, float* spacing, i
     std::memcpy(draws + i, &draw, sizeof(draw));
     before += static_cast<double>(sums[L - 1]);
   }
-}
-
-// Sum of n independent Exp(1) variables.
-inline double gamma_variate(int64_t n, ExponentialStream* arrivals, float* spacing) {
-  arrivals->take(n, spacing);
-  double sum = 0;
-  for (int64_t i = 0; i < n; i += kLanes<float>)
-    sum += static_cast<double>(reduce_add(load(spacing + i)));
-  return sum;
+  return total;
 }
 
 // log(1 - exp(-x)) for x >= 0, with all digits at both ends.
 inline Vec<float> log_one_minus_exp(Vec<float> x) {
   x = max(x, broadcast(1e-37f));
-  const Vec<float> series = x * (1.0f - x * (0.5f - x * (1.0f / 6 - x * (1.0f / 24))));
+  // The first terms of the series of log((1 - exp(-x)) / x): good to 1e-7 up to 1.
+  const Vec<float> square = x * x;
+  const Vec<float> p = 1.0f / 24 - square * (1.0f / 2880 - square * (1.0f / 181440));
+  const Vec<float> correction = x * (0.5f - x * p);
+  const VecI large = x > 1.0f;
+  if (!any(large)) return log(x) - correction;
   const Vec<float> e = exp(-x);
   const Vec<float> tail = -e * (1.0f + e * (0.5f + e * (1.0f / 3 + e * 0.25f)));
-  return e < 0.03f ? tail : log(x < 0.05f ? series : 1.0f - e);
+  const Vec<float> y = log(large ? 1.0f - e : x);
+  return large ? (e < 0.03f ? tail : y) : y - correction;
 }
 
-// ---- methods: each fills `taken` for one head ---------------------------------------------------
+// ---- a race -------------------------------------------------------------------------------------
 
-// Successive sampling of c.to_draw keys. Returns the arrival time of the next key that would have
-// come, in units of 1 / weight of the row whose reference is *reference: think of keys arriving by
-// Poisson processes of rate weight. The arrivals of a rate-W process after m draws is Gamma(m) / W.
-inline double draw_distinct(const RowContext& c, ExponentialStream* spacings,
-                            ExponentialStream* arrivals, const Row& row, Scratch* s,
-                            double* reference) {
-  const Row* current = &row;
-  KeyList* taken = &s->taken;
-  double time = 0;
-  int64_t draws = 0;       // made from `current`
-  const auto wait = [&] {  // for all of them, in pieces that `spacing` holds
-    double gamma = 0;
-    for (; draws > 0; draws -= min_of(draws, c.p->K))
-      gamma += gamma_variate(min_of(draws, c.p->K), arrivals, s->spacing);
-    return gamma / current->total();
-  };
-  // What was drawn from `current`; keys taken before weigh nothing in it.
-  const auto mass = [&] {
-    gather_weights(*current, *taken, s->drawn_weight);
-    Vec<float> sum{};
-    for (int64_t n = 0; n < taken->size; n += kLanes<float>) sum += load(s->drawn_weight + n);
-    return static_cast<double>(reduce_add(sum));
-  };
-  const auto leave_out_taken = [&] {
-    if (arrivals != nullptr) time += wait();
-    const double old_reference = current->reference;
-    exclude_taken(c, *taken, *current, &s->rest);
-    current = &s->rest;
-    time *= __builtin_exp2(current->reference - old_reference);
-    draws = 0;
-  };
+// How many draws the light keys of a row are given, so that with its heavy keys more than c.to_draw
+// distinct ones come in time but rarely many more: the expectation and two deviations, by a few
+// steps of Newton's method from `places` keys.
+inline int64_t plan_race(const RowContext& c, double places, const Row& row, const Scratch& s) {
+  constexpr int L = kLanes<float>;
+  if (!(row.total > 0)) return 0;
+  fill_up(s.heavy.size, s.heavy_weight);
+  const double half_square = 0.5 * static_cast<double>(reduce_add(row.square));
+  const double want = static_cast<double>(c.to_draw) + 1,
+               heavy = static_cast<double>(s.heavy.size - c.forced.size);
+  double time = max_of(places, 1.0) / row.total;
+  for (int step = 0; step < 3; ++step) {
+    Vec<float> late{}, late_square{}, slope{};
+    for (int64_t n = 0; n < s.heavy.size; n += L) {
+      const Vec<float> x = load(s.heavy_weight + n) * static_cast<float>(time), e = exp(-x);
+      late += e;
+      late_square += e * e;
+      slope += min(x, broadcast(100.0f)) * e;
+    }
+    const double draws = row.total * time, repeats = min_of(half_square * time * time, 0.4 * draws),
+                 missing = static_cast<double>(reduce_add(late));
+    const double variance = repeats + missing - static_cast<double>(reduce_add(late_square));
+    const double surplus = heavy - missing + draws - repeats - want - 2 * __builtin_sqrt(variance);
+    const double gain = static_cast<double>(reduce_add(slope)) + draws - 2 * repeats;
+    time *= max_of(0.25, min_of(4.0, 1 - surplus / gain));
+  }
+  return static_cast<int64_t>(
+      min_of(row.total * time + 1, static_cast<double>(most_draws(c.p->K))));
+}
 
-  taken->size = 0;
-  for (bool first = true;; first = false) {
-    const int64_t missing = c.to_draw - taken->size;
-    take_draws(spacings, missing, s->spacing, s->draws);
-    draws += missing;
-    find_keys(*current, s->draws, missing, s->spacing, first ? taken->key : s->batch);
-    if (first) {
-      taken->size = missing;
-      remove_repeats(taken);
+// The heavy keys' own times.
+inline void draw_heavy(ArrivalStream arrivals, Scratch* s) {
+  constexpr int L = kLanes<float>;
+  const int64_t n = s->heavy.size;
+  if (n == 0) return;
+  arrivals.take(n, s->heavy_time, nullptr);
+  for (int64_t i = 0; i < n; i += L)
+    store(s->heavy_time + i,
+          min(load(s->heavy_time + i) / load(s->heavy_weight + i), broadcast(kMostWeight)));
+  fill_up(n, s->heavy_time);
+}
+
+// The first n arrivals of light keys. Of a key's, the first counts. Returns when the next comes.
+inline double draw_light(ArrivalStream* arrivals, int64_t n, const Row& row, Scratch* s) {
+  constexpr int L = kLanes<float>;
+  arrivals->take(n + 1, s->spacing, s->light_time);
+  const double end = take_draws(n, s->spacing, s->draws) / row.total;
+  int32_t* key = s->light.key;
+  float* time = s->light_time;
+  find_keys(row, s->draws, n, s->light_weight, key);
+  s->light.size = n;
+  key[n] = -1;
+  const float scale = static_cast<float>(end);
+  for (int64_t i = 0; i < n; i += L) store(time + i, load(time + i) * scale);
+  fill_up(n, time);
+  // Times are not negative: their bits are in order too, and integers are quicker to choose among.
+  int32_t* bits = reinterpret_cast<int32_t*>(time);
+  for (int64_t i = 0; i < n; i += L) {
+    if (!any(load_int(key + i) == load_int(key + i + 1))) continue;
+    int32_t first = bits[i];  // of the key at hand
+    for (int64_t j = i; j < min_of(i + L, n); ++j) {
+      const bool repeats = key[j] == key[j + 1];
+      bits[j] = repeats ? kNeverBits : first;
+      first = min_of(bits[j + 1], repeats ? first : kNeverBits);
+    }
+    bits[min_of(i + L, n)] = first;
+  }
+  return end;
+}
+
+// The arrival at `end`, where draw_light or this function stopped, and n more. Returns when the
+// next comes.
+inline double draw_on(ArrivalStream* arrivals, double end, int64_t n, const Row& row, Scratch* s) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < s->light.size; ++i) {
+    s->light.key[kept] = s->light.key[i];
+    s->light_weight[kept] = s->light_weight[i];
+    s->light_time[kept] = s->light_time[i];
+    kept += s->light_time[i] < kNever;
+  }
+  s->light.size = kept;
+  int32_t* key = s->taken.key;
+  float* time = s->value;
+  arrivals->take(n + 3, s->spacing, time);
+  const float first = time[n + 1], shrink = time[n + 2];
+  // The sum of m + 1 exponentials times a uniform number's m-th root is as that of m.
+  const double m = static_cast<double>(n + 1);
+  const double wait = take_draws(n + 1, s->spacing, s->draws) *
+                      __builtin_pow(static_cast<double>(shrink), 1 / m) / row.total;
+  find_keys(row, s->draws, n + 1, s->spacing, key);  // the exponentials are used up
+  for (int64_t i = 0; i <= n; ++i)
+    time[i] = static_cast<float>(end + wait * static_cast<double>(time[i]));
+  // Draws lie in the order of their keys: which of them comes first is by chance.
+  time[static_cast<int64_t>(static_cast<double>(first) * m)] = static_cast<float>(end);
+  for (int64_t i = 0; i <= n; ++i) {
+    const int64_t at = lower_bound(s->light, key[i]);
+    if (at < s->light.size && s->light.key[at] == key[i]) {
+      s->light_time[at] = min_of(s->light_time[at], time[i]);
     } else {
-      merge({s->batch, missing}, s->place, taken);
+      insert(s->light.key, s->light.size, at, key[i]);
+      insert(s->light_weight, s->light.size, at, s->spacing[i]);
+      insert(s->light_time, s->light.size++, at, time[i]);
     }
-    const int64_t left = c.to_draw - taken->size;
-    if (left == 0) break;
-    if (first && left * 2 < missing) continue;
-    // Repeats come at the rate mass / total: leave the taken keys out where that is cheaper than
-    // drawing on.
-    const double share = mass() / current->total();
-    const double keys_per_draw = 24;  // what scanning keys costs, measured in draws
-    if (share > kCancellation || static_cast<double>(left) * share >
-                                     (1 - share) * static_cast<double>(c.valid) / keys_per_draw)
-      leave_out_taken();
   }
-  if (arrivals == nullptr) return 0;
-  double drawn = mass();
-  if (drawn > kCancellation * current->total()) {
-    leave_out_taken();
-    drawn = 0;
-  }
-  *reference = current->reference;
-  time += wait();
-  return time + gamma_variate(1, arrivals, s->spacing) / (current->total() - drawn);
+  fill_up(s->light.size, s->light_time);
+  return end + wait;
 }
 
-// Takes every key whose inclusion probability would reach 1 into c->forced and leaves the others in
-// *remaining; returns how many places are left for them. Shared by the heads of a row.
-inline int64_t cap_inclusion(RowContext* c, const Row& row, Scratch* s, const Row** remaining) {
-  int64_t places = c->to_draw;
-  *remaining = &row;
-  for (;;) {
-    const Row& current = **remaining;
-    const float largest = reduce_max(current.top);
-    if (places == 0 || static_cast<double>(largest) * static_cast<double>(places) < current.total())
-      return places;
-    const float cap = static_cast<float>(current.total() / static_cast<double>(places));
-    KeyList capped{s->batch, 0};
-    const float least = min_of(cap, largest);
-    for (int64_t begin = 0; begin < c->limit && capped.size < places; begin += kTile) {
-      VecI reach{};
-      for (int64_t j = begin; j < begin + kTile; j += kLanes<float>)
-        reach |= load(current.weight + j) >= least;
-      if (!any(reach)) continue;
-      for (int64_t j = begin; j < begin + kTile && capped.size < places; ++j)
-        if (current.weight[interleaved(j)] >= least)
-          capped.key[capped.size++] = static_cast<int32_t>(j);
-    }
-    places -= capped.size;
-    merge(capped, s->place, &c->forced);
-    if (places == 0) return 0;
-    exclude_taken(*c, c->forced, current, &s->rest);
-    *remaining = &s->rest;
-  }
+// How many times are below x.
+inline int64_t count_before(const Scratch& s, float x) {
+  constexpr int L = kLanes<float>;
+  VecI count{};
+  for (int64_t i = 0; i < s.light.size; i += L) count -= load(s.light_time + i) < x;
+  for (int64_t i = 0; i < s.heavy.size; i += L) count -= load(s.heavy_time + i) < x;
+  return static_cast<int64_t>(reduce_add(__builtin_convertvector(count, Vec<float>)));
 }
+
+// The keys whose time is below `limit` are the first K; kappa is the time of the next.
+struct Finish {
+  float limit, kappa;
+};
+
+inline Finish finish(int64_t K, float end, Scratch* s) {
+  constexpr int L = kLanes<float>;
+  // Times are not negative: they are ordered as the integers of the same bits.
+  int32_t low = 0, high = bit_cast<int32_t>(end);
+  int64_t before_low = 0, before_high = s->light.size + s->heavy.size;
+  for (bool halve = !(end < kNever); high - low > 1; halve = !halve) {
+    int32_t middle = low + (high - low) / 2;
+    if (!halve) {  // as if times were spread evenly
+      const float a = bit_cast<float>(low), share = (static_cast<float>(K - before_low) + 0.5f) /
+                                                    static_cast<float>(before_high - before_low);
+      middle = bit_cast<int32_t>(a + (bit_cast<float>(high) - a) * share);
+      middle = max_of(low + 1, min_of(high - 1, middle));
+    }
+    const float x = bit_cast<float>(middle);
+    const int64_t before = count_before(*s, x);
+    if (before == K) {
+      Vec<float> next = broadcast(kNever);
+      const auto look = [&](const float* time, int64_t n) {
+        for (int64_t i = 0; i < n; i += L) {
+          const Vec<float> t = load(time + i);
+          next = min(next, t < x ? broadcast(kNever) : t);
+        }
+      };
+      look(s->light_time, s->light.size);
+      look(s->heavy_time, s->heavy.size);
+      return {x, -reduce_max(-next)};
+    }
+    (before < K ? low : high) = middle;
+    (before < K ? before_low : before_high) = before;
+  }
+  // Several have the time of the last: some of them come too late.
+  const float last = bit_cast<float>(low);
+  int64_t surplus = count_before(*s, bit_cast<float>(high)) - K;
+  const auto drop = [&](float* time, int64_t n) {
+    for (int64_t i = n - 1; i >= 0 && surplus > 0; --i) {
+      if (time[i] != last) continue;
+      time[i] = kNever;
+      --surplus;
+    }
+  };
+  drop(s->heavy_time, s->heavy.size);
+  drop(s->light_time, s->light.size);
+  return {bit_cast<float>(high), last};
+}
+
+// ---- other methods ------------------------------------------------------------------------------
 
 // Takes the keys at which the running sum of inclusion probabilities passes u, u + 1, ..., u +
 // places - 1; u = uniform / 2^32.
@@ -519,15 +679,16 @@ inline void draw_systematic(const Row& row, int64_t places, uint32_t uniform, Sc
   const double u = uniform_double(uniform), step = 0x1p31 / static_cast<double>(places);
   for (int64_t n = 0; n < ceil_div(places, kLanes<float>) * kLanes<float>; ++n)
     s->draws[n] = static_cast<int32_t>(min_of((u + static_cast<double>(n)) * step, kWhole - 1.0));
-  find_keys(row, s->draws, places, s->spacing, taken->key);
-  taken->size = places;
-  remove_repeats(taken);
+  find_keys(row, s->draws, places, s->value, taken->key);
   // A probability just below 1 can be passed twice by rounding: free keys stand in.
-  for (int64_t j = 0; taken->size < places; ++j) {
-    const int64_t at = lower_bound(*taken, static_cast<int32_t>(j));
-    if (!(row.weight[interleaved(j)] > 0) || (at < taken->size && taken->key[at] == j)) continue;
-    int32_t key = static_cast<int32_t>(j), place;
-    merge({&key, 1}, &place, taken);
+  taken->size = places;
+  remove_repeats(taken, s->value);
+  for (int32_t j = 0; taken->size < places; ++j) {
+    const float weight = row.weight[interleaved(j)];
+    const int64_t at = lower_bound(*taken, j);
+    if (!(weight > 0) || (at < taken->size && taken->key[at] == j)) continue;
+    insert(s->value, taken->size, at, weight);
+    insert(taken->key, taken->size++, at, j);
   }
 }
 
@@ -583,31 +744,48 @@ inline Output output_row(const RowContext& c, int64_t head) {
   return {p.indices + at, p.log_inclusion == nullptr ? nullptr : p.log_inclusion + at};
 }
 
-// Adds the certain keys to those taken and writes all, then -1.
-inline void write_indices(const RowContext& c, const KeyList& certain, Scratch* s, Output out) {
-  if (certain.size > 0) {
-    const size_t bytes = static_cast<size_t>(certain.size) * sizeof(int32_t);
-    std::memcpy(s->batch, certain.key, bytes);
-    merge({s->batch, certain.size}, s->place, &s->taken);
+// Adds the heavy keys for which `takes` is true, with their weights, to the ascending list of those
+// taken, from the back.
+template <typename Takes>
+inline void merge_heavy(Scratch* s, Takes&& takes) {
+  int32_t *key = s->draws, *taken_key = s->taken.key;
+  float *weight = s->spacing, *taken_weight = s->value;
+  int64_t n = 0;
+  for (int64_t i = 0; i < s->heavy.size; ++i) {
+    key[n] = s->heavy.key[i];
+    weight[n] = s->heavy_weight[i];
+    n += takes(i);
   }
-  const int32_t first_key = static_cast<int32_t>(c.task->sequence.first_key);
-  for (int64_t j = 0; j < s->taken.size; ++j) out.indices[j] = s->taken.key[j] + first_key;
-  for (int64_t j = s->taken.size; j < c.p->K; ++j) out.indices[j] = -1;
+  int64_t i = s->taken.size - 1, j = n - 1, to = s->taken.size + n - 1;
+  s->taken.size += n;
+  while (i >= 0 && j >= 0) {  // without a branch to mispredict
+    const int64_t from_taken = -int64_t{taken_key[i] > key[j]};
+    const uint32_t mask = static_cast<uint32_t>(from_taken);
+    const auto choose = [&](auto a, auto b) {
+      const uint32_t x = bit_cast<uint32_t>(a), y = bit_cast<uint32_t>(b);
+      return bit_cast<decltype(a)>(y ^ ((x ^ y) & mask));
+    };
+    const int32_t next_key = choose(taken_key[i], key[j]);
+    const float next_weight = choose(taken_weight[i], weight[j]);
+    taken_key[to] = next_key;
+    taken_weight[to--] = next_weight;
+    i += from_taken;
+    j += ~from_taken;
+  }
+  std::memcpy(taken_key, key, static_cast<size_t>(j + 1) * sizeof(int32_t));
+  std::memcpy(taken_weight, weight, static_cast<size_t>(j + 1) * sizeof(float));
 }
 
-// log_inclusion = f(weight) of the taken keys; 0 of those that weigh nothing in `row`, as they were
-// taken for certain; -inf in unused slots.
+// Writes the keys taken, then -1, and f(weight) of each, then -inf.
 template <typename F>
-inline void write_log_inclusion(const RowContext& c, const Row& row, Scratch* s, Output out,
-                                F&& f) {
-  constexpr int L = kLanes<float>;
-  const int64_t n = s->taken.size;
-  gather_weights(row, s->taken, s->drawn_weight);
-  for (int64_t j = 0; j < n; j += L) {
-    const Vec<float> weight = load(s->drawn_weight + j);
-    store(s->drawn_weight + j, weight == 0.0f ? Vec<float>{} : f(weight));
-  }
-  std::memcpy(out.log_inclusion, s->drawn_weight, static_cast<size_t>(n) * sizeof(float));
+inline void write_row(const RowContext& c, const Scratch& s, Output out, F&& f) {
+  const int32_t first_key = static_cast<int32_t>(c.task->sequence.first_key);
+  const int64_t n = s.taken.size;
+  for (int64_t j = 0; j < n; ++j) out.indices[j] = s.taken.key[j] + first_key;
+  for (int64_t j = n; j < c.p->K; ++j) out.indices[j] = -1;
+  if (out.log_inclusion == nullptr) return;
+  for (int64_t j = 0; j < n; j += kLanes<float>) store(s.value + j, f(load(s.value + j)));
+  std::memcpy(out.log_inclusion, s.value, static_cast<size_t>(n) * sizeof(float));
   for (int64_t j = n; j < c.p->K; ++j) out.log_inclusion[j] = -__builtin_inff();
 }
 
@@ -618,73 +796,81 @@ inline void copy_head(const RowContext& c, int64_t from, int64_t to) {
     std::memcpy(b.log_inclusion, a.log_inclusion, static_cast<size_t>(c.p->K) * sizeof(float));
 }
 
-// Rows whose keys are the same for every head and certain: those taken and `forced`.
-inline void write_certain(const RowContext& c, const KeyList& forced, Scratch* s) {
-  const Output out = output_row(c, 0);
-  write_indices(c, forced, s, out);
-  if (out.log_inclusion != nullptr)
-    for (int64_t j = 0; j < c.p->K; ++j)
-      out.log_inclusion[j] = j < s->taken.size ? 0.0f : -__builtin_inff();
+// Rows whose keys are the same for every head and certain: those taken and the heavy ones.
+inline void write_certain(const RowContext& c, Scratch* s) {
+  merge_heavy(s, [](int64_t) { return true; });
+  write_row(c, *s, output_row(c, 0), [](Vec<float>) { return Vec<float>{}; });
   for (int64_t head = 1; head < c.task->heads(); ++head) copy_head(c, 0, head);
 }
 
-inline void sample_gumbel(const RowContext& c, const Row& row, Scratch* s) {
+inline void sample_gumbel(const RowContext& c, Row* row, Scratch* s) {
+  begin_heavy(c, s);
+  const double want = static_cast<double>(c.to_draw) + 1,
+               free = static_cast<double>(c.valid - c.forced.size);
+  // Keys that draws would repeat; where few are left beyond those wanted, all.
+  const double places = find_heavy(c, free <= 2 * want ? free : 1.25 * want, row, s);
+  const int64_t draws = plan_race(c, places, *row, *s);
+  if (row->total > 0) index_blocks(row);
   for (int64_t head = 0; head < c.task->heads(); ++head) {
     const Output out = output_row(c, head);
     const int64_t address = draw_head(c, head);
-    ExponentialStream spacings(c.task->key, address, c.position),
-        arrivals(c.task->arrival_key, address, c.position);
-    double reference = row.reference;
-    const double time = draw_distinct(
-        c, &spacings, out.log_inclusion == nullptr ? nullptr : &arrivals, row, s, &reference);
-    write_indices(c, c.forced, s, out);
-    if (out.log_inclusion == nullptr) continue;
-    const Row* weights = &row;
-    if (reference != row.reference) {  // weights of keys drawn since lie in another range
-      score_row(c, s->rest.weight);
-      const float shift = static_cast<float>(reference);
-      for (int64_t j = 0; j < c.blocks() * kTile; j += kLanes<float>)
-        store(s->rest.weight + j, exp2(load(s->rest.weight + j) - shift));
-      put(c.forced, 0.0f, s->rest.weight);
-      weights = &s->rest;
+    ArrivalStream arrivals(c.task->key, address, c.position);
+    draw_heavy(ArrivalStream(c.task->heavy_key, address, c.position), s);
+    s->light.size = 0;
+    double end = __builtin_inf();
+    if (row->total > 0) end = draw_light(&arrivals, draws, *row, s);
+    while (count_before(*s, static_cast<float>(end)) <= c.p->K)
+      end = draw_on(&arrivals, end, draws, *row, s);
+    const Finish last = finish(c.p->K, static_cast<float>(end), s);
+
+    int64_t taken = 0;
+    for (int64_t i = 0; i < s->light.size; i += kLanes<float>) {
+      const VecI in_time = load(s->light_time + i) < last.limit;
+      const VecI key = compress(load_int(s->light.key + i), in_time);
+      std::memcpy(s->taken.key + taken, &key, sizeof(key));
+      store(s->value + taken, compress(load(s->light_weight + i), in_time));
+      taken += __builtin_popcount(lane_bits(in_time));
     }
-    const float rate = static_cast<float>(time);
-    write_log_inclusion(c, *weights, s, out,
-                        [&](Vec<float> w) { return log_one_minus_exp(w * rate); });
+    s->taken.size = taken;
+    merge_heavy(s, [&](int64_t i) { return s->heavy_time[i] < last.limit; });
+    write_row(c, *s, out, [&](Vec<float> w) { return log_one_minus_exp(w * last.kappa); });
   }
 }
 
-inline void sample_systematic(RowContext c, const Row& row, Scratch* s) {
-  const Row* remaining;
-  const int64_t places = cap_inclusion(&c, row, s, &remaining);
-  if (places == 0) return write_certain(c, c.forced, s);
-  const float inclusion_scale =
-      static_cast<float>(static_cast<double>(places) / remaining->total());
+inline void sample_systematic(const RowContext& c, Row* row, Scratch* s) {
+  begin_heavy(c, s);
+  const int64_t places =
+      static_cast<int64_t>(find_heavy(c, static_cast<double>(c.to_draw), row, s));
+  s->taken.size = 0;
+  if (places == 0) return write_certain(c, s);
+  index_blocks(row);
+  const float inclusion_scale = static_cast<float>(static_cast<double>(places) / row->total);
   for (int64_t head = 0; head < c.task->heads(); ++head) {
     const Output out = output_row(c, head);
     const PhiloxBlock counter = philox_counter(draw_head(c, head), c.position, 0);
-    const uint32_t bits = philox4x32(counter, c.task->key).word[0];
-    draw_systematic(*remaining, places, bits, s);
-    write_indices(c, c.forced, s, out);
-    if (out.log_inclusion == nullptr) continue;
-    write_log_inclusion(c, *remaining, s, out, [&](Vec<float> w) {
+    draw_systematic(*row, places, philox4x32(counter, c.task->key).word[0], s);
+    merge_heavy(s, [](int64_t) { return true; });
+    write_row(c, *s, out, [&](Vec<float> w) {
       return min(log(max(w * inclusion_scale, broadcast(1e-37f))), broadcast(0.0f));
     });
   }
 }
 
-inline void sample_multinomial(const RowContext& c, const Row& row, Scratch* s) {
-  const float inclusion_scale = static_cast<float>(static_cast<double>(c.to_draw) / row.total());
+inline void sample_multinomial(const RowContext& c, Row* row, Scratch* s) {
+  begin_heavy(c, s);
+  add_blocks(row);
+  index_blocks(row);
+  const float inclusion_scale = static_cast<float>(static_cast<double>(c.to_draw) / row->total);
   for (int64_t head = 0; head < c.task->heads(); ++head) {
     const Output out = output_row(c, head);
-    ExponentialStream spacings(c.task->key, draw_head(c, head), c.position);
-    take_draws(&spacings, c.to_draw, s->spacing, s->draws);
-    find_keys(row, s->draws, c.to_draw, s->spacing, s->taken.key);
+    ArrivalStream arrivals(c.task->key, draw_head(c, head), c.position);
+    arrivals.take(c.to_draw + 1, s->spacing, nullptr);
+    take_draws(c.to_draw, s->spacing, s->draws);
+    find_keys(*row, s->draws, c.to_draw, s->value, s->taken.key);
     s->taken.size = c.to_draw;
-    write_indices(c, c.forced, s, out);
-    if (out.log_inclusion == nullptr) continue;
-    write_log_inclusion(c, row, s, out, [&](Vec<float> w) {
-      return log(max(w * inclusion_scale, broadcast(1e-37f)));
+    merge_heavy(s, [](int64_t) { return true; });
+    write_row(c, *s, out, [&](Vec<float> w) {
+      return w < kNever ? log(max(w * inclusion_scale, broadcast(1e-37f))) : Vec<float>{};
     });
   }
 }
@@ -753,7 +939,7 @@ inline void score_rows(const RowContext* rows, int64_t count, Scratch* s) {
   int64_t next[kRows] = {};  // of each row's blank keys
   int64_t blocks = 0;
   for (int64_t r = 0; r < count; ++r) {
-    begin_sums(&s->rows[r]);
+    begin_sums(rows[r].blocks(), &s->rows[r]);
     blocks = max_of(blocks, rows[r].blocks());
   }
   for (int64_t t = 0; t < blocks; ++t) {
@@ -767,7 +953,7 @@ inline void score_rows(const RowContext* rows, int64_t count, Scratch* s) {
       const KeyList& blank = rows[r].blank;
       while (next[r] < blank.size && blank.key[next[r]] < (t + 1) * kTile)
         s->rows[r].weight[interleaved(blank.key[next[r]++])] = 0;
-      add_block(&s->rows[r]);
+      sum_block(t, &s->rows[r]);
     }
   }
 }
@@ -780,14 +966,12 @@ inline bool is_plain(const Row& row) {
 
 // Draws for all heads of a row from its weights and running sums.
 inline void draw_row(const RowContext& c, Row* row, Scratch* s) {
-  s->taken.size = 0;
-  index_blocks(row);
   if (c.p->method == SampleMethod::kGumbel)
-    sample_gumbel(c, *row, s);
+    sample_gumbel(c, row, s);
   else if (c.p->method == SampleMethod::kSystematic)
-    sample_systematic(c, *row, s);
+    sample_systematic(c, row, s);
   else
-    sample_multinomial(c, *row, s);
+    sample_multinomial(c, row, s);
 }
 
 // Draws for the rows that have something to draw, all of one task.
@@ -812,9 +996,10 @@ inline void draw_rows(const RowContext* rows, int64_t count, Scratch* s) {
     Row& row = s->rows[r];
     put(c.blank, -__builtin_inff(), row.weight);
     if (topk) {
+      begin_heavy(c, s);
       s->taken.size = 0;
       take_largest(row.weight, c.limit, c.to_draw, &s->taken);
-      write_certain(c, c.forced, s);
+      write_certain(c, s);
       continue;
     }
     normalise(c.blocks(), &row);
@@ -825,12 +1010,15 @@ inline void draw_rows(const RowContext* rows, int64_t count, Scratch* s) {
 
 // A row all of whose keys are certain: all its valid keys, or its forced ones.
 inline void write_certain_row(const RowContext& c, Scratch* s) {
+  begin_heavy(c, s);
   s->taken.size = 0;
-  if (c.valid > c.p->K) return write_certain(c, c.forced, s);
-  for (int64_t j = 0; j < c.limit; ++j)
-    if (c.task->key_mask == nullptr || c.task->key_mask[j])
-      s->taken.key[s->taken.size++] = static_cast<int32_t>(j);
-  write_certain(c, {nullptr, 0}, s);
+  if (c.valid <= c.p->K) {
+    s->heavy.size = 0;
+    for (int64_t j = 0; j < c.limit; ++j)
+      if (c.task->key_mask == nullptr || c.task->key_mask[j])
+        s->taken.key[s->taken.size++] = static_cast<int32_t>(j);
+  }
+  write_certain(c, s);
 }
 
 }  // namespace sampling
@@ -863,7 +1051,7 @@ inline void sketch_sample(const SketchSampleParams& p, int64_t number, void* scr
   task.key_bias = p.key_bias + (sequence.batch * tiles + first_tile) * kTile;
   task.key_mask = mask_of(p.visible, sequence, p.visible.key_mask);
   task.key = sequence_key(philox_key(p.seed, p.offset, kSampleStream), sequence);
-  task.arrival_key = sequence_key(philox_key(p.seed, p.offset, kArrivalStream), sequence);
+  task.heavy_key = sequence_key(philox_key(p.seed, p.offset, kArrivalStream), sequence);
 
   float key_norm = 0;
   for (int64_t t = 0; t < ceil_div(sequence.num_keys, kTile); ++t) {

@@ -60,14 +60,14 @@ inline To bit_cast(From x) {
 }
 
 template <typename T>
-inline T min_of(T a, T b) {
+constexpr T min_of(T a, T b) {
   return b < a ? b : a;
 }
 template <typename T>
-inline T max_of(T a, T b) {
+constexpr T max_of(T a, T b) {
   return a < b ? b : a;
 }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- scalar conversion --------------------------------------------------------------------------
 
@@ -380,6 +380,53 @@ SMARTBIRD_INLINE bool any(VecI mask) {
   int32_t joined = 0;
   for (int l = 0; l < kLanes<float>; ++l) joined |= mask[l];
   return joined != 0;
+#endif
+}
+
+// Bit l is lane l of a comparison's result.
+SMARTBIRD_INLINE uint32_t lane_bits(VecI mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(bit_cast<__m512i>(mask));
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(bit_cast<__m256>(mask)));
+#else
+  uint32_t bits = 0;
+  for (int l = 0; l < kLanes<float>; ++l) bits |= (mask[l] & 1u) << l;
+  return bits;
+#endif
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The lanes of each set of eight, first those in it: bytes.
+struct CompressTable {
+  uint64_t lanes[256];
+};
+constexpr CompressTable kCompress = [] {
+  CompressTable table{};
+  for (uint32_t set = 0; set < 256; ++set)
+    for (uint32_t lane = 0, n = 0; lane < 8; ++lane)
+      if (set >> lane & 1) table.lanes[set] |= uint64_t{lane} << (8 * n++);
+  return table;
+}();
+#endif
+
+// The lanes of v, float or int32_t, where mask is true, in order, from lane 0 on; the others are
+// whatever.
+template <typename V>
+SMARTBIRD_INLINE V compress(V v, VecI mask) {
+#if defined(__AVX512F__)
+  return bit_cast<V>(_mm512_maskz_compress_epi32(_mm512_movepi32_mask(bit_cast<__m512i>(mask)),
+                                                 bit_cast<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m128i lanes = _mm_cvtsi64_si128(static_cast<int64_t>(kCompress.lanes[lane_bits(mask)]));
+  return bit_cast<V>(
+      _mm256_permutevar8x32_epi32(bit_cast<__m256i>(v), _mm256_cvtepu8_epi32(lanes)));
+#else
+  int n = 0;
+  V packed{};
+  for (int l = 0; l < kLanes<float>; ++l)
+    if (mask[l]) packed[n++] = v[l];
+  return packed;
 #endif
 }
 

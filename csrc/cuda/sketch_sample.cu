@@ -745,8 +745,9 @@ struct SampleLaunch {
   int64_t shared_bytes;
 };
 
-// Compiled for each method, so that none pays for the registers of another.
-template <typename T, Features kFeatures, SampleMethod kMethod>
+// One kernel for all methods: all warps branch alike, shared memory and not registers says how many
+// run at once, and a kernel for each would take four times as long to compile.
+template <typename T, Features kFeatures>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
     sketch_sample_kernel(const SampleLaunch launched) {
   const SketchSampleParams& p = launched.problem;
@@ -817,7 +818,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
   __syncthreads();
   if (warp_id() >= drawing) return;
 
-  constexpr bool topk = kMethod == SampleMethod::kTopK;  // all heads of a sketch alike
+  const bool topk = p.method == SampleMethod::kTopK;  // all heads of a sketch alike
   const int64_t per_sketch = p.H_i / p.H_s, end_head = (sketch + 1) * per_sketch;
   const int heads = topk ? 1 : static_cast<int>(per_sketch);
   for (int task = warp_id(); task < rows * heads; task += drawing) {
@@ -841,11 +842,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
       __syncwarp();
       for (int64_t h = head; h < (topk ? end_head : head + 1); ++h)
         row.write(h, [](int) { return 0.0f; });
-    } else if constexpr (kMethod == SampleMethod::kTopK) {
+    } else if (topk) {
       take_largest(row, head, end_head);
-    } else if constexpr (kMethod == SampleMethod::kGumbel) {
+    } else if (p.method == SampleMethod::kGumbel) {
       sample_gumbel(row, head);
-    } else if constexpr (kMethod == SampleMethod::kSystematic) {
+    } else if (p.method == SampleMethod::kSystematic) {
       sample_systematic(row, head);
     } else {
       sample_multinomial(row, head);
@@ -871,25 +872,12 @@ void run_sketch_sample(const SketchSampleParams& params, cudaStream_t stream) {
         "smartbird: sketch_sample on CUDA keeps a bitmap of the keys on chip, and M = " +
         std::to_string(params.M) + " with K = " + std::to_string(params.K) + " is beyond it");
   const SampleLaunch launched{params, static_cast<int64_t>(bytes)};
-  const auto run = [&](auto type, auto features, auto method) {
-    launch("sketch_sample",
-           sketch_sample_kernel<decltype(type), decltype(features)::value, decltype(method)::value>,
-           params.visible.queries.num_blocks(kRows) * params.H_s, warps * kWarpSize, bytes, stream,
-           launched);
-  };
   dispatch_features(params.dtype, params.q_sketch, params.q_stride, params.k_sketch,
                     params.k_stride, params.S, [&](auto type, auto features) {
-                      using M = SampleMethod;
-                      switch (params.method) {
-                        case M::kGumbel:
-                          return run(type, features, std::integral_constant<M, M::kGumbel>{});
-                        case M::kSystematic:
-                          return run(type, features, std::integral_constant<M, M::kSystematic>{});
-                        case M::kMultinomial:
-                          return run(type, features, std::integral_constant<M, M::kMultinomial>{});
-                        case M::kTopK:
-                          return run(type, features, std::integral_constant<M, M::kTopK>{});
-                      }
+                      launch("sketch_sample",
+                             sketch_sample_kernel<decltype(type), decltype(features)::value>,
+                             params.visible.queries.num_blocks(kRows) * params.H_s,
+                             warps * kWarpSize, bytes, stream, launched);
                     });
 }
 
