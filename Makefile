@@ -10,6 +10,7 @@ GPU_PYTHON    ?= python3
 STUDY_FLAGS   ?=
 VERSION_FLAGS ?=
 STATIC_FLAGS  ?=
+FORWARD_SKIPS ?= slow or slow_emulated
 
 SHELL       := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -35,7 +36,7 @@ GPU_BUILD = $(GPU_PYTHON) -c 'import torch; torch.cuda.is_available() or exit("e
     + torch.__version__ + " of $(GPU_PYTHON) finds no usable GPU: see docs/cuda.md")'; \
     SMARTBIRD_CUDA=1 $(GPU_PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 
-.PHONY: help setup build test test-quick test-isa test-slow test-versions test-emulated cpp-test \
+.PHONY: help setup build test test-quick test-isa test-slow nightly test-versions test-emulated cpp-test \
         race-test cuda lint test-gpu bench-gpu format demo bench bench-quick study study-quick wheel clean
 
 help:  ## list the targets
@@ -50,17 +51,23 @@ test: test-quick test-isa  ## the quick test suite, then the op tests under the 
 test-quick: $(BUILT)
 	$(BIN)/pytest -n auto
 
-# The default instruction set is left out, as test-quick covers it.
+# The default instruction set is left out, as test-quick covers it. The plain one, which serves
+# machines without AVX2, goes without the longest tests.
 test-isa: $(BUILT)  ## the op tests with each further instruction set of this machine forced in turn
 	isas=$$($(BIN)/python -c 'import smartbird; info = smartbird.build_info()
 	print(*sorted(set(info["cpu_isas"]) - {info["cpu_isa"]}))')
 	for isa in $$isas; do
 	    echo "SMARTBIRD_CPU_ISA=$$isa"
-	    SMARTBIRD_CPU_ISA=$$isa $(BIN)/pytest -q -n auto -m "ops and not slow" tests/ops
+	    test $$isa = scalar && skipped="slow or one_order or slow_emulated" || skipped=slow
+	    SMARTBIRD_CPU_ISA=$$isa $(BIN)/pytest -q -n auto -m "ops and not ($$skipped)" tests/ops
 	done
 
 test-slow: $(BUILT)  ## the tests marked slow
 	$(BIN)/pytest -m slow
+
+# What takes too long for every change.
+nightly: test-slow test-versions  ## the slow tests, other versions, the long tests through the emulation
+	$(MAKE) test-emulated FORWARD_SKIPS=slow
 
 # VERSION_FLAGS=--large lets it download builds of some GB where there is no other.
 test-versions: wheel  ## one wheel with the oldest and newest torch and Python that this machine can have
@@ -79,11 +86,10 @@ test-emulated: $(BUILT)  ## the op tests through the CUDA kernels, run on the CP
 	$(BIN)/ctest --test-dir $(EMU_DIR) --output-on-failure -R '^cuda_emulation' -j $$(nproc)
 	export PYTHONPATH=tests/emulation OMP_NUM_THREADS=1
 	export SMARTBIRD_EMULATED_LIBRARY=$(EMU_DIR)/libsmartbird_emulated.so
-	$(BIN)/pytest -p emulated_cuda -q -n auto -m "(ops or emulation) and not slow" \
-	    tests/ops tests/emulation
-	for order in reverse random; do
+	for order in forward reverse random; do
+	    test $$order = forward && skipped="$(FORWARD_SKIPS)" || skipped="$(FORWARD_SKIPS) or one_order"
 	    SMARTBIRD_EMULATION_ORDER=$$order $(BIN)/pytest -p emulated_cuda -q -n auto \
-	        -m "(ops or emulation) and not (slow or one_order)" tests/ops tests/emulation
+	        -m "(ops or emulation) and not ($$skipped)" tests/ops tests/emulation
 	done
 
 race-test: $(READY)  ## the CUDA kernels in the emulation under ThreadSanitizer

@@ -30,6 +30,10 @@ constexpr int64_t kPrefetchAhead = 8;
 // A task gathers each row of its keys this many times, so that bringing them into the cache weighs
 // little ...
 constexpr int64_t kReuse = 8;
+// Heads that share a list, and the keys too, take it in parts: a part's rows, of about this many
+// bytes, are in the innermost cache when the second head reads them. (A head on its own takes the
+// same parts: its sums must not depend on its neighbours.)
+constexpr int64_t kPartBytes = 16384;
 // ... within what scratch allows: so many slots, and so many lists. The fewest lists outweigh a
 // task's start.
 constexpr int64_t kMaxSlots = 65536, kMaxLists = 1024, kMinLists = 64;
@@ -338,7 +342,38 @@ struct GatherTask {
     for (int64_t h = first_head; h < first_head + heads; ++h)
       for (int64_t i = begin; i < begin + queries; ++i) f(r++, GatherRow{b, h, i});
   }
+
+  // Calls f(r, row, j, n) for the slots [j, j + n) of all rows in ascending parts of `part` slots,
+  // the heads of one index head in turn, and at least once for each row; sizes[r] are its slots.
+  template <typename F>
+  void for_each_part(const GatherParams& P, const int64_t* sizes, int64_t part, F&& f) const {
+    const int64_t sharing = P.H / P.H_i;
+    for (int64_t i = begin; i < begin + queries; ++i)
+      for (int64_t h = first_head; h < first_head + heads;) {
+        const int64_t end = min_of(first_head + heads, (h / sharing + 1) * sharing);
+        int64_t longest = 0;
+        const auto number = [&](int64_t head) { return (head - first_head) * queries + i - begin; };
+        for (int64_t head = h; head < end; ++head) longest = max_of(longest, sizes[number(head)]);
+        for (int64_t j = 0; j == 0 || j < longest; j += part)
+          for (int64_t head = h; head < end; ++head) {
+            const int64_t r = number(head);
+            if (j == 0 || j < sizes[r]) f(r, GatherRow{b, head, i}, j, min_of(part, sizes[r] - j));
+          }
+        h = end;
+      }
+  }
 };
+
+// Slots of a part, whole vectors.
+template <typename T>
+inline int64_t part_slots(int64_t row_size) {
+  constexpr int64_t L = kLanes<acc_t<T>>;
+  const int64_t bytes = max_of<int64_t>(row_size, 1) * static_cast<int64_t>(sizeof(T));
+  return max_of<int64_t>(kPartBytes / bytes / L, 1) * L;
+}
+
+// Heads of a task that share a list.
+inline int64_t heads_per_list(const GatherParams& P) { return min_of(P.H / P.H_i, P.H / P.H_kv); }
 
 inline int64_t row_number(const GatherParams& P, GatherRow at) {
   return (at.b * P.H + at.h) * P.N + at.i;
@@ -385,7 +420,7 @@ struct GatherScratch {
   A* normalizer;  // [lists]
   A* bias;        // [capacity] of one list
   A* factors;     // [capacity] of one list
-  A* out;         // [Dv] of one list
+  A* out;         // [heads that share a list, Dv]
 
   GatherScratch(const GatherParams& P, ScratchAllocator& scratch) {
     const int64_t count = lists.allocate<A>(P, heads_per_slice(P), scratch);
@@ -393,7 +428,7 @@ struct GatherScratch {
     normalizer = scratch.take<A>(count);
     bias = scratch.take<A>(lists.capacity);
     factors = scratch.take<A>(lists.capacity);
-    out = scratch.take<A>(pad_to_vector<A>(P.Dv));
+    out = scratch.take<A>(heads_per_list(P) * pad_to_vector<A>(P.Dv));
   }
 };
 
@@ -402,10 +437,11 @@ template <typename T>
 inline void score_keys(const GatherParams& P, const GatherTask& task, const GatherLists& lists,
                        acc_t<T>* dots) {
   const auto k = head_rows<T>(P.k, P.k_stride, task.b, task.h_kv, P.D);
-  task.for_each_row([&](int64_t r, GatherRow at) {
+  const auto take = [&](int64_t r, GatherRow at, int64_t j, int64_t n) {
     const T* q = head_rows<T>(P.q, P.q_stride, at.b, at.h, P.D)[at.i];
-    gather_dots(q, k, lists.keys + r * lists.capacity, lists.size[r], dots + r * lists.capacity);
-  });
+    gather_dots(q, k, lists.keys + r * lists.capacity + j, n, dots + r * lists.capacity + j);
+  };
+  task.for_each_part(P, lists.size, part_slots<T>(P.D), take);
 }
 
 // q [D], k [M, D], v [M, Dv] -> out [Dv], lse of each query: softmax attention over its gathered
@@ -441,13 +477,17 @@ inline void gather_attention_task(const GatherParams& P, const GatherTask& task,
   });
 
   const auto v = head_rows<T>(P.v, P.v_stride, task.b, task.h_kv, P.Dv);
-  task.for_each_row([&](int64_t r, GatherRow at) {
-    fill(scratch.out, pad_to_vector<A>(P.Dv), A{0});
-    gather_accumulate(scratch.weights + r * lists.capacity, v, lists.keys + r * lists.capacity,
-                      lists.size[r], scratch.out);
-    store_row(scratch.out, P.Dv, scratch.normalizer[r],
-              static_cast<T*>(P.out) + row_number(P, at) * P.Dv);
-  });
+  const int64_t padded = pad_to_vector<A>(P.Dv);
+  task.for_each_part(P, lists.size, part_slots<T>(P.Dv),
+                     [&](int64_t r, GatherRow at, int64_t j, int64_t n) {
+                       A* out = scratch.out + at.h % heads_per_list(P) * padded;
+                       const int64_t first = r * lists.capacity + j;
+                       if (j == 0) fill(out, padded, A{0});
+                       gather_accumulate(scratch.weights + first, v, lists.keys + first, n, out);
+                       if (j + n == lists.size[r])
+                         store_row(out, P.Dv, scratch.normalizer[r],
+                                   static_cast<T*>(P.out) + row_number(P, at) * P.Dv);
+                     });
 }
 
 // q [D], k [M, D] -> out [K] of each query: the scaled scores of its gathered keys, -inf in empty

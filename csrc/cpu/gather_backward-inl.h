@@ -53,7 +53,7 @@ struct QueryGradScratch {
   A* dlogits;  // [lists, capacity] first dout . v
   A* bias;     // [capacity] of one list
   A* factors;  // [capacity] of one list
-  A* dq;       // [D] of one list
+  A* dq;       // [heads that share a list, D]
 
   QueryGradScratch(const GatherBackwardParams& P, ScratchAllocator& scratch) {
     const int64_t count = lists.allocate<A>(P.fwd, P.head_end - P.head_begin, scratch);
@@ -61,7 +61,7 @@ struct QueryGradScratch {
     dlogits = scratch.take<A>(count * lists.capacity);
     bias = scratch.take<A>(lists.capacity);
     factors = scratch.take<A>(lists.capacity);
-    dq = scratch.take<A>(pad_to_vector<A>(P.fwd.D));
+    dq = scratch.take<A>(heads_per_list(P.fwd) * pad_to_vector<A>(P.fwd.D));
   }
 };
 
@@ -164,14 +164,15 @@ inline void gather_backward_queries_task(const GatherBackwardParams& P, const Ga
     score_keys<T>(F, task, lists, scratch.weights);
     const bool need_dlogits = P.dq || P.dk || P.dbias;
     const auto v = head_rows<T>(F.v, F.v_stride, task.b, task.h_kv, F.Dv);
-    task.for_each_row([&](int64_t r, GatherRow at) {
+    const auto take = [&](int64_t r, GatherRow at, int64_t j, int64_t n) {
       const T* dout = static_cast<const T*>(P.dout) + row_number(F, at) * F.Dv;
-      A* dlogits = scratch.dlogits + r * lists.capacity;
+      const int64_t first = r * lists.capacity + j;
       if (need_dlogits)
-        gather_dots(dout, v, lists.keys + r * lists.capacity, lists.size[r], dlogits);
+        gather_dots(dout, v, lists.keys + first, n, scratch.dlogits + first);
       else
-        fill(dlogits, lists.capacity, A{0});
-    });
+        fill(scratch.dlogits + first, n, A{0});
+    };
+    task.for_each_part(F, lists.size, part_slots<T>(F.Dv), take);
   }
 
   task.for_each_row([&](int64_t r, GatherRow at) {
@@ -189,13 +190,17 @@ inline void gather_backward_queries_task(const GatherBackwardParams& P, const Ga
 
   if (!P.dq) return;
   const auto k = head_rows<T>(F.k, F.k_stride, task.b, task.h_kv, F.D);
-  task.for_each_row([&](int64_t r, GatherRow at) {
-    fill(scratch.dq, pad_to_vector<A>(F.D), A{0});
-    gather_accumulate(scratch.dlogits + r * lists.capacity, k, lists.keys + r * lists.capacity,
-                      lists.size[r], scratch.dq);
-    store_row(scratch.dq, F.D, static_cast<A>(F.scale),
-              static_cast<T*>(P.dq) + row_number(F, at) * F.D);
-  });
+  const int64_t padded = pad_to_vector<A>(F.D);
+  task.for_each_part(F, lists.size, part_slots<T>(F.D),
+                     [&](int64_t r, GatherRow at, int64_t j, int64_t n) {
+                       A* dq = scratch.dq + at.h % heads_per_list(F) * padded;
+                       const int64_t first = r * lists.capacity + j;
+                       if (j == 0) fill(dq, padded, A{0});
+                       gather_accumulate(scratch.dlogits + first, k, lists.keys + first, n, dq);
+                       if (j + n == lists.size[r])
+                         store_row(dq, F.D, static_cast<A>(F.scale),
+                                   static_cast<T*>(P.dq) + row_number(F, at) * F.D);
+                     });
 }
 
 inline int64_t gather_backward_query_blocks(const GatherBackwardParams& P) {

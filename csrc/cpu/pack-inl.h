@@ -19,14 +19,44 @@ inline int64_t pack_num_tasks(const PackParams& p) { return p.B * p.H * pack_tas
 inline int64_t pack_scratch_bytes(const PackParams&) { return 0; }
 
 // Where an interleaved tile has key j: V float vectors make a tile, and vector v holds its keys v,
-// v
-// + V, v + 2 V, ... Sums in the order of the keys then go down the vectors, which is cheap, before
-// they go across lanes, which is not.
+// v + V, v + 2 V, ... Sums in the order of the keys then go down the vectors, which is cheap,
+// before they go across lanes, which is not.
 template <typename I>
 SMARTBIRD_INLINE I interleaved(I j) {
   constexpr int L = kLanes<float>, V = kTile / L;
   const I c = j & static_cast<int32_t>(kTile - 1);
   return j - c + (c & (V - 1)) * L + c / V;
+}
+
+// v[i] lane l becomes v[l] lane i: pairs that differ in one bit of their number change places, bit
+// by bit.
+template <int kBit = 1>
+SMARTBIRD_INLINE void transpose(Vec<float> (&v)[kLanes<float>]) {
+  constexpr int L = kLanes<float>;
+  if constexpr (kBit < L) {
+    const auto swap = [&]<int... I>(std::integer_sequence<int, I...>, int i) {
+      const Vec<float> a = v[i], b = v[i + kBit];
+      v[i] = __builtin_shufflevector(a, b, (I & kBit ? I - kBit + L : I)...);
+      v[i + kBit] = __builtin_shufflevector(a, b, (I & kBit ? I + L : I + kBit)...);
+    };
+    for (int i = 0; i < L; ++i)
+      if ((i & kBit) == 0) swap(std::make_integer_sequence<int, L>{}, i);
+    transpose<kBit * 2>(v);
+  }
+}
+
+// A whole tile as it is, in interleaved order; D is a multiple of the lanes.
+template <typename T>
+inline void pack_whole_tile(const T* __restrict x, int64_t stride, int64_t D,
+                            float* __restrict tile) {
+  constexpr int L = kLanes<float>, V = kTile / L;
+  for (int v = 0; v < V; ++v)
+    for (int64_t d = 0; d < D; d += L) {
+      Vec<float> rows[L];
+      for (int l = 0; l < L; ++l) rows[l] = load(x + (l * V + v) * stride + d);
+      transpose(rows);
+      for (int l = 0; l < L; ++l) store(tile + (d + l) * kTile + v * L, rows[l]);
+    }
 }
 
 // x [n <= 32, D] -> tile [D, 32]; a masked key's features are not even read.
@@ -78,7 +108,14 @@ inline void pack_task(const PackParams& p, int64_t task) {
     const int64_t n = max_of<int64_t>(0, block.end - block.begin);
     const uint8_t* tile_mask = mask == nullptr ? nullptr : mask + row;
     A* tile = static_cast<A*>(p.tiles) + (bh * num_tiles + t) * p.D * kTile;
-    pack_tile(x + row * p.stride[2], p.stride[2], p.D, n, p.scale, p.interleave, tile_mask, tile);
+    bool whole = false;
+    if constexpr (!std::is_same_v<T, double> && !std::is_same_v<A, double>) {
+      whole = n == kTile && tile_mask == nullptr && p.interleave && p.scale == 1 &&
+              p.D % kLanes<float> == 0;
+      if (whole) pack_whole_tile(x + row * p.stride[2], p.stride[2], p.D, tile);
+    }
+    if (!whole)
+      pack_tile(x + row * p.stride[2], p.stride[2], p.D, n, p.scale, p.interleave, tile_mask, tile);
     if (p.tile_norm != nullptr) p.tile_norm[bh * num_tiles + t] = largest_norm(tile, p.D);
     if (p.key_bias != nullptr && h == 0) {
       A* bias = static_cast<A*>(p.key_bias) + (b * num_tiles + t) * kTile;

@@ -118,6 +118,7 @@ def test_flex_random_blocks_keep_k_keys_of_each_query() -> None:
     assert torch.equal(mask.to_dense().sum(-1) * 16, torch.full((1, 3, 2), 16))
 
 
+@pytest.mark.slow
 def test_compiled_flex_is_attention_in_the_window() -> None:
     p = problem(128)
     out = build_or_skip(FLEX_WINDOWS[1], p)()[0]

@@ -188,7 +188,10 @@ def wait_for_step(config, step, process):
 
 @pytest.mark.parametrize(
     ("attention", "schedules"),
-    [("window", {}), ("smartbird", {"dense_warmup": 20, "anneal_samples": 16, "anneal_steps": 60})],
+    [
+        pytest.param("window", {}, marks=pytest.mark.slow),
+        ("smartbird", {"dense_warmup": 20, "anneal_samples": 16, "anneal_steps": 60}),
+    ],
 )
 def test_a_killed_run_resumes_bit_for_bit(attention, schedules, config, tmp_path):
     config = dataclasses.replace(

@@ -332,7 +332,7 @@ def test_dropout_is_independent_between_entries(backend: Backend) -> None:
         assert abs(product.mean()) < 5 / math.sqrt(product.numel())
 
 
-@pytest.mark.one_order
+@pytest.mark.slow_emulated
 def test_dropout_is_unbiased(backend: Backend) -> None:
     x = make_inputs(CASE["gqa"], torch.float64, backend.device)
     expected = backend.ops.gather_attention(x.q, x.k, x.v, x.indices)
@@ -432,7 +432,7 @@ def test_no_gradient_mode_is_the_same(backend: Backend) -> None:
 # Sizes that overflow a grid dimension or a 32-bit offset.
 
 
-@pytest.mark.one_order
+@pytest.mark.slow_emulated
 def test_many_heads_and_batch_elements(backend: Backend) -> None:
     x = make_inputs(
         Case("many", B=33000, N=1, M=2, H=2, H_kv=2, H_i=1, D=2, Dv=1, K=2),
