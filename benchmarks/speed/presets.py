@@ -17,6 +17,7 @@ from benchmarks.speed.contenders import (
     SDPA,
     SYSTEMATIC,
 )
+from benchmarks.speed.ratios import LEARNED_SCORES
 from benchmarks.speed.results import Case
 
 FLOAT32, FLOAT16, BFLOAT16 = "float32", "float16", "bfloat16"
@@ -64,6 +65,7 @@ def quick(threads: int) -> Preset:
     cases = [
         (Case(1024, False, threads), _in(FLOAT32, SDPA, *OURS)),
         (Case(1024, True, threads), _in(FLOAT32, SDPA, GUMBEL)),
+        (Case(4096, False, threads, score_std=LEARNED_SCORES), _in(FLOAT32, SDPA, *OURS)),
         (
             Case(4096, False, threads),
             _in(FLOAT32, SDPA, *FLEX_WINDOWS[1:], LONGFORMER, *OURS) + _in(BFLOAT16, SDPA, *OURS),
@@ -170,7 +172,7 @@ def _peaked(threads: int) -> list[tuple[Case, Contenders]]:
     """Sketches whose rows are more peaked: distinct keys are harder to draw, easier to read."""
     return [
         (Case(4096, False, threads, score_std=score_std), _in(FLOAT32, SDPA, *OURS))
-        for score_std in (2.0, 4.0)
+        for score_std in (2.0, LEARNED_SCORES)
     ]
 
 
