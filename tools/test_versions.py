@@ -50,13 +50,15 @@ def find_python(version: str) -> str:
 
 def install(python: Path, wheel: Path, torch: str, numpy: str, index: str, large: bool) -> None:
     """Torch, the wheel and what its tests need."""
+    # A machine's constraints would pin the very packages that are to vary.
+    free = {**os.environ, "PIP_CONSTRAINT": os.devnull}
     pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     sources = [[f"torch=={torch}+cpu"], [f"torch=={torch}+cpu", "--index-url", index]]
     if large:
         sources.append([f"torch=={torch}"])
     for source in sources:
         quick = ["--no-deps", "--retries", "0", "--timeout", "30"]
-        said = subprocess.run([*pip, *quick, *source], capture_output=True, text=True)
+        said = subprocess.run([*pip, *quick, *source], capture_output=True, text=True, env=free)
         if said.returncode == 0:
             break
     else:
@@ -64,10 +66,12 @@ def install(python: Path, wheel: Path, torch: str, numpy: str, index: str, large
         hint = "" if large else "; --large takes PyPI's CUDA build, some GB"
         raise LeftOut(f"torch {torch} for it cannot be had ({reason}){hint}")
     subprocess.run(
-        [*pip, f"torch=={torch}", f"numpy=={numpy}", f"{wheel}[test]", "pytest-xdist"], check=True
+        [*pip, f"torch=={torch}", f"numpy=={numpy}", f"{wheel}[test]", "pytest-xdist"],
+        check=True,
+        env=free,
     )
     subprocess.run(
-        [*pip, "--force-reinstall", "--no-deps", str(wheel)], check=True
+        [*pip, "--force-reinstall", "--no-deps", str(wheel)], check=True, env=free
     )  # a wheel of the same version may have been there
 
 
