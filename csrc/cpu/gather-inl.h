@@ -154,6 +154,9 @@ inline void gather_dots(const T* x, const Rows<T>& rows, const int32_t* __restri
   });
 }
 
+// Sums of V vectors that run side by side: as many hide the latency of FMA.
+constexpr int parallel_sums(int V) { return V < 3 ? 4 : (V < 6 ? 2 : 1); }
+
 // out += sum_j weights[j] * rows[keys[j]] over j < n; out is padded to whole vectors, and keys may
 // be fetched from up to kPrefetchAhead later.
 template <typename T>
@@ -162,7 +165,7 @@ inline void gather_accumulate(const acc_t<T>* __restrict weights, const Rows<T>&
   for_each_chunk<acc_t<T>>(rows.size, [&](auto vectors, int64_t d) {
     using RowChunk = Chunk<decltype(vectors)::value, T>;
     constexpr int V = RowChunk::kSize;
-    constexpr int U = V < 3 ? 4 : (V < 6 ? 2 : 1);  // as many sums hide the latency of FMA
+    constexpr int U = parallel_sums(V);
     RowChunk sum[U];
     const auto add = [&](RowChunk& to, int64_t j) {
       const auto row = RowChunk::load(rows[keys[j]] + d, rows.size - d);
@@ -177,6 +180,75 @@ inline void gather_accumulate(const acc_t<T>* __restrict weights, const Rows<T>&
       for (int c = 0; c < V; ++c) sum[0].v[c] += sum[u].v[c];
     sum[0].add_to(out + d);
   });
+}
+
+// The same for kGroup heads that gather the same keys: each row is read once for all of them. The
+// sums are those of gather_dots to the last bit.
+template <typename T>
+inline void gather_dots_together(const T* const (&x)[kGroup<acc_t<T>>], const Rows<T>& rows,
+                                 const int32_t* __restrict keys, int64_t n,
+                                 acc_t<T>* const (&dots)[kGroup<acc_t<T>>]) {
+  using A = acc_t<T>;
+  constexpr int G = kGroup<A>;
+  if constexpr (G == 4) {
+    for (int g = 0; g < G && rows.size == 0; ++g) fill(dots[g], n, A{0});
+    for_each_chunk<A>(rows.size, [&](auto vectors, int64_t d) {
+      using RowChunk = Chunk<decltype(vectors)::value, T>;
+      RowChunk part[G];
+      for (int g = 0; g < G; ++g) part[g] = RowChunk::load(x[g] + d, rows.size - d);
+      for (int64_t j = 0; j < n; ++j) {
+        RowChunk::prefetch(rows[keys[j + kPrefetchAhead]] + d);
+        const auto row = RowChunk::load(rows[keys[j]] + d, rows.size - d);
+        Vec<A> sum[G];
+        for (int g = 0; g < G; ++g) {
+          sum[g] = part[g].v[0] * row.v[0];
+          for (int c = 1; c < row.kSize; ++c) sum[g] += part[g].v[c] * row.v[c];
+        }
+        const Vec<A> all = sum_groups<G>(fold<2>(fold<1>(sum[0], sum[1]), fold<1>(sum[2], sum[3])));
+        for (int g = 0; g < G; ++g) dots[g][j] = d == 0 ? all[g] : dots[g][j] + all[g];
+      }
+    });
+  } else {
+    for (int g = 0; g < G; ++g) gather_dots(x[g], rows, keys, n, dots[g]);
+  }
+}
+
+// gather_accumulate for kGroup heads that gather the same keys, likewise.
+template <typename T>
+inline void gather_accumulate_together(const acc_t<T>* const (&weights)[kGroup<acc_t<T>>],
+                                       const Rows<T>& rows, const int32_t* __restrict keys,
+                                       int64_t n, acc_t<T>* const (&out)[kGroup<acc_t<T>>]) {
+  using A = acc_t<T>;
+  constexpr int G = kGroup<A>, L = kLanes<A>;
+  if constexpr (G == 4) {
+    for_each_chunk<A>(rows.size, [&](auto vectors, int64_t d) {
+      using RowChunk = Chunk<decltype(vectors)::value, T>;
+      constexpr int V = RowChunk::kSize;
+      constexpr int U = parallel_sums(V);
+      using Part = Chunk<V % 2 == 0 ? 2 : decltype(vectors)::value, T>;  // what registers hold
+      for (int c = 0; c < V; c += Part::kSize) {
+        const int64_t at = d + c * L;
+        Part sum[G][U];
+        const auto add = [&](int u, int64_t j) {
+          const auto row = Part::load(rows[keys[j]] + at, rows.size - at);
+          if (c == 0) RowChunk::prefetch(rows[keys[j + kPrefetchAhead]] + d);
+          for (int g = 0; g < G; ++g)
+            for (int i = 0; i < Part::kSize; ++i) sum[g][u].v[i] += row.v[i] * weights[g][j];
+        };
+        int64_t j = 0;
+        for (; j + U <= n; j += U)
+          for (int u = 0; u < U; ++u) add(u, j + u);
+        for (; j < n; ++j) add(0, j);
+        for (int g = 0; g < G; ++g) {
+          for (int u = 1; u < U; ++u)
+            for (int i = 0; i < Part::kSize; ++i) sum[g][0].v[i] += sum[g][u].v[i];
+          sum[g][0].add_to(out[g] + at);
+        }
+      }
+    });
+  } else {
+    for (int g = 0; g < G; ++g) gather_accumulate(weights[g], rows, keys, n, out[g]);
+  }
 }
 
 // Takes the entries of weight zero out of a list: whatever they point at, NaN too, must not count.
@@ -342,26 +414,6 @@ struct GatherTask {
     for (int64_t h = first_head; h < first_head + heads; ++h)
       for (int64_t i = begin; i < begin + queries; ++i) f(r++, GatherRow{b, h, i});
   }
-
-  // Calls f(r, row, j, n) for the slots [j, j + n) of all rows in ascending parts of `part` slots,
-  // the heads of one index head in turn, and at least once for each row; sizes[r] are its slots.
-  template <typename F>
-  void for_each_part(const GatherParams& P, const int64_t* sizes, int64_t part, F&& f) const {
-    const int64_t sharing = P.H / P.H_i;
-    for (int64_t i = begin; i < begin + queries; ++i)
-      for (int64_t h = first_head; h < first_head + heads;) {
-        const int64_t end = min_of(first_head + heads, (h / sharing + 1) * sharing);
-        int64_t longest = 0;
-        const auto number = [&](int64_t head) { return (head - first_head) * queries + i - begin; };
-        for (int64_t head = h; head < end; ++head) longest = max_of(longest, sizes[number(head)]);
-        for (int64_t j = 0; j == 0 || j < longest; j += part)
-          for (int64_t head = h; head < end; ++head) {
-            const int64_t r = number(head);
-            if (j == 0 || j < sizes[r]) f(r, GatherRow{b, head, i}, j, min_of(part, sizes[r] - j));
-          }
-        h = end;
-      }
-  }
 };
 
 // Slots of a part, whole vectors.
@@ -411,6 +463,86 @@ struct GatherLists {
   }
 };
 
+// The slots [j, j + n) of row r or of kGroup rows r, r + step, ...: those of neighbouring heads
+// that hold the same keys there.
+struct GatherPart {
+  GatherRow at;  // of the first
+  int64_t r, step, heads, j, n;
+  bool last;
+};
+
+// Calls f(part) for all rows of a task in ascending parts of `slots` slots, the heads that share a
+// list after each other or together; once at least for each row.
+template <typename A, typename F>
+inline void for_each_part(const GatherParams& P, const GatherTask& task, const GatherLists& lists,
+                          int64_t slots, F&& f) {
+  constexpr int G = kGroup<A>;
+  const int64_t end_head = task.first_head + task.heads, sharing = P.H / P.H_i;
+  for (int64_t i = task.begin; i < task.begin + task.queries; ++i)
+    for (int64_t first = task.first_head, end; first < end_head; first = end) {
+      end = min_of(end_head, (first / sharing + 1) * sharing);
+      const auto row = [&](int64_t h) {
+        return (h - task.first_head) * task.queries + i - task.begin;
+      };
+      int64_t longest = 0;
+      for (int64_t h = first; h < end; ++h) longest = max_of(longest, lists.size[row(h)]);
+      for (int64_t j = 0; j == 0 || j < longest; j += slots)
+        for (int64_t h = first; h < end;) {
+          const int64_t r = row(h), size = lists.size[r];
+          GatherPart part{{task.b, h, i},   r, task.queries, 1, j, min_of(slots, size - j),
+                          j + slots >= size};
+          const auto same = [&](int64_t other) {
+            return lists.size[other] == size &&
+                   std::memcmp(lists.keys + other * lists.capacity + j,
+                               lists.keys + r * lists.capacity + j,
+                               static_cast<size_t>(part.n) * sizeof(int32_t)) == 0;
+          };
+          if (j == 0 || j < size) {
+            bool together = G == 4 && h + G <= end;
+            for (int64_t g = 1; g < G && together; ++g) together = same(row(h + g));
+            if (together) part.heads = G;
+            f(part);
+          }
+          h += part.heads;
+        }
+    }
+}
+
+// dots[r, j] of a part: one row of `x` for each head and query.
+template <typename T>
+inline void gather_dots_part(const GatherPart& part, const Rows<T>& rows, const GatherLists& lists,
+                             const T* const (&x)[kGroup<acc_t<T>>], acc_t<T>* dots) {
+  acc_t<T>* to[kGroup<acc_t<T>>];
+  for (int64_t g = 0; g < part.heads; ++g)
+    to[g] = dots + (part.r + g * part.step) * lists.capacity + part.j;
+  const int32_t* keys = lists.keys + part.r * lists.capacity + part.j;
+  if (part.heads == 1)
+    gather_dots(x[0], rows, keys, part.n, to[0]);
+  else
+    gather_dots_together(x, rows, keys, part.n, to);
+}
+
+// out [heads that share a list, padded] += the sums of a part; from zero where it is the first.
+template <typename T>
+inline void gather_accumulate_part(const GatherPart& part, const Rows<T>& rows,
+                                   const GatherLists& lists, const acc_t<T>* weights,
+                                   int64_t sharing, acc_t<T>* out) {
+  using A = acc_t<T>;
+  const int64_t padded = pad_to_vector<A>(rows.size);
+  const A* from[kGroup<A>];
+  A* to[kGroup<A>];
+  for (int64_t g = 0; g < part.heads; ++g) {
+    from[g] = weights + (part.r + g * part.step) * lists.capacity + part.j;
+    to[g] = out + (part.at.h + g) % sharing * padded;
+    if (part.j == 0) fill(to[g], padded, A{0});
+  }
+  const int32_t* keys = lists.keys + part.r * lists.capacity + part.j;
+  if (part.heads == 1)
+    gather_accumulate(from[0], rows, keys, part.n, to[0]);
+  else
+    gather_accumulate_together(from, rows, keys, part.n, to);
+}
+
 // ---- forward ------------------------------------------------------------------------------------
 
 template <typename A>
@@ -437,11 +569,12 @@ template <typename T>
 inline void score_keys(const GatherParams& P, const GatherTask& task, const GatherLists& lists,
                        acc_t<T>* dots) {
   const auto k = head_rows<T>(P.k, P.k_stride, task.b, task.h_kv, P.D);
-  const auto take = [&](int64_t r, GatherRow at, int64_t j, int64_t n) {
-    const T* q = head_rows<T>(P.q, P.q_stride, at.b, at.h, P.D)[at.i];
-    gather_dots(q, k, lists.keys + r * lists.capacity + j, n, dots + r * lists.capacity + j);
-  };
-  task.for_each_part(P, lists.size, part_slots<T>(P.D), take);
+  for_each_part<acc_t<T>>(P, task, lists, part_slots<T>(P.D), [&](const GatherPart& part) {
+    const T* q[kGroup<acc_t<T>>] = {};
+    for (int64_t g = 0; g < part.heads; ++g)
+      q[g] = head_rows<T>(P.q, P.q_stride, part.at.b, part.at.h + g, P.D)[part.at.i];
+    gather_dots_part(part, k, lists, q, dots);
+  });
 }
 
 // q [D], k [M, D], v [M, Dv] -> out [Dv], lse of each query: softmax attention over its gathered
@@ -477,17 +610,17 @@ inline void gather_attention_task(const GatherParams& P, const GatherTask& task,
   });
 
   const auto v = head_rows<T>(P.v, P.v_stride, task.b, task.h_kv, P.Dv);
-  const int64_t padded = pad_to_vector<A>(P.Dv);
-  task.for_each_part(P, lists.size, part_slots<T>(P.Dv),
-                     [&](int64_t r, GatherRow at, int64_t j, int64_t n) {
-                       A* out = scratch.out + at.h % heads_per_list(P) * padded;
-                       const int64_t first = r * lists.capacity + j;
-                       if (j == 0) fill(out, padded, A{0});
-                       gather_accumulate(scratch.weights + first, v, lists.keys + first, n, out);
-                       if (j + n == lists.size[r])
-                         store_row(out, P.Dv, scratch.normalizer[r],
-                                   static_cast<T*>(P.out) + row_number(P, at) * P.Dv);
-                     });
+  for_each_part<A>(P, task, lists, part_slots<T>(P.Dv), [&](const GatherPart& part) {
+    const int64_t sharing = heads_per_list(P), padded = pad_to_vector<A>(P.Dv);
+    gather_accumulate_part(part, v, lists, scratch.weights, sharing, scratch.out);
+    if (!part.last) return;
+    for (int64_t g = 0; g < part.heads; ++g) {
+      const GatherRow at{part.at.b, part.at.h + g, part.at.i};
+      store_row(scratch.out + at.h % sharing * padded, P.Dv,
+                scratch.normalizer[part.r + g * part.step],
+                static_cast<T*>(P.out) + row_number(P, at) * P.Dv);
+    }
+  });
 }
 
 // q [D], k [M, D] -> out [K] of each query: the scaled scores of its gathered keys, -inf in empty

@@ -164,15 +164,16 @@ inline void gather_backward_queries_task(const GatherBackwardParams& P, const Ga
     score_keys<T>(F, task, lists, scratch.weights);
     const bool need_dlogits = P.dq || P.dk || P.dbias;
     const auto v = head_rows<T>(F.v, F.v_stride, task.b, task.h_kv, F.Dv);
-    const auto take = [&](int64_t r, GatherRow at, int64_t j, int64_t n) {
-      const T* dout = static_cast<const T*>(P.dout) + row_number(F, at) * F.Dv;
-      const int64_t first = r * lists.capacity + j;
-      if (need_dlogits)
-        gather_dots(dout, v, lists.keys + first, n, scratch.dlogits + first);
-      else
-        fill(scratch.dlogits + first, n, A{0});
-    };
-    task.for_each_part(F, lists.size, part_slots<T>(F.Dv), take);
+    for_each_part<A>(F, task, lists, part_slots<T>(F.Dv), [&](const GatherPart& part) {
+      const T* dout[kGroup<A>] = {};
+      for (int64_t g = 0; g < part.heads; ++g) {
+        const GatherRow at{part.at.b, part.at.h + g, part.at.i};
+        dout[g] = static_cast<const T*>(P.dout) + row_number(F, at) * F.Dv;
+        if (!need_dlogits)
+          fill(scratch.dlogits + (part.r + g * part.step) * lists.capacity + part.j, part.n, A{0});
+      }
+      if (need_dlogits) gather_dots_part(part, v, lists, dout, scratch.dlogits);
+    });
   }
 
   task.for_each_row([&](int64_t r, GatherRow at) {
@@ -190,17 +191,16 @@ inline void gather_backward_queries_task(const GatherBackwardParams& P, const Ga
 
   if (!P.dq) return;
   const auto k = head_rows<T>(F.k, F.k_stride, task.b, task.h_kv, F.D);
-  const int64_t padded = pad_to_vector<A>(F.D);
-  task.for_each_part(F, lists.size, part_slots<T>(F.D),
-                     [&](int64_t r, GatherRow at, int64_t j, int64_t n) {
-                       A* dq = scratch.dq + at.h % heads_per_list(F) * padded;
-                       const int64_t first = r * lists.capacity + j;
-                       if (j == 0) fill(dq, padded, A{0});
-                       gather_accumulate(scratch.dlogits + first, k, lists.keys + first, n, dq);
-                       if (j + n == lists.size[r])
-                         store_row(dq, F.D, static_cast<A>(F.scale),
-                                   static_cast<T*>(P.dq) + row_number(F, at) * F.D);
-                     });
+  for_each_part<A>(F, task, lists, part_slots<T>(F.D), [&](const GatherPart& part) {
+    const int64_t sharing = heads_per_list(F), padded = pad_to_vector<A>(F.D);
+    gather_accumulate_part(part, k, lists, scratch.dlogits, sharing, scratch.dq);
+    if (!part.last) return;
+    for (int64_t g = 0; g < part.heads; ++g) {
+      const GatherRow at{part.at.b, part.at.h + g, part.at.i};
+      store_row(scratch.dq + at.h % sharing * padded, F.D, static_cast<A>(F.scale),
+                static_cast<T*>(P.dq) + row_number(F, at) * F.D);
+    }
+  });
 }
 
 inline int64_t gather_backward_query_blocks(const GatherBackwardParams& P) {

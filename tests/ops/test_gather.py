@@ -429,6 +429,33 @@ def test_no_gradient_mode_is_the_same(backend: Backend) -> None:
     assert torch.equal(with_grad, without)
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("D", "Dv"), [(64, 64), (128, 48), (7, 33)])
+@pytest.mark.parametrize(("H", "H_kv", "H_i"), [(12, 3, 3), (10, 2, 1), (8, 1, 2), (3, 3, 1)])
+def test_heads_that_share_a_list_are_as_on_their_own(
+    backend: Backend, H: int, H_kv: int, H_i: int, D: int, Dv: int, dtype: torch.dtype
+) -> None:
+    """Rows that are read once for several heads give the bits of rows read for each."""
+    # Long enough for several parts of a list; a few slots are empty, and a few weights are 0.
+    case = Case("", B=2, N=5, M=400, H=H, H_kv=H_kv, H_i=H_i, D=D, Dv=Dv, K=150)
+    x = make_inputs(case, dtype, backend.device)
+    indices = torch.randint(0, 400, (2, H_i, 5, 150), dtype=torch.int32).sort(-1)[0]
+    indices[0, :, 1, 140:] = -1
+    bias = torch.zeros(2, H, 5, 150, dtype=torch.promote_types(dtype, torch.float32))
+    bias[:, 1, 2, 30:50] = -torch.inf
+
+    def run(indices: Tensor) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
+        out = backend.ops.gather_attention(*leaves, indices, bias=bias)
+        out.float().square().sum().backward()
+        return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    shared, apart = run(indices), run(indices.repeat_interleave(H // H_i, 1))
+    for name, a, b in zip(("out", "dq", "dk", "dv"), shared, apart, strict=True):
+        assert torch.equal(a, b), name
+
+
 # Sizes that overflow a grid dimension or a 32-bit offset.
 
 
