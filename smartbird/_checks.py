@@ -7,7 +7,7 @@ what is to be used in its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -73,14 +73,24 @@ def check_flag(name: str, value: bool) -> bool:
     return value
 
 
-def check_scale(name: str, value: float | None, features: int) -> float:
-    """A finite factor of scores; None: ``features ** -0.5``."""
-    if value is None:
-        return 1 / math.sqrt(features)
+def check_finite(name: str, value: float) -> float:
     value = check_number(name, value)
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
+
+
+def check_positive(name: str, value: float) -> float:
+    """A number above 0 and finite."""
+    value = check_number(name, value)
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return float(value)
+
+
+def check_scale(name: str, value: float | None, features: int) -> float:
+    """A finite factor of scores; None: ``features ** -0.5``."""
+    return 1 / math.sqrt(features) if value is None else check_finite(name, value)
 
 
 def check_dropout(dropout_p: float, name: str = "dropout_p") -> float:
@@ -88,6 +98,13 @@ def check_dropout(dropout_p: float, name: str = "dropout_p") -> float:
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{name} must be in [0, 1), got {dropout_p}")
     return float(dropout_p)
+
+
+def check_keywords(function: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Refuse keywords that a function does not have, as Python does."""
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
 # ---- tensors ------------------------------------------------------------------------------------
@@ -113,10 +130,10 @@ def check_tensor(
         raise ValueError(f"{name} must be on {device}, got {x.device}")
 
 
-def check_key_mask(key_mask: Tensor, shape: Sequence[int], name: str = "key_mask") -> None:
+def check_key_mask(key_mask: Tensor, shape: Sequence[int]) -> None:
     """A bool mask of that shape, on any device."""
     device = key_mask.device if isinstance(key_mask, Tensor) else torch.device("cpu")
-    check_tensor(name, key_mask, torch.bool, shape, "[B, M]", device)
+    check_tensor("key_mask", key_mask, torch.bool, shape, "[B, M]", device)
 
 
 def check_floats(name: str, x: Tensor, dims: Sequence[int], like: Tensor | None = None) -> None:
@@ -142,13 +159,18 @@ def check_floats(name: str, x: Tensor, dims: Sequence[int], like: Tensor | None 
         )
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for that type of device."""
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where it is on for their device, as the ops take them."""
     first = tensors[0]
     if not isinstance(first, Tensor):
         return tensors
     device = first.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
 
@@ -234,6 +256,14 @@ def check_inputs(
     return q, k, v, q_sketch, k_sketch
 
 
+def default_index_heads(kv_heads: int, sketches: int) -> int:
+    """The least common multiple: heads of one index head share keys and sketch."""
+    heads = kv_heads
+    while heads % sketches:  # not math.lcm, which graphs of symbolic sizes cannot hold
+        heads += kv_heads
+    return heads
+
+
 def check_index_heads(num_index_heads: int, sketches: int, heads: int | None = None) -> int:
     """A multiple of the sketches of q_sketch that divides the heads of q, where there are any."""
     num_index_heads = check_count("num_index_heads", num_index_heads, 1)
@@ -286,6 +316,8 @@ def check_seed(
     seed: Tensor | None, device: torch.device, generator: torch.Generator | None = None
 ) -> Tensor:
     """int64 [2]; None: drawn from ``generator``."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if seed is None:
         return draw_seed(device, generator)
     check_tensor("seed", seed, torch.int64, (2,), "[2] (seed, offset)", device)

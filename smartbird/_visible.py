@@ -6,7 +6,6 @@ the few things about rows that must be known outside of a kernel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smartbird._checks import MOST, check_count, check_flag, check_int, check_tensor, kind_of
-
-_NO_NAMES: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -286,7 +283,6 @@ def check_room(
     window: int,
     num_sinks: int,
     is_causal: bool,
-    names: Mapping[str, str] = _NO_NAMES,
 ) -> None:
     """Refuse more forced keys than ``num_samples``.
 
@@ -295,10 +291,9 @@ def check_room(
     """
     forced = num_sinks + (1 + sum(_reach(window, is_causal)) if window else 0)
     if forced > num_samples:
-        room, near, first = (names.get(n, n) for n in ("num_samples", "window", "num_sinks"))
         raise ValueError(
-            f"{room} must be at least the number of forced keys: {near}={window} and "
-            f"{first}={num_sinks} force {forced}, got {room}={num_samples}"
+            f"num_samples must be at least the number of forced keys: window={window} and "
+            f"num_sinks={num_sinks} force {forced}, got num_samples={num_samples}"
         )
 
 
@@ -318,55 +313,49 @@ def check_visible(
     cu_seqlens_k: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     first_head: int = 0,
-    names: Mapping[str, str] = _NO_NAMES,
 ) -> Visible:
     """The row keywords of ``smartbird.ops``, checked: the only place where they are.
 
     Args:
         batch, num_queries, num_keys, device: B, N, M and where the tensors of the call are.
-        names: what the caller calls these arguments, where it is something else.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, range or device, by its name.
     """
-
-    def name(argument: str) -> str:
-        return names.get(argument, argument)
-
-    is_causal = check_flag(name("is_causal"), is_causal)
-    for argument, mask in (("key_mask", key_mask), ("global_mask", global_mask)):
+    is_causal = check_flag("is_causal", is_causal)
+    for name, mask in (("key_mask", key_mask), ("global_mask", global_mask)):
         if mask is not None:
             shape = (batch, num_keys)
-            check_tensor(name(argument), mask, torch.bool, shape, "[B, M]", device)
-    window = check_count(name("window"), window, 0)
-    num_sinks = check_count(name("num_sinks"), num_sinks, 0)
-    first_head = check_count(name("first_head"), first_head, 0)
+            check_tensor(name, mask, torch.bool, shape, "[B, M]", device)
+    window = check_count("window", window, 0)
+    num_sinks = check_count("num_sinks", num_sinks, 0)
+    first_head = check_count("first_head", first_head, 0)
 
     sequences, letters = batch, "[B]"
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
-        for argument, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             if not isinstance(cu, Tensor) or cu.dtype != torch.int32:
-                raise TypeError(f"{name(argument)} must be an int32 Tensor, got {kind_of(cu)}")
+                raise TypeError(f"{name} must be an int32 Tensor, got {kind_of(cu)}")
             if cu.dim() != 1 or cu.shape[0] == 0:
-                raise ValueError(f"{name(argument)} must be [n + 1], got {list(cu.shape)}")
+                raise ValueError(f"{name} must be [n + 1], got {list(cu.shape)}")
             if cu.device != device:
-                raise ValueError(f"{name(argument)} must be on {device}, got {cu.device}")
+                raise ValueError(f"{name} must be on {device}, got {cu.device}")
         assert cu_seqlens_q is not None
         assert cu_seqlens_k is not None
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
             raise ValueError(
-                f"{name('cu_seqlens_k')} must have as many sequences as {name('cu_seqlens_q')}, "
+                "cu_seqlens_k must have as many sequences as cu_seqlens_q, "
                 f"{cu_seqlens_q.shape[0] - 1}, got {cu_seqlens_k.shape[0] - 1}"
             )
         if batch != 1:
-            raise ValueError(f"{name('cu_seqlens_q')} must come with a batch of 1, got {batch}")
+            raise ValueError(f"cu_seqlens_q must come with a batch of 1, got {batch}")
         sequences, letters = cu_seqlens_q.shape[0] - 1, "[sequences]"
     if sequence_ids is not None:
-        check_tensor(name("sequence_ids"), sequence_ids, torch.int64, (sequences,), letters, device)
+        check_tensor("sequence_ids", sequence_ids, torch.int64, (sequences,), letters, device)
 
     positions = None
     if isinstance(query_offset, Tensor):
-        check_tensor(name("query_offset"), query_offset, torch.int64, (sequences,), letters, device)
+        check_tensor("query_offset", query_offset, torch.int64, (sequences,), letters, device)
         row = torch.arange(num_queries, device=device)
         if cu_seqlens_q is None:
             positions = query_offset.unsqueeze(-1) + row
@@ -375,11 +364,9 @@ def check_visible(
             positions = (place + offset).unsqueeze(0)
         query_offset = None
     elif query_offset is not None:
-        query_offset = check_int(name("query_offset"), query_offset)
+        query_offset = check_int("query_offset", query_offset)
         if not -MOST <= query_offset <= MOST:
-            raise ValueError(
-                f"{name('query_offset')} must be between -2^31 and 2^31, got {query_offset}"
-            )
+            raise ValueError(f"query_offset must be between -2^31 and 2^31, got {query_offset}")
     return Visible(
         is_causal=is_causal,
         key_mask=key_mask,

@@ -18,10 +18,13 @@ from smartbird._checks import (
     check_index_heads,
     check_indices,
     check_inputs,
+    check_keywords,
     check_scale,
     check_seed,
     check_sketches,
     check_tensor,
+    default_index_heads,
+    shape_of,
 )
 from smartbird._packing import Packing, packing
 from smartbird._visible import Visible, check_visible
@@ -201,6 +204,9 @@ class AttentionOptions(TypedDict, total=False):
     generator: torch.Generator | None
 
 
+_VARLEN_OPTIONS = frozenset(AttentionOptions.__annotations__)
+
+
 class PaddedAttentionOptions(AttentionOptions, total=False):
     """Keywords of :func:`smart_bird_attention` alone."""
 
@@ -293,7 +299,8 @@ def smart_bird_attention(
         k_sketch: [B, M, S], or [B, H_ks, M, S] with H_ks a divisor of H_s.
         num_samples: K, the number of keys per query and index head.
         num_index_heads: H_i, how many sets of keys a query draws; divides H, a multiple of H_s.
-            None: H_kv, so that heads that share keys share draws (H_s where that is more).
+            None: the least common multiple of H_kv and H_s, so that heads which share keys and
+            sketch share draws.
         method: ``"gumbel"``, ``"systematic"``, ``"multinomial"`` or ``"topk"``, see
             ``smartbird.ops.sketch_sample``, or ``"dealt"``, see :func:`deal_keys`.
         correction: subtract ``log_inclusion`` from the logits, which makes the result the
@@ -387,7 +394,8 @@ def _attend(
     """Of checked tensors: the result and, where they were asked for, the indices."""
     q, k, _, q_sketch, _ = tensors
     if options["num_index_heads"] is None:
-        options = options | {"num_index_heads": max(k.shape[1], q_sketch.shape[1])}
+        heads = default_index_heads(k.shape[1], q_sketch.shape[1])
+        options = options | {"num_index_heads": heads}
     visible = check_visible(q.shape[0], q.shape[2], k.shape[2], q.device, **rows)
     seed = check_seed(seed, q.device, generator)
     attended = attend(*tensors, num_samples, visible, seed=seed, **options)
@@ -566,9 +574,16 @@ def smart_bird_attention_varlen(
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
     """
+    check_keywords("smart_bird_attention_varlen", options, _VARLEN_OPTIONS)
     named = {"q": q, "k": k, "v": v, "q_sketch": q_sketch, "k_sketch": k_sketch}
     for name, x in named.items():
         check_floats(name, x, (2, 3) if name.endswith("sketch") else (3,))
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"k must be [T_k, H_kv, D] with D of q {shape_of(q)}, got {shape_of(k)}")
+    if v.shape[:2] != k.shape[:2]:
+        raise ValueError(
+            f"v must be [T_k, H_kv, Dv] with T_k and H_kv of k {shape_of(k)}, got {shape_of(v)}"
+        )
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu is None:
             raise TypeError(f"{name} must be an int32 Tensor, got NoneType")

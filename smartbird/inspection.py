@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from smartbird import ops, patterns
 from smartbird._visible import Visible
-from smartbird.nn.sampled import Observer, SampledAttention
-from smartbird.nn.training import attention_layers
+from smartbird.nn.sampled import SampledAttention
+from smartbird.nn.training import observed
 
 __all__ = ["LayerCall", "LayerKeys", "attention_recall", "record"]
 
@@ -150,16 +150,8 @@ def record(model: nn.Module) -> Iterator[dict[str, LayerCall]]:
         It has no part in gradients.
     """
     calls: dict[str, LayerCall] = {}
-    layers = list(attention_layers(model))
-    before = [layer.observer for _, layer in layers]
-    for name, layer in layers:
-        layer.observer = partial(_note, calls, name, layer, layer.observer)
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield calls
-    finally:
-        for (_, layer), observer in zip(layers, before, strict=True):
-            layer.observer = observer
+    with observed(model, lambda name, layer: partial(_note, calls, name, layer)):
+        yield calls
 
 
 @torch.no_grad()
@@ -167,7 +159,6 @@ def _note(
     calls: dict[str, LayerCall],
     name: str,
     layer: SampledAttention,
-    others: Observer | None,
     q: Tensor,
     k: Tensor,
     q_sketch: Tensor,
@@ -175,8 +166,6 @@ def _note(
     visible: Visible,
     indices: Tensor | None,
 ) -> None:
-    if others is not None:
-        others(q, k, q_sketch, k_sketch, visible, indices)
     calls.pop(name, None)  # so that the order is that of the last calls
     calls[name] = _layer_call(layer, q.detach(), k.detach(), visible, indices)
 

@@ -430,7 +430,7 @@ def smart_bird_attention(
         q_sketch: [B, N, S] or [B, H_s, N, S].
         k_sketch: [B, M, S] or [B, H_ks, M, S].
         num_samples: K.
-        num_index_heads: H_i; None: H_kv, or H_s where that is more.
+        num_index_heads: H_i; None: the least common multiple of H_kv and H_s.
         correction: subtract log_inclusion from the logits: the self-normalised Horvitz-Thompson
             estimate of dense attention. Without it: attention restricted to the sample.
         query_mask: bool [B, N]. Queries where it is False, and keys where ``key_mask`` is, are
@@ -453,7 +453,7 @@ def smart_bird_attention(
     """
     q_sketch, k_sketch = _sketches(q_sketch, k_sketch)
     if num_index_heads is None:
-        num_index_heads = max(k.shape[1], q_sketch.shape[1])
+        num_index_heads = math.lcm(k.shape[1], q_sketch.shape[1])
     if seed is None:
         seed = _draw_seed(generator, q.device)
     if query_mask is not None:

@@ -47,7 +47,7 @@ void run(const TaskKernel<Params>& kernel, const Params& params) {
   });
 }
 
-// smartbird/ops.py turns these into ValueError by their prefix.
+// smartbird/ops/_call.py turns these into ValueError by their prefix.
 void raise_value_error(int32_t error) {
   STD_TORCH_CHECK(error != kIndexOutOfRange, "smartbird: indices holds a value outside [-1, M)");
   STD_TORCH_CHECK(error != kSketchNotFinite,

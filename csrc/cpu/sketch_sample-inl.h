@@ -36,7 +36,9 @@ constexpr int kRowsPerTask = 16;  // enough work that fetching a task costs noth
 constexpr float kLeastPlainWeight = 0x1p-40f, kMostPlainWeight = 0x1p86f;
 // Below this total, weights have begun to underflow: score again relative to the largest of the
 // rest.
-constexpr double kUnderflow = 1e-25;
+constexpr double kUnderflow = 1e-15;
+// Below this share of the least weight that takes a place, the rest never takes one.
+constexpr double kNegligible = 1e-9;
 constexpr float kMostWeight = 0x1p127f;
 constexpr float kNever = __builtin_inff();
 constexpr int32_t kNeverBits = 0x7F800000;
@@ -267,7 +269,7 @@ inline void find_keys(const Row& row, const int32_t* __restrict draws, int64_t c
   const int32_t* __restrict start = row.start;
   const int shift = row.guide_shift;
   const int32_t last = static_cast<int32_t>(row.blocks * kTile) - 1;
-  int32_t* rest = reinterpret_cast<int32_t*>(weights);
+  AliasedInt* rest = reinterpret_cast<AliasedInt*>(weights);
   for (int64_t n = 0; n < count; ++n) {
     const int32_t draw = draws[n];
     // The first two steps have no branch to mispredict.
@@ -279,9 +281,13 @@ inline void find_keys(const Row& row, const int32_t* __restrict draws, int64_t c
     keys[n] = static_cast<int32_t>(block * kTile);
   }
   for (int64_t n = 0; n < count; n += L)
-    store(weights + n, __builtin_convertvector(load_int(rest + n), Vec<float>) * row.draw_weight);
-  for (int64_t n = 0; n < count; ++n) keys[n] += count_le(row.cum + keys[n], weights[n]);
-  for (int64_t n = 0; n < count; ++n) weights[n] = row.weight[interleaved(min_of(keys[n], last))];
+    store(weights + n, __builtin_convertvector(load_int(reinterpret_cast<const int32_t*>(rest) + n),
+                                               Vec<float>) *
+                           row.draw_weight);
+  // Rounding may take a draw past the last sum of its block: never past the last key.
+  for (int64_t n = 0; n < count; ++n)
+    keys[n] = min_of(keys[n] + count_le(row.cum + keys[n], weights[n]), last);
+  for (int64_t n = 0; n < count; ++n) weights[n] = row.weight[interleaved(keys[n])];
   // Sums within a block are rounded in an order of their own: rarely, a draw falls between two that
   // should be equal.
   for (int64_t n = count; n < ceil_div(count, L) * L; ++n) weights[n] = 1;
@@ -427,8 +433,9 @@ inline void score_rest(const RowContext& c, Row* row, Scratch* s) {
   sum_row(c.blocks(), row);
   const double factor = __builtin_exp2(min_of(old_reference - row->reference, 1000.0));
   for (int64_t n = 0; n < s->heavy.size; ++n)
-    s->heavy_weight[n] = static_cast<float>(
-        min_of(static_cast<double>(s->heavy_weight[n]) * factor, double{kMostWeight}));
+    if (s->heavy_weight[n] < kNever)
+      s->heavy_weight[n] = static_cast<float>(
+          min_of(static_cast<double>(s->heavy_weight[n]) * factor, double{kMostWeight}));
 }
 
 // The keys that would be drawn with probability 1 or more if `places` were given out in proportion
@@ -438,8 +445,10 @@ inline double find_heavy(const RowContext& c, double places, Row* row, Scratch* 
   for (bool first = true;; first = false) {
     if (places <= 0) return 0;
     if (row->total < kUnderflow) {
-      if (s->heavy.size > c.p->K) {  // none of the rest is ever taken
-        row->total = 0;
+      if (s->heavy.size > c.p->K) {
+        float least = kNever;
+        for (int64_t n = 0; n < s->heavy.size; ++n) least = min_of(least, s->heavy_weight[n]);
+        if (row->total < kNegligible * static_cast<double>(least)) row->total = 0;
         return places;
       }
       score_rest(c, row, s);
@@ -457,11 +466,11 @@ inline double find_heavy(const RowContext& c, double places, Row* row, Scratch* 
 
 // ---- uniform numbers ----------------------------------------------------------------------------
 
-// n uniform draws in [0, kWhole), ascending, and zeros up to whole vectors, from n + 1 exponential
-// spacings: their running sums over their total are the order statistics. Returns the total, which
-// is independent of the draws: the time of arrival n + 1 of a process of rate 1, to which the draws
-// are arrivals 1 to n. Sums are float within a vector and double beyond it; as what they are
-// divided by is no round number, draws fall on no grid but that of integers.
+// n uniform draws in [0, kWhole), ascending, and any such up to whole vectors, from n + 1
+// exponential spacings: their running sums over their total are the order statistics. Returns the
+// total, which is independent of the draws: the time of arrival n + 1 of a process of rate 1, to
+// which the draws are arrivals 1 to n. Sums are float within a vector and double beyond it; as what
+// they are divided by is no round number, draws fall on no grid but that of integers.
 inline double take_draws(int64_t n, float* spacing, int32_t* draws) {
   constexpr int L = kLanes<float>;
   double total = 0;
@@ -496,7 +505,7 @@ inline Vec<float> log_one_minus_exp(Vec<float> x) {
   const VecI large = x > 1.0f;
   if (!any(large)) return log(x) - correction;
   const Vec<float> e = exp(-x);
-  const Vec<float> tail = -e * (1.0f + e * (0.5f + e * (1.0f / 3 + e * 0.25f)));
+  const Vec<float> tail = 0.0f - e * (1.0f + e * (0.5f + e * (1.0f / 3 + e * 0.25f)));
   const Vec<float> y = log(large ? 1.0f - e : x);
   return large ? (e < 0.03f ? tail : y) : y - correction;
 }
@@ -559,7 +568,7 @@ inline double draw_light(ArrivalStream* arrivals, int64_t n, const Row& row, Scr
   for (int64_t i = 0; i < n; i += L) store(time + i, load(time + i) * scale);
   fill_up(n, time);
   // Times are not negative: their bits are in order too, and integers are quicker to choose among.
-  int32_t* bits = reinterpret_cast<int32_t*>(time);
+  AliasedInt* bits = reinterpret_cast<AliasedInt*>(time);
   for (int64_t i = 0; i < n; i += L) {
     if (!any(load_int(key + i) == load_int(key + i + 1))) continue;
     int32_t first = bits[i];  // of the key at hand
@@ -586,7 +595,7 @@ inline double draw_on(ArrivalStream* arrivals, double end, int64_t n, const Row&
   s->light.size = kept;
   int32_t* key = s->taken.key;
   float* time = s->value;
-  arrivals->take(n + 3, s->spacing, time);
+  arrivals->take(n + 3, s->spacing, time);  // of its times, two more serve below
   const float first = time[n + 1], shrink = time[n + 2];
   // The sum of m + 1 exponentials times a uniform number's m-th root is as that of m.
   const double m = static_cast<double>(n + 1);
@@ -784,6 +793,7 @@ inline void write_row(const RowContext& c, const Scratch& s, Output out, F&& f) 
   for (int64_t j = 0; j < n; ++j) out.indices[j] = s.taken.key[j] + first_key;
   for (int64_t j = n; j < c.p->K; ++j) out.indices[j] = -1;
   if (out.log_inclusion == nullptr) return;
+  for (int64_t j = n; j < ceil_div(n, kLanes<float>) * kLanes<float>; ++j) s.value[j] = 0;
   for (int64_t j = 0; j < n; j += kLanes<float>) store(s.value + j, f(load(s.value + j)));
   std::memcpy(out.log_inclusion, s.value, static_cast<size_t>(n) * sizeof(float));
   for (int64_t j = n; j < c.p->K; ++j) out.log_inclusion[j] = -__builtin_inff();

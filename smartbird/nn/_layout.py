@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smartbird._checks import MOST, check_tensor
+from smartbird._checks import MOST, autocasts, can_look, check_tensor
 from smartbird._packing import Packing, packing
 from smartbird._visible import Visible
 
@@ -96,14 +96,17 @@ def jagged(x: Any) -> tuple[Tensor, Tensor | None]:
     return x.offsets(), x.lengths()
 
 
-def lay_out(name: str, x: Tensor, width: int, batch_first: bool) -> Layout:
-    """The layout of the argument ``name``, which must be tokens of that width.
+def lay_out(name: str, x: Tensor, weight: Tensor, batch_first: bool) -> Layout:
+    """The layout of the argument ``name``, which must be tokens that ``weight`` [*, E] can project.
 
     Raises:
         TypeError, ValueError: it is something else.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    width = weight.shape[1]
+    if x.dtype != weight.dtype and not autocasts(x.device.type):
+        raise TypeError(f"{name} must be {weight.dtype}, as the parameters are, got {x.dtype}")
     if x.is_nested:
         if x.layout != torch.jagged:
             raise TypeError(f"{name} must have layout torch.jagged if it is nested, got {x.layout}")
@@ -146,7 +149,8 @@ def pack(
             continue
         if mask is None:
             mask = torch.ones(shape, dtype=torch.bool, device=device)
-        name = "key_mask" if mask is key_mask else name  # which is both, in self-attention
+        if mask is key_mask:  # which is both, in self-attention
+            name, letters = "key_mask", "[B, M]"
         check_tensor(name, mask, torch.bool, shape, letters, device)
         by_mask = packing(mask)
         packed.append(replace(layout, packing=by_mask, cu_seqlens=by_mask.cu_seqlens))
@@ -157,7 +161,11 @@ def enter_indices(indices: Tensor, queries: Layout, keys: Layout) -> Tensor:
     """Keys by their places in their sequences, int32 [B, H_i, N, K], as rows of what kernels get.
 
     Keys that are padding are none, -1; what is out of range stays out of range.
+
+    Raises:
+        TypeError, ValueError: indices of other queries.
     """
+    _check_queries(indices, queries)
     indices = queries.enter_heads(indices)
     if queries.cu_seqlens is None:
         return indices
@@ -177,6 +185,33 @@ def enter_indices(indices: Tensor, queries: Layout, keys: Layout) -> Tensor:
         inside = (indices >= 0) & (indices < keys.cu_seqlens.diff()[sequence])
         rows = keys.cu_seqlens[sequence] + indices
     return rows.masked_fill(~inside, MOST).masked_fill(indices == -1, -1)
+
+
+def _check_queries(indices: Any, queries: Layout) -> None:
+    """Refuse indices of a padded or nested call that are not of its queries."""
+    if indices.is_nested != (queries.offsets is not None):
+        must = "a plain Tensor" if indices.is_nested else "nested"
+        raise TypeError(f"indices must be {must}, as the query is, got {list(indices.shape)}")
+    if queries.packing is not None:
+        size = queries.packing.batch, queries.packing.length
+        if (indices.shape[0], indices.shape[2]) != size:
+            raise ValueError(
+                f"indices must be [B, H_i, N, K] with B and N of the query, {list(size)}, "
+                f"got {list(indices.shape)}"
+            )
+    if queries.offsets is None:
+        return
+    offsets, lengths = jagged(indices)
+    if indices._ragged_idx != 2 or lengths is not None:
+        raise ValueError(
+            "indices must be [B, H_i, j, K] and without holes if they are nested, "
+            f"got {list(indices.shape)}"
+        )
+    have, want = list(offsets.shape), list(queries.offsets.shape)
+    if can_look(offsets) and can_look(queries.offsets):
+        have, want = offsets.diff().tolist(), queries.offsets.diff().tolist()
+    if have != want:
+        raise ValueError(f"indices must have the lengths of the query, {want}, got {have}")
 
 
 def leave_indices(indices: Tensor, queries: Layout, keys: Layout, visible: Visible) -> Tensor:

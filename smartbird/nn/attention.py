@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from smartbird._checks import (
+    autocasts,
     can_look,
     check_count,
     check_flag,
     check_indices,
     check_inputs,
+    check_keywords,
     check_sketches,
+    default_index_heads,
 )
 from smartbird._visible import Visible
 from smartbird.nn._layout import Layout, enter_indices, lay_out, leave_indices, pack
@@ -25,7 +28,7 @@ from smartbird.nn.sampled import (
     SampledAttention,
     SamplingOptions,
     attend_densely_by_sequence,
-    check_divisor,
+    check_kv_heads,
 )
 from smartbird.ops import gather_scores
 
@@ -144,11 +147,12 @@ class SmartBirdAttention(nn.Module):
         **sampling: Unpack[SamplingOptions],
     ) -> None:
         super().__init__()
+        check_keywords("SmartBirdAttention", sampling, SamplingOptions.__annotations__)
         self.embed_dim = check_count("embed_dim", embed_dim, 1)
         self.num_heads = check_count("num_heads", num_heads, 1)
         if embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim {embed_dim}, got {num_heads}")
-        self.num_kv_heads = check_divisor("num_kv_heads", num_kv_heads, num_heads, num_heads)
+        self.num_kv_heads = check_kv_heads(num_kv_heads, num_heads)
         self.head_dim = embed_dim // num_heads
         self.sketch_dim = check_count("sketch_dim", sketch_dim, 1)
         if num_sketches not in SKETCHES:
@@ -162,6 +166,8 @@ class SmartBirdAttention(nn.Module):
         }[num_sketches]
         self.rotary = rotary
         if rotary is not None:
+            if not callable(rotary):
+                raise TypeError(f"rotary must be callable, got {type(rotary).__name__}")
             widths = {"sketch_dim": sketch_dim, "embed_dim / num_heads": self.head_dim}
             for name, width in widths.items():
                 if width % 2:
@@ -173,18 +179,20 @@ class SmartBirdAttention(nn.Module):
         self.learning = tuple(route for route in LEARNING_ROUTES if route in learning)
         self.batch_first = check_flag("batch_first", batch_first)
         bias = check_flag("bias", bias)
-        if sampling.get("num_index_heads") is None:
-            sampling["num_index_heads"] = max(self.num_kv_heads, self.num_query_sketches)
+        num_index_heads = sampling.get("num_index_heads")
+        if num_index_heads is None:
+            num_index_heads = default_index_heads(self.num_kv_heads, self.num_query_sketches)
+            sampling["num_index_heads"] = num_index_heads
         self.core = SampledAttention(
             num_heads,
             num_kv_heads=self.num_kv_heads,
             distill="distill" in self.learning,
             **sampling,
         )
-        if self.core.num_index_heads % self.num_query_sketches:
+        if num_index_heads % self.num_query_sketches:
             raise ValueError(
                 f"num_index_heads must be a multiple of {self.num_query_sketches}, the sketches of "
-                f"num_sketches={num_sketches!r}, got {self.core.num_index_heads}"
+                f"num_sketches={num_sketches!r}, got {num_index_heads}"
             )
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -394,13 +402,13 @@ class SmartBirdAttention(nn.Module):
         query_mask: Tensor | None,
     ) -> tuple[Layout, Layout]:
         """How queries and keys lie, after checks of what they are; one object if they are one."""
-        queries = lay_out("query", query, self.embed_dim, self.batch_first)
+        queries = lay_out("query", query, self.in_proj_weight, self.batch_first)
         itself = key is None or key is query
         key = query if key is None else key
-        keys = queries if itself else lay_out("key", key, self.embed_dim, self.batch_first)
+        keys = queries if itself else lay_out("key", key, self.in_proj_weight, self.batch_first)
         _check_like("key", key, keys, "query", query, queries, whole=False)
         if value is not None and value is not key:
-            values = lay_out("value", value, self.embed_dim, self.batch_first)
+            values = lay_out("value", value, self.in_proj_weight, self.batch_first)
             _check_like("value", value, values, "key", key, keys, whole=True)
         if key_mask is None and query_mask is None:
             return queries, keys
@@ -473,7 +481,7 @@ class SmartBirdAttention(nn.Module):
                 )
             if part.device != x.device:
                 raise ValueError(f"{name} of sketch must be on {x.device}, got {part.device}")
-            if part.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            if part.dtype != x.dtype and not autocasts(x.device.type):
                 raise TypeError(f"{name} of sketch must be {x.dtype}, got {part.dtype}")
             part = part.unsqueeze(1) if one else part
             entered.append(part if layout.packing is None else layout.packing.pack(part))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smartbird._checks import can_look, check_flag, kind_of, shape_of
+from smartbird._checks import can_look, check_count, check_flag, kind_of, shape_of
+from smartbird.nn._layout import lay_out
 from smartbird.nn.attention import SmartBirdAttention
 
 
@@ -46,6 +47,10 @@ class SmartBirdEncoderLayer(nn.Module):
         **attention: Any,
     ) -> None:
         super().__init__()
+        d_model, nhead = check_count("d_model", d_model, 1), check_count("nhead", nhead, 1)
+        if d_model % nhead:
+            raise ValueError(f"nhead must divide d_model {d_model}, got {nhead}")
+        dim_feedforward = check_count("dim_feedforward", dim_feedforward, 1)
         if isinstance(activation, str):
             if activation not in ("relu", "gelu"):
                 raise ValueError(
@@ -94,11 +99,13 @@ class SmartBirdEncoderLayer(nn.Module):
             The shape of ``src``; zeros in padding.
 
         Raises:
-            ValueError: a mask that says anything else, which sampled attention cannot honour; a
-                ``src_mask`` without ``is_causal`` while compiling or exporting. What a padding mask
-                of floats holds is checked by the graph itself there, which raises a RuntimeError.
+            ValueError: tokens of another shape; a mask that says anything else, which sampled
+                attention cannot honour; a ``src_mask`` without ``is_causal`` while compiling or
+                exporting. What a padding mask of floats holds is checked by the graph itself there,
+                which raises a RuntimeError.
             TypeError: tokens or a flag of another type.
         """
+        lay_out("src", src, self.self_attn.in_proj_weight, self.self_attn.batch_first)
         causal = self.self_attn.core.is_causal or check_flag("is_causal", is_causal)
         if src_mask is not None and not is_causal:
             _require_causal(src_mask, src, self.self_attn.batch_first)

@@ -17,20 +17,34 @@ from smartbird._checks import (
     can_look,
     check_count,
     check_dropout,
+    check_finite,
     check_flag,
     check_indices,
     check_inputs,
     check_number,
+    check_positive,
     check_same_tokens,
     check_scale,
     check_sketches,
     check_tensor,
+    default_index_heads,
     draw_seed,
 )
 from smartbird._visible import Visible, check_room, check_visible
 from smartbird.functional import METHODS, attend, attend_densely
 from smartbird.nn._layout import Layout, enter_indices, leave_indices, pack
 from smartbird.ops.distill import distill
+
+_LOST_LOSS = (
+    "a later pass replaced a sketch loss that nobody had collected, so it taught nothing: add "
+    "smartbird.sketch_loss(model) to the training loss of each pass, or give the layers "
+    "loss_weight, so that their losses ride on the output"
+)
+_LOSS_IN_VMAP = (
+    "a sketch loss that is kept within torch.vmap cannot be collected outside of it: give the "
+    "layers loss_weight, so that their losses ride on the output"
+)
+_told: set[str] = set()  # what this process was warned of
 
 # Called with q, k, q_sketch, k_sketch, what rows see, and the keys drawn (None while dense).
 Observer = Callable[[Tensor, Tensor, Tensor, Tensor, Visible, Tensor | None], None]
@@ -95,14 +109,16 @@ class SampledAttention(nn.Module):
     ``torch.vmap`` need nothing more. That gradient does not depend on what becomes of the output:
     where the training loss is divided by the number of accumulated batches, divide ``loss_weight``,
     too, and where a ``GradScaler`` multiplies the training loss, set the attribute ``loss_weight``
-    to ``weight * scaler.get_scale()`` before the forward pass.
+    to ``weight * scaler.get_scale()`` before the forward pass. A loss that is left behind, as a
+    later pass replaces it or ``torch.vmap`` ends, is warned of once; compiled graphs cannot warn.
 
     Args:
         num_heads: H.
         num_kv_heads: H_kv, divides H. None: H.
         num_samples: K, keys per query and index head.
         num_index_heads: H_i, sets of keys drawn per query, divides H; the number of sketches given
-            in a call divides it. None: H_kv, so that heads which share keys share what is drawn.
+            in a call divides it. None: the least common multiple of H_kv and that number, so that
+            heads which share keys and sketch share what is drawn.
         method: how keys are drawn, one of ``smartbird.functional.METHODS``.
         eval_method: how they are drawn in evaluation mode. None: ``method``.
         correction: estimate dense attention from the sample, see
@@ -165,16 +181,18 @@ class SampledAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = check_count("num_heads", num_heads, 1)
-        self.num_kv_heads = check_divisor("num_kv_heads", num_kv_heads, num_heads, num_heads)
-        self.num_index_heads = check_divisor(
-            "num_index_heads", num_index_heads, num_heads, self.num_kv_heads
+        self.num_kv_heads = check_kv_heads(num_kv_heads, num_heads)
+        self.num_index_heads = (
+            None
+            if num_index_heads is None
+            else _divisor("num_index_heads", num_index_heads, num_heads)
         )
         self.method, self.eval_method = method, eval_method
         for name, choice in {"method": method, "eval_method": eval_method}.items():
             if choice not in METHODS and (name, choice) != ("eval_method", None):
                 raise ValueError(f"{name} must be one of {', '.join(METHODS)}, got {choice!r}")
         self.correction = check_flag("correction", correction)
-        self.temperature = _check_positive("temperature", temperature)
+        self.temperature = check_positive("temperature", temperature)
         self.uniform_share = check_number("uniform_share", uniform_share)
         if not 0.0 <= self.uniform_share < 1.0:
             raise ValueError(f"uniform_share must be in [0, 1), got {uniform_share}")
@@ -182,12 +200,12 @@ class SampledAttention(nn.Module):
         self.window = check_count("window", window, 0)
         self.num_sinks = check_count("num_sinks", num_sinks, 0)
         self.dropout = check_dropout(dropout, "dropout")
-        self.scale = None if scale is None else _check_finite("scale", scale)
+        self.scale = None if scale is None else check_finite("scale", scale)
         self.sketch_scale = (
-            None if sketch_scale is None else _check_finite("sketch_scale", sketch_scale)
+            None if sketch_scale is None else check_finite("sketch_scale", sketch_scale)
         )
         self.distill = check_flag("distill", distill)
-        self.distill_temperature = _check_positive("distill_temperature", distill_temperature)
+        self.distill_temperature = check_positive("distill_temperature", distill_temperature)
         self.distill_correction = (
             self.correction
             if distill_correction is None
@@ -196,9 +214,7 @@ class SampledAttention(nn.Module):
         self.distill_rows = (
             None if distill_rows is None else check_count("distill_rows", distill_rows, 1)
         )
-        self.loss_weight = (
-            None if loss_weight is None else _check_finite("loss_weight", loss_weight)
-        )
+        self.loss_weight = None if loss_weight is None else check_finite("loss_weight", loss_weight)
         self.num_samples = num_samples
         check_room(
             self.num_samples - self._num_uniform(self.num_samples),
@@ -218,7 +234,6 @@ class SampledAttention(nn.Module):
         self.observer: Observer | None = None
         self._loss: Tensor | None = None
         self._loss_has_no_graph = False
-        self._has_warned = False
 
     @property
     def num_samples(self) -> int:
@@ -231,6 +246,8 @@ class SampledAttention(nn.Module):
 
     def anneal_samples(self, num_samples: int | None) -> None:
         """Draw so many keys for now; None: as many as ``num_samples`` was set to."""
+        if num_samples is not None:
+            num_samples = check_count("num_samples", num_samples, 1)
         # The size of an empty tensor. torch.compile takes an attribute of a module for a constant
         # and compiles anew for each value, but the second size of a tensor for a variable.
         self._annealed = None if num_samples is None else torch.empty(num_samples, 0, device="cpu")
@@ -333,6 +350,13 @@ class SampledAttention(nn.Module):
             if x.shape[1] != heads:
                 raise ValueError(f"{name} must have {heads} heads, got {x.shape[1]}")
         if bias_sketch is not None:
+            if not (isinstance(bias_sketch, (tuple, list)) and len(bias_sketch) == 2):
+                raise TypeError(
+                    f"bias_sketch must be (q_sketch, k_sketch), got {type(bias_sketch).__name__}"
+                )
+            for part in bias_sketch:
+                if not isinstance(part, Tensor):
+                    raise TypeError(f"bias_sketch must be two Tensors, got {type(part).__name__}")
             bias_sketch = check_sketches(*bias_sketch)
             check_same_tokens(*bias_sketch, q, k)
         queries = keys = Layout()
@@ -455,7 +479,8 @@ class SampledAttention(nn.Module):
             attended = attend(
                 *(q, k, v, q_sketch, k_sketch, self.num_samples),
                 visible,
-                num_index_heads=self.num_index_heads,
+                num_index_heads=self.num_index_heads
+                or default_index_heads(k.shape[1], q_sketch.shape[1]),
                 method=self.method if self.training else self.eval_method or self.method,
                 correction=self.correction,
                 scale=scale,
@@ -523,19 +548,11 @@ class SampledAttention(nn.Module):
         elif _inside_backward():
             return  # a checkpoint recomputes this call, whose loss was collected before
         elif self._loss is not None and self._loss.requires_grad and self.observer is None:
-            self._warn_of_a_lost_loss()
+            _warn_once(_LOST_LOSS)
+        elif not rides and torch._C._functorch.is_batchedtensor(loss):
+            _warn_once(_LOSS_IN_VMAP)
         self._loss = loss
         self._loss_has_no_graph = not rides and not torch.is_grad_enabled()
-
-    def _warn_of_a_lost_loss(self) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                "a later pass replaced a sketch loss that nobody had collected, so it taught "
-                "nothing: add smartbird.sketch_loss(model) to the training loss of each pass, or "
-                "give the layers loss_weight, so that their losses ride on the output",
-                stacklevel=2,
-            )
 
     def _seed(self, device: torch.device) -> Tensor:
         if self.training:
@@ -591,26 +608,22 @@ class SampledAttention(nn.Module):
         return {"num_samples": self._num_samples, "method": self.method}
 
 
-def check_divisor(name: str, heads: int | None, num_heads: int, default: int) -> int:
-    """A number of heads that divides ``num_heads``; None: ``default``."""
-    heads = default if heads is None else check_count(name, heads, 1)
+def _warn_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, stacklevel=2)
+
+
+def check_kv_heads(num_kv_heads: int | None, num_heads: int) -> int:
+    """A divisor of ``num_heads``; None: ``num_heads``."""
+    return num_heads if num_kv_heads is None else _divisor("num_kv_heads", num_kv_heads, num_heads)
+
+
+def _divisor(name: str, heads: int, num_heads: int) -> int:
+    heads = check_count(name, heads, 1)
     if num_heads % heads:
         raise ValueError(f"{name} must divide num_heads {num_heads}, got {heads}")
     return heads
-
-
-def _check_finite(name: str, value: float) -> float:
-    value = check_number(name, value)
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return value
-
-
-def _check_positive(name: str, value: float) -> float:
-    value = check_number(name, value)
-    if not (math.isfinite(value) and value > 0.0):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-    return value
 
 
 class _Rider(torch.autograd.Function):
@@ -620,7 +633,7 @@ class _Rider(torch.autograd.Function):
 
     @staticmethod
     def forward(out: Tensor, loss: Tensor, weight: float) -> Tensor:
-        return out.view_as(out)
+        return out.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:

@@ -145,8 +145,7 @@ class SketchStats:
     Attributes:
         loss: cross-entropy of the sketch against dense attention, what ``distill_loss`` gives for
             the judged rows.
-        floor: the entropy of that attention, the least the loss can be: the sketch has learned all
-            where the two are equal.
+        floor: the entropy of that attention, the least the loss can be.
         mass: of dense attention that the drawn keys of a head hold; 1 while a layer is dense.
     """
 
@@ -154,6 +153,11 @@ class SketchStats:
     floor: float = 0.0
     mass: float = 0.0
     calls: int = 0
+
+    @property
+    def excess(self) -> float:
+        """``loss - floor``, which is 0 where the sketch has learned all."""
+        return self.loss - self.floor
 
     def add(self, loss: float, floor: float, mass: float) -> None:
         self.calls += 1

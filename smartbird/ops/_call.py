@@ -117,8 +117,15 @@ def register_flops(name: str) -> Callable[[Callable[..., int]], Callable[..., in
 
 
 def pairs(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> int:
-    """Queries times keys of q [B, H, N, D] and k, summed over sequences and heads of q."""
-    if cu_seqlens_q is None or cu_seqlens_k is None or isinstance(cu_seqlens_q, FakeTensor):
+    """Queries times keys of q [B, H, N, D] and k, summed over sequences and heads of q.
+
+    Of a pack whose ends hold no data (fake or meta) an upper bound, as if it were one sequence.
+    """
+    if cu_seqlens_q is None or cu_seqlens_k is None or _has_no_data(cu_seqlens_q):
         return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     lengths = cu_seqlens_q.long().diff() * cu_seqlens_k.long().diff()
     return q.shape[1] * int(lengths.sum())
+
+
+def _has_no_data(x: Tensor) -> bool:
+    return x.is_meta or isinstance(x, FakeTensor)

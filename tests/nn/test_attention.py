@@ -359,6 +359,14 @@ def test_given_indices_that_cannot_be_used_are_refused() -> None:
         make_layer()(x, indices=indices.long())
 
 
+@pytest.mark.parametrize("shape", [(2, H, N + 1, 2), (3, H, N, 4), (1, H, N, 4)])
+def test_given_indices_of_a_padded_batch_are_of_its_queries(shape: tuple[int, ...]) -> None:
+    x, mask = torch.randn(2, N, E), ~padding_mask()
+    said = rf"indices must be .* of the query, \[2, {N}\], got \[{shape[0]}, "
+    with pytest.raises(ValueError, match=said):
+        make_layer()(x, key_mask=mask, indices=torch.zeros(shape).int())
+
+
 # --- The sketch of another layer ---
 
 
@@ -578,6 +586,26 @@ def test_nested_indices_and_sketches_are_taken_as_they_are_given() -> None:
         layer(x, indices=wrong)
 
 
+def test_nested_indices_are_of_the_query() -> None:
+    layer, x = make_layer().eval(), nest(5, 1, 9)
+    indices = layer(x, return_indices=True)[1]
+    for plain in (torch.randn(3, 9, E), torch.randn(9, E)):
+        with pytest.raises(TypeError, match="indices must be a plain Tensor, as the query is"):
+            layer(plain, indices=indices)
+    with pytest.raises(TypeError, match="indices must be nested, as the query is"):
+        layer(x, indices=torch.zeros(3, H, 9, 4).int())
+    other = layer(nest(1, 5, 9), return_indices=True)[1]
+    with pytest.raises(ValueError, match=r"indices .* \[5, 1, 9\], got \[1, 5, 9\]"):
+        layer(x, indices=other)
+    ragged = torch.nested.nested_tensor_from_jagged(indices.values().mT, x.offsets(), jagged_dim=3)
+    with pytest.raises(ValueError, match=r"indices must be \[B, H_i, j, K\]"):
+        layer(x, indices=ragged.transpose(-1, -2).transpose(1, 2))
+    again = torch.nested.nested_tensor_from_jagged(
+        indices.values(), x.offsets().clone(), jagged_dim=2
+    )
+    assert layer(x, indices=again).values().equal(layer(x).values())
+
+
 def test_nested_cross_attention() -> None:
     layer, x, y = make_layer().eval(), nest(3, 1), nest(5, 9)
     out = layer(x, y)
@@ -712,11 +740,20 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], name: str) -> None:
         ({"bias": None}, "bias must be a bool, got NoneType"),
         ({"batch_first": 1}, "batch_first must be a bool, got int"),
         ({"learning": None}, "learning must be a collection, got NoneType"),
+        ({"rotary": 3}, "rotary must be callable, got int"),
     ],
 )
 def test_arguments_of_another_type_are_named(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(TypeError, match=said):
         make_layer(**arguments)
+
+
+@pytest.mark.parametrize("name", ["foo", "distill", "scale"])
+def test_keywords_that_it_does_not_have_are_refused(name: str) -> None:
+    said = rf"SmartBirdAttention\(\) got an unexpected keyword argument '{name}'"
+    for make in (SmartBirdAttention, SmartBirdEncoderLayer):
+        with pytest.raises(TypeError, match=said):
+            make(E, H, **{name: 2.0})
 
 
 def test_bad_sizes_are_named() -> None:
@@ -752,7 +789,19 @@ def test_bad_sizes_are_named() -> None:
         (
             {"query": torch.randn(2, N, E), "key_mask": torch.ones(N, 2, dtype=torch.bool)},
             ValueError,
-            "key_mask",
+            r"key_mask must be \[B, M\]",
+        ),
+        ({"query": torch.randn(2, N, E).double()}, TypeError, "query must be torch.float32"),
+        ({"query": torch.ones(2, N, E).long()}, TypeError, "query must be torch.float32"),
+        (
+            {"query": torch.ones(2, N, E, device="meta").double()},
+            TypeError,
+            "query must be torch.float32",
+        ),
+        (
+            {"query": torch.randn(2, N, E), "key": torch.randn(2, N, E).double()},
+            TypeError,
+            "key must be torch.float32",
         ),
         (
             {"query": torch.nested.nested_tensor([torch.randn(3, E)], layout=torch.strided)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -287,6 +288,20 @@ def test_an_ensemble_by_vmap_has_the_gradients_of_a_loop(training: bool) -> None
         if training or not name.startswith("sketch"):
             of_loop = [layer.get_parameter(name).grad for layer in layers]
             torch.testing.assert_close(stacked.grad, torch.stack(of_loop))
+
+
+@pytest.mark.filterwarnings("ignore:.*performance drop")
+def test_a_loss_kept_within_vmap_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smartbird.nn.sampled._told", set())
+    layer, x = make_layer(), torch.randn(3, 2, 9, E)
+    with pytest.warns(UserWarning, match=r"cannot be collected outside .* loss_weight"):
+        torch.vmap(layer, randomness="different")(x)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*loss_weight")
+        torch.vmap(make_layer(), randomness="different")(x)
+        monkeypatch.setattr("smartbird.nn.sampled._told", set())
+        torch.vmap(make_layer(loss_weight=1.0), randomness="different")(x)
+        torch.vmap(make_layer().eval(), randomness="different")(x)
 
 
 # --- autocast ---

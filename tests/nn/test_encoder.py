@@ -177,6 +177,33 @@ def test_padding_changes_nothing_and_gives_zeros(norm_first: bool, batch_first: 
     torch.testing.assert_close(outs[0][1, :-3], layer(x[1, :-3]))
 
 
+@pytest.mark.parametrize(
+    ("src", "error", "said"),
+    [
+        ([[0.0] * E], TypeError, "src must be a Tensor, got list"),
+        (torch.randn(2, N, E + 1), ValueError, "src must be"),
+        (torch.randn(E), ValueError, "src must be"),
+        (torch.randn(2, N, E).double(), TypeError, "src must be torch.float32"),
+    ],
+)
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_bad_tokens_are_named(
+    src: Any, error: type[Exception], said: str, norm_first: bool
+) -> None:
+    layer = SmartBirdEncoderLayer(E, H, norm_first=norm_first)
+    with pytest.raises(error, match=said):
+        layer(src)
+    with pytest.raises(error, match=said):
+        layer(src, src_key_padding_mask=padding_mask())
+
+
+def test_bad_sizes_are_named() -> None:
+    with pytest.raises(ValueError, match="nhead must divide d_model 16, got 5"):
+        SmartBirdEncoderLayer(16, 5)
+    with pytest.raises(ValueError, match="dim_feedforward must be at least 1"):
+        SmartBirdEncoderLayer(E, H, -1)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int32])
 def test_integer_padding_masks_are_refused(dtype: torch.dtype) -> None:
     """Of which nobody knows whether 1 is a token or padding."""

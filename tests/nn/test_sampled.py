@@ -93,6 +93,17 @@ def test_equals_the_function(method: str, sketches: int) -> None:
     assert core.eval()(*x).equal(expected)
 
 
+@pytest.mark.parametrize(("kv_heads", "sketches", "expected"), [(2, 1, 2), (1, 3, 3), (2, 3, 6)])
+def test_heads_share_draws_where_they_share_keys_and_sketch(
+    kv_heads: int, sketches: int, expected: int
+) -> None:
+    x = [torch.randn(1, heads, N, D) for heads in (6, kv_heads, kv_heads, sketches, sketches)]
+    core = SampledAttention(6, num_kv_heads=kv_heads, num_samples=4)
+    of_layer = core(*x, return_indices=True)[1]
+    of_function = smart_bird_attention(*x, 4, return_indices=True)[1]
+    assert of_layer.shape == of_function.shape == (1, expected, N, 4)
+
+
 def test_one_sketch_may_be_given_without_heads() -> None:
     core = make_core().eval()
     *qkv, q_sketch, k_sketch = tensors()
@@ -177,6 +188,8 @@ def test_given_indices_of_a_padded_batch() -> None:
     more[1, ..., -1] = 4
     more[0, ..., -1] = 0
     assert core(*x, **masks, indices=more).equal(out)
+    with pytest.raises(ValueError, match=r"indices must be .* of the query"):
+        core(*x, **masks, indices=indices[:1])
     for wrong in (N, -2):
         more[0, ..., -1] = wrong
         with pytest.raises(ValueError, match="indices"):
@@ -292,6 +305,11 @@ def test_bad_settings_are_named(options: dict[str, Any], error: Any, said: str) 
         make_core(**options)
 
 
+def test_fewer_samples_than_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_samples must be at least 1"):
+        make_core().anneal_samples(-1)
+
+
 def test_bad_calls_are_named() -> None:
     core = make_core()
     q, k, v, q_sketch, k_sketch = tensors()
@@ -300,7 +318,10 @@ def test_bad_calls_are_named() -> None:
     with pytest.raises(ValueError, match="k must have 2 heads, got 1"):
         core(q, k[:, :1], v[:, :1], q_sketch, k_sketch)
     with pytest.raises(ValueError, match="num_index_heads must be a multiple of the sketches"):
-        core(q, k, v, *tensors(sketches=4)[3:])
+        make_core(num_index_heads=2)(q, k, v, *tensors(sketches=4)[3:])
+    for wrong in (3, q, (q,), (q_sketch, None)):
+        with pytest.raises(TypeError, match="bias_sketch must be"):
+            core(*tensors(), bias_sketch=wrong)
     cu_seqlens = torch.tensor([0, N], dtype=torch.int32)
     with pytest.raises(ValueError, match="query_mask must be None with cu_seqlens_q"):
         core(*tensors(), query_mask=real_tokens(), cu_seqlens_q=cu_seqlens)

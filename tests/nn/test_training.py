@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smartbird import ops
-from smartbird.nn import DenseWarmup, SampleAnneal, SmartBirdAttention, sketch_loss, sketch_stats
+from smartbird.nn import (
+    DenseWarmup,
+    SampleAnneal,
+    SampledAttention,
+    SmartBirdAttention,
+    sketch_loss,
+    sketch_stats,
+)
 
 # --- How the sketch learns ---
 
@@ -282,8 +289,9 @@ def test_a_call_with_given_indices_leaves_no_sketch_loss() -> None:
     assert sketch_loss(layer) == 0
 
 
-def test_a_loss_that_nobody_collects_is_told_once() -> None:
-    layer = make_layer()
+def test_a_loss_that_nobody_collects_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smartbird.nn.sampled._told", set())
+    layer, other = make_layer(), make_layer()
     x = torch.randn(2, N, E)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -300,6 +308,7 @@ def test_a_loss_that_nobody_collects_is_told_once() -> None:
         warnings.simplefilter("error")
         layer(x)
         for _ in range(2):
+            other(x)
             make_layer(loss_weight=1.0)(x)
             make_layer(learning=())(x)
 
@@ -373,6 +382,21 @@ def test_the_weight_of_a_riding_loss_may_change() -> None:
     one = by_riding(rides, rides, x)["0.sketch_proj_weight"]
     rides[0].core.loss_weight *= 8
     assert by_riding(rides, rides, x)["0.sketch_proj_weight"].equal(8 * one)
+
+
+@pytest.mark.parametrize("loss_weight", [None, 0.5])
+def test_an_output_with_a_riding_loss_can_be_changed_in_place(loss_weight: float | None) -> None:
+    core = SampledAttention(H, num_samples=4, loss_weight=loss_weight)
+    x = [torch.randn(2, heads, N, 4, requires_grad=True) for heads in (H, H, H, 1, 1)]
+    grads = []
+    for double in (lambda out: out.mul_(2), lambda out: out * 2):
+        torch.manual_seed(0)
+        (double(core(*x)).square().sum() + sketch_loss(core)).backward()
+        grads.append([each.grad for each in x])
+        for each in x:
+            each.grad = None
+    for in_place, expected in zip(*grads, strict=True):
+        assert in_place.equal(expected)
 
 
 def test_a_riding_loss_needs_no_trunk_that_learns() -> None:
@@ -472,6 +496,7 @@ def test_sketch_stats(is_causal: bool, num_sketches: str) -> None:
     sketch_loss(layer)
     (judged,) = stats.values()
     assert judged.calls == 1
+    assert judged.excess == judged.loss - judged.floor > 0
     losses, floors, masses = [], [], []
     for b in range(2):
         tokens = x[b][mask[b]]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import assert_type
 
-from smartbird import ops
+from smartbird import SampledAttention, SmartBirdAttention, ops
 from smartbird.functional import smart_bird_attention, smart_bird_attention_varlen
 
 
@@ -30,3 +30,13 @@ def _(x: Tensor, indices: Tensor, ends: Tensor, flag: bool, seed: torch.Tensor) 
     )
     assert_type(both, tuple[Tensor, Tensor])
     smart_bird_attention_varlen(x, x, x, x, x, 4, cu_seqlens_q=ends)  # type: ignore[call-overload]
+
+    layer, core = SmartBirdAttention(16, 4), SampledAttention(4)
+    assert_type(layer(x), Tensor)
+    assert_type(layer(x, return_indices=False), Tensor)
+    assert_type(layer(x, key_mask=x, return_indices=True), tuple[Tensor, Tensor])
+    assert_type(layer(x, return_indices=flag), Tensor | tuple[Tensor, Tensor])
+    assert_type(core(x, x, x, x, x), Tensor)
+    assert_type(core(x, x, x, x, x, return_indices=False), Tensor)
+    assert_type(core(x, x, x, x, x, first_head=1, return_indices=True), tuple[Tensor, Tensor])
+    assert_type(core(x, x, x, x, x, return_indices=flag), Tensor | tuple[Tensor, Tensor])

@@ -13,8 +13,7 @@ import pytest
 import torch
 from cases import Backend, Case, make_inputs
 
-from smartbird._visible import check_room, check_visible
-from smartbird.functional import smart_bird_attention
+from smartbird.functional import smart_bird_attention, smart_bird_attention_varlen
 
 # On the CPU whatever the device under test: on a GPU bad data stops the whole process's work there.
 pytestmark = [pytest.mark.cpu_only, pytest.mark.one_order]
@@ -467,6 +466,7 @@ def test_numbers_of_numpy(backend: Backend) -> None:
         ({"query_offset": 0.5}, "query_offset must be an int, got float"),
         ({"global_mask": zeros(2, 5)}, "global_mask must be a bool Tensor, got torch.float32"),
         ({"dropout_p": True}, "dropout_p must be a float, got bool"),
+        ({"generator": 3}, "generator must be a torch.Generator, got int"),
     ],
     ids=str,
 )
@@ -476,19 +476,42 @@ def test_a_function_names_its_own_arguments(change: dict[str, Any], said: str) -
         smart_bird_attention(x.q, x.k, x.v, x.q_sketch, x.k_sketch, 3, **change)
 
 
-def test_names_of_the_caller() -> None:
-    """A layer calls them otherwise than the function it uses."""
-    names = {"key_mask": "src_key_padding_mask", "window": "local_window", "num_sinks": "first"}
-    device = torch.device("cpu")
-    wrong: list[tuple[dict[str, Any], str]] = [
-        ({"key_mask": mask(2, 3)}, "src_key_padding_mask must be"),
-        ({"window": -1}, "local_window must be"),
-    ]
-    for change, said in wrong:
-        with pytest.raises(ValueError, match=said):
-            check_visible(2, 3, 5, device, names=names, **change)
-    with pytest.raises(ValueError, match="keys: local_window=4 and first=0 force 5"):
-        check_room(3, 4, 0, False, names=names)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"query_mask": None},
+            "smart_bird_attention_varlen() got an unexpected keyword argument 'query_mask'",
+        ),
+        ({"foo": 1}, "smart_bird_attention_varlen() got an unexpected keyword argument 'foo'"),
+        ({"k": zeros(5, 2, 7)}, "k must be [T_k, H_kv, D] with D of q [3, 4, 8], got [5, 2, 7]"),
+        (
+            {"v": zeros(5, 1, 6)},
+            "v must be [T_k, H_kv, Dv] with T_k and H_kv of k [5, 2, 8], got [5, 1, 6]",
+        ),
+        (
+            {"v": zeros(4, 2, 6)},
+            "v must be [T_k, H_kv, Dv] with T_k and H_kv of k [5, 2, 8], got [4, 2, 6]",
+        ),
+        ({"generator": 3}, "generator must be a torch.Generator, got int"),
+    ],
+    ids=str,
+)
+def test_the_packed_form_names_itself_and_the_shapes_of_its_caller(
+    change: dict[str, Any], said: str
+) -> None:
+    good: dict[str, Any] = {
+        "q": zeros(3, 4, 8),
+        "k": zeros(5, 2, 8),
+        "v": zeros(5, 2, 6),
+        "q_sketch": zeros(3, 4),
+        "k_sketch": zeros(5, 4),
+        "cu_seqlens_q": torch.tensor([0, 3]).int(),
+        "cu_seqlens_k": torch.tensor([0, 5]).int(),
+    }
+    assert smart_bird_attention_varlen(num_samples=3, **good).shape == (3, 4, 6)
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(said)}"):
+        smart_bird_attention_varlen(num_samples=3, **good | change)
 
 
 # The dispatcher ops themselves check less, but what would leave their memory.

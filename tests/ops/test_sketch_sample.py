@@ -199,6 +199,36 @@ def test_inclusion_in_a_long_row(backend: Backend, method: str, deviation: float
 
 @both
 @pytest.mark.one_order
+def test_keys_that_are_tiny_but_not_beside_the_last_place(backend: Backend) -> None:
+    """One key holds all but 1e-24 of the mass; the second place is open between all others."""
+    scores = [0.0, -56.87, -56.87] + [-59.97] * 10
+    indices, _ = sample_row(backend, scores, 2, repeats=20_000, method="gumbel")
+    observed = Counter(tuple(keys) for keys in indices[:, 0].tolist())
+    assert p_value(observed, successive_law(scores, 2)) > SMALLEST_P_VALUE
+
+
+@pytest.mark.slow_emulated
+@pytest.mark.parametrize("method", RANDOM)
+def test_no_key_beyond_the_last(backend: Backend, method: str) -> None:
+    """Rounding within the last block, which is full, must not lead out of it: once in 1e6."""
+    k_sketch = torch.randn(1, 32, 1, generator=torch.Generator().manual_seed(0)) * 0.3
+    q_sketch = torch.ones(1, 100_000, 1)
+    for seed in (1, 2):
+        indices, _ = backend.ops.sketch_sample(
+            q_sketch.to(backend.device),
+            k_sketch.to(backend.device),
+            8,
+            num_index_heads=8,
+            method=method,
+            scale=1.0,
+            seed=torch.tensor([seed, 1], device=backend.device),
+        )
+        assert indices.min() >= 0
+        assert indices.max() <= 31
+
+
+@both
+@pytest.mark.one_order
 @pytest.mark.parametrize("row", ["falling", "uneven"])
 @pytest.mark.parametrize("method", RANDOM)
 def test_heads_rows_and_batch_elements_are_independent(

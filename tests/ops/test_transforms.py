@@ -388,3 +388,8 @@ def test_flops_of_packed_sequences_are_those_of_each() -> None:
     expected = 2 * S * (2 * 9 + 7 * 3)
     assert flops(lambda: ops.sketch_lse(q_sketch, k_sketch, **cu_seqlens)) == expected
     assert flops(lambda: ops.sketch_sample(q_sketch, k_sketch, 2, **cu_seqlens)) == expected
+    # Without data the ends are not known.
+    q_sketch, k_sketch = q_sketch.to("meta"), k_sketch.to("meta")
+    cu_seqlens = {name: ends.to("meta") for name, ends in cu_seqlens.items()}
+    expected = 2 * S * 9 * 12
+    assert flops(lambda: ops.sketch_lse(q_sketch, k_sketch, **cu_seqlens)) == expected
