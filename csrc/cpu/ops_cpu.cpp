@@ -1,7 +1,8 @@
 // The CPU implementation of every op: tensors become a params struct, scratch is allocated, tasks
 // are spread over torch's threads.
+#include <sys/mman.h>
+
 #include <atomic>
-#include <cstdlib>
 #include <string>
 #include <tuple>
 
@@ -11,23 +12,69 @@
 namespace smartbird {
 namespace {
 
-// Scratch of 64-byte aligned pieces. Plain malloc, aligned by hand: glibc before 2.38 may leave the
-// gaps that aligned_alloc makes unused for ever, and a process grows with every call.
+// Scratch of 64-byte aligned pieces, kept by the calling thread for its next call: taken from the
+// heap and given back, it splits what PyTorch's aligned allocations leave, glibc before 2.38 finds
+// no use for the parts, and a process grows with every call.
 class ScratchMemory {
  public:
-  explicit ScratchMemory(int64_t bytes)
-      : memory_(static_cast<char*>(std::malloc(static_cast<size_t>(bytes + 64)))) {
-    STD_TORCH_CHECK(memory_ != nullptr, "smartbird ran out of memory: ", bytes,
+  enum Use { kTasks, kIndices, kUses };
+
+  ScratchMemory(Use use, int64_t bytes) : memory_(&kept(use)) {
+    const auto size = static_cast<size_t>(bytes + 64);
+    if (memory_->size() < size) {
+      memory_->reset();
+      memory_->allocate(size);
+    }
+    STD_TORCH_CHECK(memory_->data() != nullptr, "smartbird ran out of memory: ", bytes,
                     " bytes of scratch");
   }
-  ~ScratchMemory() { std::free(memory_); }
+  ~ScratchMemory() {
+    if (memory_->size() > kMostKept) memory_->reset();
+  }
   ScratchMemory(const ScratchMemory&) = delete;
   ScratchMemory& operator=(const ScratchMemory&) = delete;
 
-  char* aligned() const { return memory_ + (64 - reinterpret_cast<uintptr_t>(memory_) % 64) % 64; }
+  char* aligned() const {
+    char* data = memory_->data();
+    return data + (64 - reinterpret_cast<uintptr_t>(data) % 64) % 64;
+  }
 
  private:
-  char* memory_;
+  // More than this is given back.
+  static constexpr size_t kMostKept = size_t{32} << 20;
+
+  class Block {
+   public:
+    Block() = default;
+    ~Block() { reset(); }
+    Block(const Block&) = delete;
+    Block& operator=(const Block&) = delete;
+
+    void allocate(size_t size) {
+      void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (data == MAP_FAILED) return;
+      data_ = static_cast<char*>(data);
+      size_ = size;
+    }
+    void reset() {
+      if (data_ != nullptr) munmap(data_, size_);
+      data_ = nullptr;
+      size_ = 0;
+    }
+    char* data() const { return data_; }
+    size_t size() const { return size_; }
+
+   private:
+    char* data_ = nullptr;
+    size_t size_ = 0;
+  };
+
+  static Block& kept(Use use) {
+    thread_local Block blocks[kUses];
+    return blocks[use];
+  }
+
+  Block* memory_;
 };
 
 // Tasks are fetched one by one, so that rows of unequal length (causal) and threads of unequal
@@ -38,7 +85,7 @@ void run(const TaskKernel<Params>& kernel, const Params& params) {
   if (tasks == 0) return;
   const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   const int64_t bytes = (kernel.scratch_bytes(params) + 63) / 64 * 64;
-  const ScratchMemory scratch(bytes * threads);
+  const ScratchMemory scratch(ScratchMemory::kTasks, bytes * threads);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
@@ -206,7 +253,7 @@ std::tuple<Tensor, Tensor> gather_attention_cpu(
 
 // Queries that sampled_attention takes at once: a multiple of what a gather takes at once, so that
 // each key is gathered several times while it is in the cache, with indices of about this size.
-constexpr int64_t kIndexBytes = int64_t{16} << 20, kQueryStep = 1024;
+constexpr int64_t kIndexBytes = int64_t{8} << 20, kQueryStep = 1024;
 
 // sketch_sample and gather_attention, a block of queries after the other, so that no more indices
 // exist at a time than those of a block.
@@ -237,13 +284,17 @@ Tensor sampled_attention_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v
   const int64_t row_bytes = std::max<int64_t>(1, s.B * s.H_i * s.K * 4);
   const int64_t steps = std::max<int64_t>(1, kIndexBytes / row_bytes / kQueryStep);
   const int64_t rows = std::min(s.N, steps * kQueryStep);
-  const Tensor indices = new_tensor(q, {s.B, s.H_i, rows, s.K}, ScalarType::Int);
-  Tensor log_inclusion;
-  if (correction) log_inclusion = new_tensor(q, {s.B, s.H_i, rows, s.K}, ScalarType::Float);
+  // Of the slots of a block of queries: the keys, log_inclusion and, in double, the bias made of
+  // it.
+  const int64_t slots = s.B * s.H_i * rows * s.K;
+  const bool widened = correction && g.dtype == DType::kFloat64;
+  const ScratchMemory memory(ScratchMemory::kIndices, slots * (widened ? 16 : correction ? 8 : 4));
+  double* bias = widened ? reinterpret_cast<double*>(memory.aligned()) : nullptr;
+  s.indices = reinterpret_cast<int32_t*>(memory.aligned() + (widened ? 8 * slots : 0));
+  if (correction) s.log_inclusion = reinterpret_cast<float*>(s.indices + slots);
   const Tensor out = new_tensor(q, {g.B, g.H, g.N, g.Dv}, q.scalar_type());
   const Tensor lse = new_tensor(q, {g.B, g.H, g.N}, acc_type(g.dtype));
   int32_t error = kNoError;
-  s.indices = indices.mutable_data_ptr<int32_t>();
   g.indices = s.indices;
   g.out = out.mutable_data_ptr();
   g.lse = lse.mutable_data_ptr();
@@ -255,19 +306,19 @@ Tensor sampled_attention_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v
     g.indices_stride[0] = s.H_i * count * s.K;
     g.indices_stride[1] = count * s.K;
     g.indices_stride[2] = s.K;
-    if (correction) s.log_inclusion = log_inclusion.mutable_data_ptr<float>();
     run(active_kernels().sketch_sample, s);
     raise_value_error(error);
-    Tensor bias;
     if (correction) {
       torch::stable::parallel_for(0, s.B * s.H_i * count * s.K, 1 << 16,
                                   [&](int64_t first, int64_t last) {
-                                    for (int64_t j = first; j < last; ++j)
+                                    for (int64_t j = first; j < last; ++j) {
                                       s.log_inclusion[j] = -s.log_inclusion[j];
+                                      if (widened)
+                                        bias[j] = static_cast<double>(s.log_inclusion[j]);
+                                    }
                                   });
-      bias = torch::stable::to(log_inclusion, acc_type(g.dtype));
       g.H_bias = g.H_i;
-      g.bias = bias.const_data_ptr();
+      g.bias = widened ? static_cast<const void*>(bias) : s.log_inclusion;
       for (int d = 0; d < 3; ++d) g.bias_stride[d] = g.indices_stride[d];
       g.bias_stride[3] = 1;
     }
