@@ -159,7 +159,7 @@ study-quick: $(BUILT)  ## train every attention on a small recall task, a quarte
 
 # Stopped, it goes on where it was.
 study: $(BUILT)  ## the whole study, two and a half hours: plots in docs/learning, tables in docs/learning.md
-	for study in mqar options continuation long sotu listops; do
+	for study in mqar options sketches continuation long sotu listops; do
 	    $(BIN)/python -m benchmarks.learning study studies/$$study.toml --page docs/learning.md $(STUDY_FLAGS)
 	done
 

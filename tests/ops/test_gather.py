@@ -150,7 +150,7 @@ def test_gradient_of_one_input_only(backend: Backend, needed: int) -> None:
     check_against_reference(backend.ops, run, tensors[needed])
 
 
-@pytest.mark.one_order
+@pytest.mark.slow_emulated
 def test_gradcheck(backend: Backend) -> None:
     x = make_inputs(SMALL, torch.float64, backend.device)
     bias = torch.randn(4, 1, 3, dtype=torch.float64, device=backend.device)

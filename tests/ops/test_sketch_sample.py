@@ -156,7 +156,7 @@ def test_law_of_the_set(backend: Backend, method: str, row: str, k: int) -> None
 
 @pytest.mark.one_order
 @both
-@pytest.mark.parametrize("deviation", [0.5, 3, 8])
+@pytest.mark.parametrize("deviation", [pytest.param(0.5, marks=pytest.mark.slow_emulated), 3, 8])
 @pytest.mark.parametrize("method", RANDOM)
 def test_inclusion_in_a_long_row(backend: Backend, method: str, deviation: float) -> None:
     """Mean number of draws of every key, where running sums span blocks. Sketches that have not
