@@ -10,7 +10,7 @@ GPU_PYTHON    ?= python3
 STUDY_FLAGS   ?=
 VERSION_FLAGS ?=
 STATIC_FLAGS  ?=
-FORWARD_SKIPS ?= slow or slow_emulated
+SKIP_EMULATED ?= slow or slow_emulated
 
 SHELL       := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -67,7 +67,7 @@ test-slow: $(BUILT)  ## the tests marked slow
 
 # What takes too long for every change.
 nightly: test-slow test-versions  ## the slow tests, other versions, the long tests through the emulation
-	$(MAKE) test-emulated FORWARD_SKIPS=slow
+	$(MAKE) test-emulated SKIP_EMULATED=slow
 
 # VERSION_FLAGS=--large lets it download builds of some GB where there is no other.
 test-versions: wheel  ## one wheel with the oldest and newest torch and Python that this machine can have
@@ -87,7 +87,7 @@ test-emulated: $(BUILT)  ## the op tests through the CUDA kernels, run on the CP
 	export PYTHONPATH=tests/emulation OMP_NUM_THREADS=1
 	export SMARTBIRD_EMULATED_LIBRARY=$(EMU_DIR)/libsmartbird_emulated.so
 	for order in forward reverse random; do
-	    test $$order = forward && skipped="$(FORWARD_SKIPS)" || skipped="$(FORWARD_SKIPS) or one_order"
+	    test $$order = forward && skipped="$(SKIP_EMULATED)" || skipped="$(SKIP_EMULATED) or one_order"
 	    SMARTBIRD_EMULATION_ORDER=$$order $(BIN)/pytest -p emulated_cuda -q -n auto \
 	        -m "(ops or emulation) and not ($$skipped)" tests/ops tests/emulation
 	done

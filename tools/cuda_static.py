@@ -123,7 +123,7 @@ def run(*command: str) -> str:
 
 def interesting_lines(command: list[str]) -> Iterator[str]:
     """Those that read_kernels looks at, of millions: grep finds them sooner than Python."""
-    words = r"\barch = |Function : |LDG\.E|HMMA|LDL|STL"
+    words = "|".join([r"\barch = ", "Function : ", *(p.pattern for p in PATTERNS.values())])
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE) as source,
         subprocess.Popen(

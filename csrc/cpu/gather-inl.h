@@ -182,12 +182,14 @@ inline void gather_accumulate(const acc_t<T>* __restrict weights, const Rows<T>&
   });
 }
 
-// The same for kGroup heads that gather the same keys: each row is read once for all of them. The
-// sums are those of gather_dots to the last bit.
+// gather_dots for kGroup heads that gather the same keys: each row is read once for all of them.
+// The sums are those of gather_dots to the last bit. Out of line, as its twin below: inlined, they
+// made the loop of a head on its own, beside them, take a third longer.
 template <typename T>
-inline void gather_dots_together(const T* const (&x)[kGroup<acc_t<T>>], const Rows<T>& rows,
-                                 const int32_t* __restrict keys, int64_t n,
-                                 acc_t<T>* const (&dots)[kGroup<acc_t<T>>]) {
+__attribute__((noinline)) void gather_dots_together(const T* const (&x)[kGroup<acc_t<T>>],
+                                                    const Rows<T>& rows,
+                                                    const int32_t* __restrict keys, int64_t n,
+                                                    acc_t<T>* const (&dots)[kGroup<acc_t<T>>]) {
   using A = acc_t<T>;
   constexpr int G = kGroup<A>;
   if constexpr (G == 4) {
@@ -215,9 +217,9 @@ inline void gather_dots_together(const T* const (&x)[kGroup<acc_t<T>>], const Ro
 
 // gather_accumulate for kGroup heads that gather the same keys, likewise.
 template <typename T>
-inline void gather_accumulate_together(const acc_t<T>* const (&weights)[kGroup<acc_t<T>>],
-                                       const Rows<T>& rows, const int32_t* __restrict keys,
-                                       int64_t n, acc_t<T>* const (&out)[kGroup<acc_t<T>>]) {
+__attribute__((noinline)) void gather_accumulate_together(
+    const acc_t<T>* const (&weights)[kGroup<acc_t<T>>], const Rows<T>& rows,
+    const int32_t* __restrict keys, int64_t n, acc_t<T>* const (&out)[kGroup<acc_t<T>>]) {
   using A = acc_t<T>;
   constexpr int G = kGroup<A>, L = kLanes<A>;
   if constexpr (G == 4) {
@@ -463,12 +465,14 @@ struct GatherLists {
   }
 };
 
-// The slots [j, j + n) of row r or of kGroup rows r, r + step, ...: those of neighbouring heads
-// that hold the same keys there.
+// The slots [j, j + n) of one row or of kGroup rows: those of neighbouring heads that hold the same
+// keys there.
 struct GatherPart {
-  GatherRow at;  // of the first
-  int64_t r, step, heads, j, n;
-  bool last;
+  GatherRow first;
+  int64_t first_row, queries, heads, j, n;
+
+  GatherRow at(int64_t g) const { return {first.b, first.h + g, first.i}; }
+  int64_t row(int64_t g) const { return first_row + g * queries; }  // its number in the task
 };
 
 // Calls f(part) for all rows of a task in ascending parts of `slots` slots, the heads that share a
@@ -489,8 +493,7 @@ inline void for_each_part(const GatherParams& P, const GatherTask& task, const G
       for (int64_t j = 0; j == 0 || j < longest; j += slots)
         for (int64_t h = first; h < end;) {
           const int64_t r = row(h), size = lists.size[r];
-          GatherPart part{{task.b, h, i},   r, task.queries, 1, j, min_of(slots, size - j),
-                          j + slots >= size};
+          GatherPart part{{task.b, h, i}, r, task.queries, 1, j, min_of(slots, size - j)};
           const auto same = [&](int64_t other) {
             return lists.size[other] == size &&
                    std::memcmp(lists.keys + other * lists.capacity + j,
@@ -508,39 +511,50 @@ inline void for_each_part(const GatherParams& P, const GatherTask& task, const G
     }
 }
 
-// dots[r, j] of a part: one row of `x` for each head and query.
-template <typename T>
-inline void gather_dots_part(const GatherPart& part, const Rows<T>& rows, const GatherLists& lists,
-                             const T* const (&x)[kGroup<acc_t<T>>], acc_t<T>* dots) {
-  acc_t<T>* to[kGroup<acc_t<T>>];
-  for (int64_t g = 0; g < part.heads; ++g)
-    to[g] = dots + (part.r + g * part.step) * lists.capacity + part.j;
-  const int32_t* keys = lists.keys + part.r * lists.capacity + part.j;
-  if (part.heads == 1)
-    gather_dots(x[0], rows, keys, part.n, to[0]);
-  else
-    gather_dots_together(x, rows, keys, part.n, to);
+// dots [lists, capacity] of x_of(row) with the gathered keys of each row of a task.
+template <typename T, typename RowOf>
+inline void gather_all_dots(const GatherParams& P, const GatherTask& task, const GatherLists& lists,
+                            const Rows<T>& rows, RowOf&& x_of, acc_t<T>* dots) {
+  using A = acc_t<T>;
+  for_each_part<A>(P, task, lists, part_slots<T>(rows.size), [&](const GatherPart& part) {
+    const T* x[kGroup<A>] = {};
+    A* to[kGroup<A>] = {};
+    for (int64_t g = 0; g < part.heads; ++g) {
+      x[g] = x_of(part.at(g));
+      to[g] = dots + part.row(g) * lists.capacity + part.j;
+    }
+    const int32_t* keys = lists.keys + part.first_row * lists.capacity + part.j;
+    if (part.heads == 1)
+      gather_dots(x[0], rows, keys, part.n, to[0]);
+    else
+      gather_dots_together(x, rows, keys, part.n, to);
+  });
 }
 
-// out [heads that share a list, padded] += the sums of a part; from zero where it is the first.
-template <typename T>
-inline void gather_accumulate_part(const GatherPart& part, const Rows<T>& rows,
-                                   const GatherLists& lists, const acc_t<T>* weights,
-                                   int64_t sharing, acc_t<T>* out) {
+// Calls take(r, row, sum) with the sum of the gathered keys of each row of a task, weighted by
+// weights [lists, capacity]. `sums` is scratch: [heads_per_list(P), row size in whole vectors].
+template <typename T, typename Take>
+inline void gather_all_sums(const GatherParams& P, const GatherTask& task, const GatherLists& lists,
+                            const Rows<T>& rows, const acc_t<T>* weights, acc_t<T>* sums,
+                            Take&& take) {
   using A = acc_t<T>;
-  const int64_t padded = pad_to_vector<A>(rows.size);
-  const A* from[kGroup<A>];
-  A* to[kGroup<A>];
-  for (int64_t g = 0; g < part.heads; ++g) {
-    from[g] = weights + (part.r + g * part.step) * lists.capacity + part.j;
-    to[g] = out + (part.at.h + g) % sharing * padded;
-    if (part.j == 0) fill(to[g], padded, A{0});
-  }
-  const int32_t* keys = lists.keys + part.r * lists.capacity + part.j;
-  if (part.heads == 1)
-    gather_accumulate(from[0], rows, keys, part.n, to[0]);
-  else
-    gather_accumulate_together(from, rows, keys, part.n, to);
+  const int64_t padded = pad_to_vector<A>(rows.size), sharing = heads_per_list(P);
+  for_each_part<A>(P, task, lists, part_slots<T>(rows.size), [&](const GatherPart& part) {
+    const A* from[kGroup<A>] = {};
+    A* to[kGroup<A>] = {};
+    for (int64_t g = 0; g < part.heads; ++g) {
+      from[g] = weights + part.row(g) * lists.capacity + part.j;
+      to[g] = sums + part.at(g).h % sharing * padded;
+      if (part.j == 0) fill(to[g], padded, A{0});
+    }
+    const int32_t* keys = lists.keys + part.first_row * lists.capacity + part.j;
+    if (part.heads == 1)
+      gather_accumulate(from[0], rows, keys, part.n, to[0]);
+    else
+      gather_accumulate_together(from, rows, keys, part.n, to);
+    if (part.j + part.n < lists.size[part.first_row]) return;
+    for (int64_t g = 0; g < part.heads; ++g) take(part.row(g), part.at(g), to[g]);
+  });
 }
 
 // ---- forward ------------------------------------------------------------------------------------
@@ -569,12 +583,10 @@ template <typename T>
 inline void score_keys(const GatherParams& P, const GatherTask& task, const GatherLists& lists,
                        acc_t<T>* dots) {
   const auto k = head_rows<T>(P.k, P.k_stride, task.b, task.h_kv, P.D);
-  for_each_part<acc_t<T>>(P, task, lists, part_slots<T>(P.D), [&](const GatherPart& part) {
-    const T* q[kGroup<acc_t<T>>] = {};
-    for (int64_t g = 0; g < part.heads; ++g)
-      q[g] = head_rows<T>(P.q, P.q_stride, part.at.b, part.at.h + g, P.D)[part.at.i];
-    gather_dots_part(part, k, lists, q, dots);
-  });
+  const auto query = [&](GatherRow at) {
+    return head_rows<T>(P.q, P.q_stride, at.b, at.h, P.D)[at.i];
+  };
+  gather_all_dots(P, task, lists, k, query, dots);
 }
 
 // q [D], k [M, D], v [M, Dv] -> out [Dv], lse of each query: softmax attention over its gathered
@@ -610,17 +622,11 @@ inline void gather_attention_task(const GatherParams& P, const GatherTask& task,
   });
 
   const auto v = head_rows<T>(P.v, P.v_stride, task.b, task.h_kv, P.Dv);
-  for_each_part<A>(P, task, lists, part_slots<T>(P.Dv), [&](const GatherPart& part) {
-    const int64_t sharing = heads_per_list(P), padded = pad_to_vector<A>(P.Dv);
-    gather_accumulate_part(part, v, lists, scratch.weights, sharing, scratch.out);
-    if (!part.last) return;
-    for (int64_t g = 0; g < part.heads; ++g) {
-      const GatherRow at{part.at.b, part.at.h + g, part.at.i};
-      store_row(scratch.out + at.h % sharing * padded, P.Dv,
-                scratch.normalizer[part.r + g * part.step],
-                static_cast<T*>(P.out) + row_number(P, at) * P.Dv);
-    }
-  });
+  gather_all_sums(P, task, lists, v, scratch.weights, scratch.out,
+                  [&](int64_t r, GatherRow at, const A* sum) {
+                    store_row(sum, P.Dv, scratch.normalizer[r],
+                              static_cast<T*>(P.out) + row_number(P, at) * P.Dv);
+                  });
 }
 
 // q [D], k [M, D] -> out [K] of each query: the scaled scores of its gathered keys, -inf in empty

@@ -164,16 +164,13 @@ inline void gather_backward_queries_task(const GatherBackwardParams& P, const Ga
     score_keys<T>(F, task, lists, scratch.weights);
     const bool need_dlogits = P.dq || P.dk || P.dbias;
     const auto v = head_rows<T>(F.v, F.v_stride, task.b, task.h_kv, F.Dv);
-    for_each_part<A>(F, task, lists, part_slots<T>(F.Dv), [&](const GatherPart& part) {
-      const T* dout[kGroup<A>] = {};
-      for (int64_t g = 0; g < part.heads; ++g) {
-        const GatherRow at{part.at.b, part.at.h + g, part.at.i};
-        dout[g] = static_cast<const T*>(P.dout) + row_number(F, at) * F.Dv;
-        if (!need_dlogits)
-          fill(scratch.dlogits + (part.r + g * part.step) * lists.capacity + part.j, part.n, A{0});
-      }
-      if (need_dlogits) gather_dots_part(part, v, lists, dout, scratch.dlogits);
-    });
+    const auto dout = [&](GatherRow at) {
+      return static_cast<const T*>(P.dout) + row_number(F, at) * F.Dv;
+    };
+    if (need_dlogits)
+      gather_all_dots(F, task, lists, v, dout, scratch.dlogits);
+    else
+      fill(scratch.dlogits, task.heads * task.queries * lists.capacity, A{0});
   }
 
   task.for_each_row([&](int64_t r, GatherRow at) {
@@ -191,16 +188,11 @@ inline void gather_backward_queries_task(const GatherBackwardParams& P, const Ga
 
   if (!P.dq) return;
   const auto k = head_rows<T>(F.k, F.k_stride, task.b, task.h_kv, F.D);
-  for_each_part<A>(F, task, lists, part_slots<T>(F.D), [&](const GatherPart& part) {
-    const int64_t sharing = heads_per_list(F), padded = pad_to_vector<A>(F.D);
-    gather_accumulate_part(part, k, lists, scratch.dlogits, sharing, scratch.dq);
-    if (!part.last) return;
-    for (int64_t g = 0; g < part.heads; ++g) {
-      const GatherRow at{part.at.b, part.at.h + g, part.at.i};
-      store_row(scratch.dq + at.h % sharing * padded, F.D, static_cast<A>(F.scale),
-                static_cast<T*>(P.dq) + row_number(F, at) * F.D);
-    }
-  });
+  gather_all_sums(F, task, lists, k, scratch.dlogits, scratch.dq,
+                  [&](int64_t, GatherRow at, const A* sum) {
+                    store_row(sum, F.D, static_cast<A>(F.scale),
+                              static_cast<T*>(P.dq) + row_number(F, at) * F.D);
+                  });
 }
 
 inline int64_t gather_backward_query_blocks(const GatherBackwardParams& P) {

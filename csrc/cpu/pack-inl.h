@@ -63,6 +63,9 @@ inline void pack_whole_tile(const T* __restrict x, int64_t stride, int64_t D,
 template <typename T, typename A>
 inline void pack_tile(const T* __restrict x, int64_t stride, int64_t D, int64_t n, double scale,
                       bool interleave, const uint8_t* __restrict mask, A* __restrict tile) {
+  if constexpr (!std::is_same_v<T, double> && !std::is_same_v<A, double>)
+    if (n == kTile && mask == nullptr && interleave && scale == 1 && D % kLanes<float> == 0)
+      return pack_whole_tile(x, stride, D, tile);
   for (int64_t c = 0; c < kTile; ++c) {
     A* column = tile + (interleave ? interleaved(c) : c);
     if (c < n && (mask == nullptr || mask[c])) {
@@ -108,14 +111,7 @@ inline void pack_task(const PackParams& p, int64_t task) {
     const int64_t n = max_of<int64_t>(0, block.end - block.begin);
     const uint8_t* tile_mask = mask == nullptr ? nullptr : mask + row;
     A* tile = static_cast<A*>(p.tiles) + (bh * num_tiles + t) * p.D * kTile;
-    bool whole = false;
-    if constexpr (!std::is_same_v<T, double> && !std::is_same_v<A, double>) {
-      whole = n == kTile && tile_mask == nullptr && p.interleave && p.scale == 1 &&
-              p.D % kLanes<float> == 0;
-      if (whole) pack_whole_tile(x + row * p.stride[2], p.stride[2], p.D, tile);
-    }
-    if (!whole)
-      pack_tile(x + row * p.stride[2], p.stride[2], p.D, n, p.scale, p.interleave, tile_mask, tile);
+    pack_tile(x + row * p.stride[2], p.stride[2], p.D, n, p.scale, p.interleave, tile_mask, tile);
     if (p.tile_norm != nullptr) p.tile_norm[bh * num_tiles + t] = largest_norm(tile, p.D);
     if (p.key_bias != nullptr && h == 0) {
       A* bias = static_cast<A*>(p.key_bias) + (b * num_tiles + t) * kTile;

@@ -61,9 +61,9 @@ inline void philox_chunk(PhiloxKey key, int64_t head, int64_t position, uint32_t
 
 // Arrivals of Poisson processes of rate 1 for one (head, position): each is an Exp(1) variable and
 // an independent uniform time in (0, 1). A block gives three: 22 bits of each of its first three
-// words make an exponential, their 10 others and 10 of the fourth a time. Arrival n is of word n %
-// 24 / 8 of block n / 24 * 8 + n % 8, whatever the vectors are; a second
-// take goes on with the next whole step of blocks.
+// words make an exponential, their 10 others and 10 of the fourth a time. Arrival n of a first take
+// is of word n % 24 / 8 of block n / 24 * 8 + n % 8, whatever the vectors are; a second take goes
+// on with the next whole step of blocks.
 class ArrivalStream {
  public:
   // What n arrivals take of an array: whole vectors of blocks.

@@ -371,19 +371,6 @@ SMARTBIRD_INLINE Vec<float> gather(const float* base, VecI index) {
 #endif
 }
 
-// Whether any lane of a comparison's result is true.
-SMARTBIRD_INLINE bool any(VecI mask) {
-#if defined(__AVX512F__)
-  return _mm512_movepi32_mask(bit_cast<__m512i>(mask)) != 0;
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps(bit_cast<__m256>(mask)) != 0;
-#else
-  int32_t joined = 0;
-  for (int l = 0; l < kLanes<float>; ++l) joined |= mask[l];
-  return joined != 0;
-#endif
-}
-
 // Bit l is lane l of a comparison's result.
 SMARTBIRD_INLINE uint32_t lane_bits(VecI mask) {
 #if defined(__AVX512F__)
@@ -396,6 +383,9 @@ SMARTBIRD_INLINE uint32_t lane_bits(VecI mask) {
   return bits;
 #endif
 }
+
+// Whether any lane of a comparison's result is true.
+SMARTBIRD_INLINE bool any(VecI mask) { return lane_bits(mask) != 0; }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 // The lanes of each set of eight, first those in it: bytes.
@@ -416,8 +406,8 @@ constexpr CompressTable kCompress = [] {
 template <typename V>
 SMARTBIRD_INLINE V compress(V v, VecI mask) {
 #if defined(__AVX512F__)
-  return bit_cast<V>(_mm512_maskz_compress_epi32(_mm512_movepi32_mask(bit_cast<__m512i>(mask)),
-                                                 bit_cast<__m512i>(v)));
+  return bit_cast<V>(
+      _mm512_maskz_compress_epi32(static_cast<__mmask16>(lane_bits(mask)), bit_cast<__m512i>(v)));
 #elif defined(__AVX2__)
   const __m128i lanes = _mm_cvtsi64_si128(static_cast<int64_t>(kCompress.lanes[lane_bits(mask)]));
   return bit_cast<V>(

@@ -267,6 +267,7 @@ def test_export_with_dynamic_length(is_causal: bool) -> None:
 # --- torch.vmap ---
 
 
+# The ops have no batching rule of their own: vmap says that its loop is slower, which is known.
 @pytest.mark.filterwarnings("ignore:.*performance drop")
 @pytest.mark.parametrize("training", [False, True])
 def test_an_ensemble_by_vmap_has_the_gradients_of_a_loop(training: bool) -> None:
@@ -290,6 +291,7 @@ def test_an_ensemble_by_vmap_has_the_gradients_of_a_loop(training: bool) -> None
             torch.testing.assert_close(stacked.grad, torch.stack(of_loop))
 
 
+# The ops have no batching rule of their own: vmap says that its loop is slower, which is known.
 @pytest.mark.filterwarnings("ignore:.*performance drop")
 def test_a_loss_kept_within_vmap_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("smartbird.nn.sampled._told", set())
