@@ -2,6 +2,7 @@
 // holds.
 #pragma once
 
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,6 +12,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "params.h"
@@ -64,6 +66,18 @@ inline void check_type(const Tensor& t, const char* name, ScalarType type) {
 // The tensor itself where its last dimension is contiguous, else a contiguous copy.
 inline Tensor with_contiguous_rows(const Tensor& t) {
   return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// The text of a string argument, which the op owns. An argument of type std::string would lose its
+// memory in every call: torch's own conversion (seen in 2.13) makes a copy that nothing deletes.
+inline std::string take(StringHandle handle) {
+  const char* text = nullptr;
+  size_t length = 0;
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  std::string taken(text, length);
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return taken;
 }
 
 template <size_t n>

@@ -20,12 +20,14 @@ class Packing:
             ones, in order, then the padding, if any is carried along.
         cu_seqlens: int32 [B + 1], where each batch element begins in the pack.
         batch, length: B and N.
+        carries_padding: whether any is carried along.
     """
 
     order: Tensor
     cu_seqlens: Tensor
     batch: int
     length: int
+    carries_padding: bool
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, C, N, ...] to [1, C, T, ...], contiguous."""
@@ -39,7 +41,7 @@ class Packing:
     def unpack(self, x: Tensor, fill: float = 0) -> Tensor:
         """[1, C, T, ...] to [B, C, N, ...], with ``fill`` in places that no packed token has."""
         rows = x.new_full((x.shape[1], self.batch * self.length, *x.shape[3:]), fill)
-        rows = rows.index_copy(1, self.order, x.squeeze(0))
+        rows.index_copy_(1, self.order, x.squeeze(0))
         return torch.unflatten(rows, 1, (self.batch, self.length)).transpose(0, 1)
 
     def unpack_rows(self, x: Tensor, fill: float = 0) -> Tensor:
@@ -64,5 +66,6 @@ def packing(mask: Tensor) -> Packing:
     lengths = mask.sum(-1, dtype=torch.int32)
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     real = mask.flatten()
-    order = real.nonzero().squeeze(-1) if can_look(mask) else (~real).sort(stable=True).indices
-    return Packing(order, cu_seqlens, batch, length)
+    looks = can_look(mask)
+    order = real.nonzero().squeeze(-1) if looks else (~real).sort(stable=True).indices
+    return Packing(order, cu_seqlens, batch, length, carries_padding=not looks)

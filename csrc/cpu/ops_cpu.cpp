@@ -187,10 +187,11 @@ Packed add_keys(const Tensor& k, const Tensor& seed, SketchSampleParams* p) {
 
 std::tuple<Tensor, Tensor> sketch_sample_cpu(
     const Tensor& q_sketch, const Tensor& k_sketch, int64_t num_samples, int64_t num_index_heads,
-    std::string method, double scale, bool is_causal, OptionalTensor key_mask, int64_t window,
+    StringHandle method_name, double scale, bool is_causal, OptionalTensor key_mask, int64_t window,
     int64_t num_sinks, OptionalTensor global_mask, std::optional<int64_t> query_offset,
     OptionalTensor positions, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
     OptionalTensor sequence_ids, int64_t first_head, const Tensor& seed, bool need_log_inclusion) {
+  const std::string method = take(method_name);
   const Tensor q = with_contiguous_rows(q_sketch), k = with_contiguous_rows(k_sketch);
   RowArguments rows{is_causal, key_mask,     window,       num_sinks,    global_mask, query_offset,
                     positions, cu_seqlens_q, cu_seqlens_k, sequence_ids, first_head};
@@ -259,13 +260,14 @@ constexpr int64_t kIndexBytes = int64_t{8} << 20, kQueryStep = 1024;
 // exist at a time than those of a block.
 Tensor sampled_attention_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_,
                              const Tensor& q_sketch_, const Tensor& k_sketch_, int64_t num_samples,
-                             int64_t num_index_heads, std::string method, bool correction,
+                             int64_t num_index_heads, StringHandle method_name, bool correction,
                              double scale, double sketch_scale, bool is_causal,
                              OptionalTensor key_mask, int64_t window, int64_t num_sinks,
                              OptionalTensor global_mask, std::optional<int64_t> query_offset,
                              OptionalTensor positions, OptionalTensor cu_seqlens_q,
                              OptionalTensor cu_seqlens_k, OptionalTensor sequence_ids,
                              int64_t first_head, double dropout_p, const Tensor& seed) {
+  const std::string method = take(method_name);
   const Tensor q = with_contiguous_rows(q_), k = with_contiguous_rows(k_),
                v = with_contiguous_rows(v_), q_sketch = with_contiguous_rows(q_sketch_),
                k_sketch = with_contiguous_rows(k_sketch_);

@@ -87,11 +87,11 @@ std::tuple<Tensor, Tensor> draw(const Tensor& q_sketch, const Tensor& k_sketch, 
 
 std::tuple<Tensor, Tensor> sketch_sample_cuda(
     const Tensor& q_sketch, const Tensor& k_sketch, int64_t num_samples, int64_t num_index_heads,
-    std::string method, double scale, bool is_causal, OptionalTensor key_mask, int64_t window,
+    StringHandle method_name, double scale, bool is_causal, OptionalTensor key_mask, int64_t window,
     int64_t num_sinks, OptionalTensor global_mask, std::optional<int64_t> query_offset,
     OptionalTensor positions, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
     OptionalTensor sequence_ids, int64_t first_head, const Tensor& seed, bool need_log_inclusion) {
-  return draw(q_sketch, k_sketch, num_samples, num_index_heads, method, scale,
+  return draw(q_sketch, k_sketch, num_samples, num_index_heads, take(method_name), scale,
               {is_causal, key_mask, window, num_sinks, global_mask, query_offset, positions,
                cu_seqlens_q, cu_seqlens_k, sequence_ids, first_head},
               seed, need_log_inclusion);
@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor> gather_attention_cuda(
 // The two ops one after the other.
 Tensor sampled_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                               const Tensor& q_sketch, const Tensor& k_sketch, int64_t num_samples,
-                              int64_t num_index_heads, std::string method, bool correction,
+                              int64_t num_index_heads, StringHandle method_name, bool correction,
                               double scale, double sketch_scale, bool is_causal,
                               OptionalTensor key_mask, int64_t window, int64_t num_sinks,
                               OptionalTensor global_mask, std::optional<int64_t> query_offset,
@@ -164,7 +164,7 @@ Tensor sampled_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                               OptionalTensor cu_seqlens_k, OptionalTensor sequence_ids,
                               int64_t first_head, double dropout_p, const Tensor& seed) {
   const auto [indices, log_inclusion] =
-      draw(q_sketch, k_sketch, num_samples, num_index_heads, method, sketch_scale,
+      draw(q_sketch, k_sketch, num_samples, num_index_heads, take(method_name), sketch_scale,
            {is_causal, key_mask, window, num_sinks, global_mask, query_offset, positions,
             cu_seqlens_q, cu_seqlens_k, sequence_ids, first_head},
            seed, correction);

@@ -51,8 +51,9 @@ class Layout:
         if self.offsets is not None:
             return _nest(x, self.offsets, 1)
         if self.packing is not None:
-            row = torch.arange(x.shape[1], device=x.device)
-            x = x.masked_fill((row >= self.packing.cu_seqlens[-1]).unsqueeze(-1), 0)
+            if self.packing.carries_padding:
+                row = torch.arange(x.shape[1], device=x.device)
+                x = x.masked_fill((row >= self.packing.cu_seqlens[-1]).unsqueeze(-1), 0)
             x = self.packing.unpack_rows(x)
         if not self.batched:
             return x.squeeze(0)

@@ -5,6 +5,7 @@ index head, however many heads share the slots."""
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,47 @@ def test_peak_memory(name: str) -> None:
 @pytest.mark.parametrize("name", SHARED_CALLS)
 def test_peak_memory_of_many_heads_that_share_keys(name: str) -> None:
     assert peak_growth_mib(SETUP + SHARED_SETUP, SHARED_CALLS[name]) < SHARED_LIMIT_MIB
+
+
+LEAKS = """
+import ctypes, gc, sys, torch, smartbird
+from smartbird import ops
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in
+        "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Heap
+q, sketch = torch.randn(1, 4, 64, 16), torch.randn(1, 64, 8)
+layer = smartbird.SmartBirdAttention(64, 4, num_samples=8).eval()
+x = torch.randn(1, 64, 64)
+indices, _ = ops.sketch_sample(sketch, sketch, 8)
+calls = {{
+    "sample": lambda: ops.sketch_sample(sketch, sketch, 8),
+    "gather": lambda: ops.gather_attention(q, q, q, indices),
+    "layer": lambda: layer(x),
+}}
+call = calls[{name!r}]
+with torch.inference_mode():
+    for step in range({calls}):
+        call()
+        if step == 500:
+            gc.collect()
+            before = mallinfo2().uordblks
+gc.collect()
+print(mallinfo2().uordblks - before)
+"""
+LEAK_CALLS = 2500
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
+@pytest.mark.parametrize("name", ["sample", "gather", "layer"])
+def test_calls_leave_nothing_behind(name: str) -> None:
+    """No byte a call. (The type of a string argument once left 48.)"""
+    script = LEAKS.format(name=name, calls=LEAK_CALLS)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert float(result.stdout) < LEAK_CALLS
 
 
 # A toy layer, a layer of a small language model, and short rows in a large batch: (layer, tokens).
