@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -123,7 +124,7 @@ def run(*command: str) -> str:
 
 def interesting_lines(command: list[str]) -> Iterator[str]:
     """Those that read_kernels looks at, of millions: grep finds them sooner than Python."""
-    words = "|".join([r"\barch = ", "Function : ", *(p.pattern for p in PATTERNS.values())])
+    words = "|".join(["Function : ", *(p.pattern for p in PATTERNS.values())])
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE) as source,
         subprocess.Popen(
@@ -147,15 +148,19 @@ def read_kernels(library: Path) -> list[Kernel]:
             name = match[1]
         if match := re.search(r"REG:(\d+) STACK:(\d+)", line):
             kernels[arch, name] = Kernel(name, arch, int(match[1]), int(match[2]))
-    current = None
-    for line in interesting_lines([cuobjdump(), "-sass", str(library)]):
-        if match := re.search(r"\barch = (sm_\w+)", line):
-            arch = match[1]
-        elif match := re.search(r"Function : (\S+)", line):
-            current = kernels[arch, match[1]]
-        elif current is not None:
-            for key, pattern in PATTERNS.items():
-                current.counts[key] += bool(pattern.search(line))
+
+    def count(arch: str) -> None:
+        current = None
+        for line in interesting_lines([cuobjdump(), "-sass", "-arch", arch, str(library)]):
+            if match := re.search(r"Function : (\S+)", line):
+                current = kernels[arch, match[1]]
+            elif current is not None:
+                for key, pattern in PATTERNS.items():
+                    current.counts[key] += bool(pattern.search(line))
+
+    # Waits for cuobjdump, a process for each architecture.
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(count, sorted({arch for arch, _ in kernels})))
     mangled = sorted({kernel.name for kernel in kernels.values()})
     names = subprocess.run(
         ["c++filt"], input="\n".join(mangled), check=True, capture_output=True, text=True
