@@ -98,7 +98,7 @@ race-test: $(READY)  ## the CUDA kernels in the emulation under ThreadSanitizer
 	$(BIN)/ctest --test-dir $(TSAN_DIR) --output-on-failure -R '^cuda_'
 
 cuda: $(BUILT)  ## compile the CUDA kernels for every architecture and read their machine code: needs nvcc, no GPU
-	SMARTBIRD_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda --build-temp build/cuda
+	SMARTBIRD_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda
 	$(BIN)/python -m tools.cuda_static build/cuda/smartbird/_C_cuda.abi3.so $(STATIC_FLAGS)
 
 # These two run in the environment of GPU_PYTHON, whose torch must be a CUDA build: see docs/cuda.md.

@@ -344,8 +344,8 @@ class SmartBirdAttention(nn.Module):
             judged = self._turn(judged, positions)
             learned = None if learned is None else self._turn(learned, positions)
         if not self.core.dense:
-            # Projections interleave heads; rows of one head side by side are faster to gather. Those
-            # of queries are gathered in the backward pass only.
+            # Projections interleave heads; rows of one head side by side are faster to gather, and
+            # the backward pass gathers those of queries, too.
             k, v = k.contiguous(), v.contiguous()
             q = q.contiguous() if torch.is_grad_enabled() else q
         if indices is not None:

@@ -430,6 +430,7 @@ def test_no_gradient_mode_is_the_same(backend: Backend) -> None:
 
 
 @pytest.mark.cpu_only
+@pytest.mark.slow_emulated
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("D", "Dv"), [(64, 64), (128, 48), (7, 33)])
 @pytest.mark.parametrize(("H", "H_kv", "H_i"), [(12, 3, 3), (10, 2, 1), (8, 1, 2), (3, 3, 1)])

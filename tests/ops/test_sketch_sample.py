@@ -39,6 +39,11 @@ ROWS = {
 }
 
 
+def at_night(value: float) -> object:
+    """A parameter whose tests the emulation runs at night only."""
+    return pytest.param(value, marks=pytest.mark.slow_emulated)
+
+
 def sample_row(
     backend: Backend,
     scores: Sequence[float],
@@ -145,7 +150,7 @@ def p_value(observed: Counter[tuple[int, ...]], law: Law) -> float:
 
 @pytest.mark.one_order
 @both
-@pytest.mark.parametrize("k", [1, 3, 4])
+@pytest.mark.parametrize("k", [at_night(1), 3, at_night(4)])
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("method", RANDOM)
 def test_law_of_the_set(backend: Backend, method: str, row: str, k: int) -> None:
@@ -156,7 +161,7 @@ def test_law_of_the_set(backend: Backend, method: str, row: str, k: int) -> None
 
 @pytest.mark.one_order
 @both
-@pytest.mark.parametrize("deviation", [pytest.param(0.5, marks=pytest.mark.slow_emulated), 3, 8])
+@pytest.mark.parametrize("deviation", [at_night(0.5), 3, at_night(8)])
 @pytest.mark.parametrize("method", RANDOM)
 def test_inclusion_in_a_long_row(backend: Backend, method: str, deviation: float) -> None:
     """Mean number of draws of every key, where running sums span blocks. Sketches that have not
@@ -323,7 +328,7 @@ def test_log_inclusion_is_the_closed_form(backend: Backend, row: str, k: int) ->
 @pytest.mark.one_order
 @both
 @pytest.mark.parametrize("row", ["uniform", "falling"])
-@pytest.mark.parametrize("k", [1, 3, 4])
+@pytest.mark.parametrize("k", [at_night(1), 3, at_night(4)])
 def test_gumbel_log_inclusion_comes_from_one_kappa(backend: Backend, row: str, k: int) -> None:
     """Solved for kappa, every key of a draw gives the same, and it is the (k+1)-th of a race."""
     log_p = torch.tensor(ROWS[row], dtype=torch.float64).log_softmax(0)
