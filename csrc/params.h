@@ -1,7 +1,7 @@
 // What the kernels take: raw pointers, sizes and strides, filled in (and checked) by
 // cpu/ops_cpu.cpp and cuda/ops_cuda.cpp. CUDA kernels read keys where they lie and report errors by
 // device assertions: fields of packed tiles, of errors and of a range of rows are the CPU's,
-// `device_seed`, `k_sketch` and `cols` are CUDA's.
+// `device_seed` and `cols` are CUDA's.
 //
 // Sizes: B batch, N queries, M keys, H heads, H_kv key/value heads, H_i index heads, H_s sketches,
 // H_ks sketches of keys (H_ks divides H_s, which divides H_i), D head dim, Dv value dim, S sketch
@@ -57,20 +57,38 @@ struct SketchSampleParams {
   SampleMethod method;
   int64_t row_begin, row_end;  // the queries to draw for, all that the outputs hold
   uint64_t seed, offset;
-  int64_t most_keys;  // of a sequence
+  int64_t most_queries, most_keys;  // of a sequence
 
   const int64_t*
       device_seed;  // [2] (seed, offset) in place of the two above, not known to the host
 
   const void* k_sketch;  // [B, H_ks, M, S]
   int64_t k_stride[3];
-  const float* k_tiles;   // packed k_sketch, interleaved, see PackParams
+  const float* k_tiles;  // packed k_sketch, interleaved, see PackParams; none where queries are few
   const float* key_bias;  // packed key_mask, interleaved
   const float* tile_norm;
-  int32_t* indices;      // [B, H_i, rows, K] out: rows of k_sketch
+  float* scanned;    // of few queries: [sequences, H_s, most_queries, scanned_row_size()] scratch
+  int32_t* indices;  // [B, H_i, rows, K] out: rows of k_sketch
   float* log_inclusion;  // [B, H_i, rows, K] out, or null
   int32_t* error;        // [1] out
 };
+
+// Where no sequence has more queries than this, keys are not packed: sketch_scan reads them as they
+// lie, on all cores, and leaves the weights of every row for sketch_sample.
+constexpr int64_t kScanQueries = 4;
+
+inline bool scans(const SketchSampleParams& p) { return p.most_queries <= kScanQueries; }
+
+// Keys of a row in whole tiles.
+inline int64_t padded_keys(const SketchSampleParams& p) {
+  return (p.most_keys + kTile - 1) / kTile * kTile;
+}
+
+// Floats of a row that was scanned: weights, their running sums, sums of tiles.
+inline int64_t scanned_row_size(const SketchSampleParams& p) {
+  const int64_t tiles = padded_keys(p) / kTile;
+  return 2 * padded_keys(p) + (tiles + kTile - 1) / kTile * kTile;
+}
 
 struct GatherParams {
   int64_t B, H, H_kv, H_i, N, M, K, D, Dv;

@@ -15,6 +15,7 @@ namespace smartbird::SMARTBIRD_ISA {
 const Kernels kernels{
     .isa = SMARTBIRD_STRINGIFY(SMARTBIRD_ISA),
     .pack = {pack_num_tasks, pack_scratch_bytes, pack},
+    .sketch_scan = {sketch_scan_num_tasks, sketch_scan_scratch_bytes, sketch_scan},
     .sketch_sample = {sketch_sample_num_tasks, sketch_sample_scratch_bytes, sketch_sample},
     .gather_scores = {gather_num_tasks, gather_scratch_bytes, gather_scores},
     .gather_attention = {gather_num_tasks, gather_scratch_bytes, gather_attention},

@@ -20,6 +20,7 @@ struct TaskKernel {
 struct Kernels {
   const char* isa;
   TaskKernel<PackParams> pack;
+  TaskKernel<SketchSampleParams> sketch_scan;
   TaskKernel<SketchSampleParams> sketch_sample;
   TaskKernel<GatherParams> gather_scores;
   TaskKernel<GatherParams> gather_attention;

@@ -17,7 +17,7 @@ namespace {
 // no use for the parts, and a process grows with every call.
 class ScratchMemory {
  public:
-  enum Use { kTasks, kIndices, kUses };
+  enum Use { kTasks, kIndices, kRows, kUses };
 
   ScratchMemory(Use use, int64_t bytes) : memory_(&kept(use)) {
     const auto size = static_cast<size_t>(bytes + 64);
@@ -172,17 +172,34 @@ Packed pack(const Tensor& x, const Segments& rows, const uint8_t* key_mask, bool
 
 // ---- sketch_sample ------------------------------------------------------------------------------
 
-// Packed keys (which must outlive the params) and seed.
-Packed add_keys(const Tensor& k, const Tensor& seed, SketchSampleParams* p) {
+// Seed and keys; packed ones, which must outlive the params, unless sketch_scan reads them.
+std::optional<Packed> add_keys(const Tensor& k, const Tensor& seed, SketchSampleParams* p) {
   check_sequences(p->visible);
   read_seed(seed, &p->seed, &p->offset);
+  p->most_queries = longest(p->visible.queries);
   p->most_keys = longest(p->visible.keys);
+  p->k_sketch = k.const_data_ptr();
+  set_strides(k, p->k_stride);
+  if (scans(*p)) return std::nullopt;
   Packed packed = pack(k, p->visible.keys, p->visible.key_mask, /*to_double=*/false, /*scale=*/1,
                        /*interleave=*/true);
   p->k_tiles = packed.tiles.const_data_ptr<float>();
   p->key_bias = packed.key_bias.const_data_ptr<float>();
   p->tile_norm = packed.tile_norm.const_data_ptr<float>();
   return packed;
+}
+
+void draw(SketchSampleParams* p) {
+  std::optional<ScratchMemory> rows;
+  if (scans(*p)) {
+    const int64_t count = p->visible.queries.count() * p->H_s * p->most_queries;
+    rows.emplace(ScratchMemory::kRows, count * scanned_row_size(*p) * int64_t{sizeof(float)});
+    p->scanned = reinterpret_cast<float*>(rows->aligned());
+    run(active_kernels().sketch_scan, *p);
+    raise_value_error(*p->error);
+  }
+  run(active_kernels().sketch_sample, *p);
+  raise_value_error(*p->error);
 }
 
 std::tuple<Tensor, Tensor> sketch_sample_cpu(
@@ -197,7 +214,7 @@ std::tuple<Tensor, Tensor> sketch_sample_cpu(
                     positions, cu_seqlens_q, cu_seqlens_k, sequence_ids, first_head};
   SketchSampleParams p =
       sketch_sample_params(q, k, num_samples, num_index_heads, method, scale, &rows);
-  const Packed packed = add_keys(k, seed, &p);
+  const std::optional<Packed> packed = add_keys(k, seed, &p);
   const Tensor indices = new_tensor(q, {p.B, p.H_i, p.N, p.K}, ScalarType::Int);
   const int64_t kept = need_log_inclusion ? p.K : 0;
   const Tensor log_inclusion = new_tensor(q, {p.B, p.H_i, p.N, kept}, ScalarType::Float);
@@ -205,8 +222,7 @@ std::tuple<Tensor, Tensor> sketch_sample_cpu(
   p.log_inclusion = need_log_inclusion ? log_inclusion.mutable_data_ptr<float>() : nullptr;
   int32_t error = kNoError;
   p.error = &error;
-  run(active_kernels().sketch_sample, p);
-  raise_value_error(error);
+  draw(&p);
   return {indices, log_inclusion};
 }
 
@@ -280,7 +296,7 @@ Tensor sampled_attention_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v
   add_values(v, std::nullopt, dropout_p, seed, &rows_of, &g);
   STD_TORCH_CHECK(s.B == g.B && s.N == g.N && s.M == g.M,
                   "q_sketch and k_sketch must have the tokens of q and k");
-  const Packed packed = add_keys(k_sketch, seed, &s);
+  const std::optional<Packed> packed = add_keys(k_sketch, seed, &s);
   g.seed = s.seed, g.offset = s.offset;
 
   const int64_t row_bytes = std::max<int64_t>(1, s.B * s.H_i * s.K * 4);
@@ -308,8 +324,7 @@ Tensor sampled_attention_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v
     g.indices_stride[0] = s.H_i * count * s.K;
     g.indices_stride[1] = count * s.K;
     g.indices_stride[2] = s.K;
-    run(active_kernels().sketch_sample, s);
-    raise_value_error(error);
+    draw(&s);
     if (correction) {
       torch::stable::parallel_for(0, s.B * s.H_i * count * s.K, 1 << 16,
                                   [&](int64_t first, int64_t last) {

@@ -10,6 +10,9 @@ namespace smartbird::SMARTBIRD_ISA {
 // that one head of a few hundred keys already splits among threads.
 constexpr int64_t kPackTilesPerTask = 8;
 
+// How many tiles ahead of its use a row is fetched.
+constexpr int64_t kPrefetchTiles = 4;
+
 inline int64_t pack_tasks_per_head(const PackParams& p) {
   return ceil_div(p.rows.blocks_per_batch(kTile), kPackTilesPerTask);
 }
@@ -53,7 +56,11 @@ inline void pack_whole_tile(const T* __restrict x, int64_t stride, int64_t D,
   for (int v = 0; v < V; ++v)
     for (int64_t d = 0; d < D; d += L) {
       Vec<float> rows[L];
-      for (int l = 0; l < L; ++l) rows[l] = load(x + (l * V + v) * stride + d);
+      for (int l = 0; l < L; ++l) {
+        const T* row = x + (l * V + v) * stride + d;
+        __builtin_prefetch(row + kPrefetchTiles * kTile * stride);
+        rows[l] = load(row);
+      }
       transpose(rows);
       for (int l = 0; l < L; ++l) store(tile + (d + l) * kTile + v * L, rows[l]);
     }
@@ -77,23 +84,33 @@ inline void pack_tile(const T* __restrict x, int64_t stride, int64_t D, int64_t 
   }
 }
 
-// tile [D, 32] -> largest Euclidean norm of its keys; NaN if any feature is NaN.
+// 0 for each of a tile's n <= 32 keys that may be attended, else -inf.
+template <typename A>
+inline void pack_bias(int64_t n, bool interleave, const uint8_t* __restrict mask,
+                      A* __restrict bias) {
+  if (n == kTile && mask == nullptr) {
+    for (int64_t c = 0; c < kTile; ++c) bias[c] = 0;
+    return;
+  }
+  for (int64_t c = 0; c < kTile; ++c) {
+    const bool valid = c < n && (mask == nullptr || mask[c]);
+    bias[interleave ? interleaved(c) : c] = valid ? A{0} : -static_cast<A>(__builtin_inf());
+  }
+}
+
+// tile [D, 32] -> largest Euclidean norm of its keys; infinite if any feature is NaN.
 template <typename A>
 inline float largest_norm(const A* __restrict tile, int64_t D) {
-  A largest = 0;
+  Vec<A> largest{};
   for (int64_t c = 0; c < kTile; c += kLanes<A>) {
     Vec<A> square{};
     for (int64_t d = 0; d < D; ++d) {
       const Vec<A> x = load(tile + d * kTile + c);
       square += x * x;
     }
-    for (int l = 0; l < kLanes<A>; ++l) {
-      const A s = square[l];
-      if (s > largest || s != s) largest = s;  // nothing compares greater than a NaN: it stays
-    }
+    largest = max(largest, nan_to_inf(square));
   }
-  if constexpr (std::is_same_v<A, double>) return static_cast<float>(__builtin_sqrt(largest));
-  return __builtin_sqrtf(static_cast<float>(largest));
+  return static_cast<float>(__builtin_sqrt(static_cast<double>(reduce_max(largest))));
 }
 
 template <typename T, typename A>
@@ -113,13 +130,9 @@ inline void pack_task(const PackParams& p, int64_t task) {
     A* tile = static_cast<A*>(p.tiles) + (bh * num_tiles + t) * p.D * kTile;
     pack_tile(x + row * p.stride[2], p.stride[2], p.D, n, p.scale, p.interleave, tile_mask, tile);
     if (p.tile_norm != nullptr) p.tile_norm[bh * num_tiles + t] = largest_norm(tile, p.D);
-    if (p.key_bias != nullptr && h == 0) {
-      A* bias = static_cast<A*>(p.key_bias) + (b * num_tiles + t) * kTile;
-      for (int64_t c = 0; c < kTile; ++c) {
-        const bool valid = c < n && (tile_mask == nullptr || tile_mask[c]);
-        bias[p.interleave ? interleaved(c) : c] = valid ? A{0} : -static_cast<A>(__builtin_inf());
-      }
-    }
+    if (p.key_bias != nullptr && h == 0)
+      pack_bias(n, p.interleave, tile_mask,
+                static_cast<A*>(p.key_bias) + (b * num_tiles + t) * kTile);
   }
 }
 

@@ -75,6 +75,7 @@ struct Row {
 
 struct Scratch {
   float* q;        // [kRows, S] queries times scale * log2(e)
+  float* tile;     // [S + 1, kTile] a tile that is packed when it is wanted, and its bias
   KeyList forced;  // [kRows, K] of each row: keys that are taken without drawing
   KeyList
       blank;  // [kRows, blanks] of each row: those, and what its last block has beyond its limit
@@ -92,10 +93,6 @@ struct Scratch {
   int32_t* draws;
   Row rows[kRows];  // those scored together; they share start and guide
 };
-
-inline int64_t padded_keys(const SketchSampleParams& p) {
-  return ceil_div(p.most_keys, kTile) * kTile;
-}
 
 // Four entries per block: three of four draws then need no step beyond the guide's block.
 inline int guide_bits(int64_t blocks) {
@@ -116,6 +113,7 @@ inline Scratch lay_out(const SketchSampleParams& p, ScratchAllocator* arena) {
   const int64_t room = ArrivalStream::padded(p.K + most_draws(p.K) + 2) + L;
   Scratch s{};
   s.q = arena->take<float>(kRows * p.S);
+  s.tile = arena->take<float>((p.S + 1) * kTile);
   s.forced.key = arena->take<int32_t>(kRows * p.K);
   s.blank.key = arena->take<int32_t>(kRows * blanks_per_row(p));
   for (KeyList* list : {&s.heavy, &s.light, &s.taken}) list->key = arena->take<int32_t>(room);
@@ -126,9 +124,11 @@ inline Scratch lay_out(const SketchSampleParams& p, ScratchAllocator* arena) {
   s.rows[0].start = arena->take<int32_t>(blocks + 1);
   s.rows[0].guide = arena->take<int32_t>((int64_t{1} << guide_bits(blocks)) + L);
   for (Row& row : s.rows) {
-    row.weight = arena->take<float>(padded);
-    row.cum = arena->take<float>(padded);
-    row.block_sum = arena->take<float>(blocks);
+    if (!scans(p)) {
+      row.weight = arena->take<float>(padded);
+      row.cum = arena->take<float>(padded);
+      row.block_sum = arena->take<float>(blocks);
+    }
     row.start = s.rows[0].start;
     row.guide = s.rows[0].guide;
   }
@@ -306,13 +306,56 @@ struct TaskContext {
   const SketchSampleParams* p;
   Sequence sequence;
   int64_t sketch;
-  const float* k_tiles;  // of the sequence's keys
+  int64_t key_head;      // batch * H_ks + the key sketch
+  const float* k_tiles;  // of the sequence's keys; null where none are packed
   const float* key_bias;
+  const float* tile_norm;
   const uint8_t* key_mask;  // or null
   PhiloxKey key, heavy_key;
 
   int64_t heads() const { return p->H_i / p->H_s; }  // that the sketch serves
 };
+
+inline TaskContext task_context(const SketchSampleParams& p, int64_t segment, int64_t sketch) {
+  TaskContext task{};
+  task.p = &p;
+  task.sequence = sequence_at(p.visible, segment);
+  task.sketch = sketch;
+  task.key_head = task.sequence.batch * p.H_ks + sketch / (p.H_s / p.H_ks);
+  if (!scans(p)) {
+    const int64_t tiles = p.visible.keys.blocks_per_batch(kTile),
+                  first = p.visible.keys.first_block(segment, kTile);
+    task.k_tiles = p.k_tiles + (task.key_head * tiles + first) * p.S * kTile;
+    task.key_bias = p.key_bias + (task.sequence.batch * tiles + first) * kTile;
+    task.tile_norm = p.tile_norm + task.key_head * tiles + first;
+  }
+  task.key_mask = mask_of(p.visible, task.sequence, p.visible.key_mask);
+  task.key = sequence_key(philox_key(p.seed, p.offset, kSampleStream), task.sequence);
+  task.heavy_key = sequence_key(philox_key(p.seed, p.offset, kArrivalStream), task.sequence);
+  return task;
+}
+
+// Features [S, kTile] and bias [kTile] of tile t of a sequence's keys.
+struct KeyTile {
+  const float *features, *bias;
+};
+
+// Packed before, or now, into `room` [S + 1, kTile].
+inline KeyTile key_tile(const TaskContext& task, int64_t t, float* room) {
+  const SketchSampleParams& p = *task.p;
+  const int64_t S = p.S;
+  if (task.k_tiles != nullptr) return {task.k_tiles + t * S * kTile, task.key_bias + t * kTile};
+  const int64_t first = t * kTile, n = min_of(kTile, task.sequence.num_keys - first);
+  const uint8_t* mask = task.key_mask == nullptr ? nullptr : task.key_mask + first;
+  dispatch_dtype(p.dtype, [&](auto type) {
+    const auto* x = static_cast<const decltype(type)*>(p.k_sketch) +
+                    task.sequence.batch * p.k_stride[0] + task.key_head % p.H_ks * p.k_stride[1] +
+                    (task.sequence.first_key + first) * p.k_stride[2];
+    pack_tile(x, p.k_stride[2], S, n, /*scale=*/1, /*interleave=*/true, mask, room);
+  });
+  pack_bias(n, /*interleave=*/true, mask, room + S * kTile);
+  return {room, room + S * kTile};
+}
 
 // What one row's draws share. Queries and keys are counted from the first of the sequence.
 struct RowContext {
@@ -334,11 +377,13 @@ inline int64_t draw_head(const RowContext& c, int64_t head) {
 }
 
 // weight = score of one row.
-inline void score_row(const RowContext& c, float* weight) {
+inline void score_row(const RowContext& c, float* room, float* weight) {
   const int64_t S = c.p->S;
-  for (int64_t t = 0; t < c.blocks(); ++t)
-    score_tile<1>(c.q, S, c.task->k_tiles + t * S * kTile, S, c.task->key_bias + t * kTile,
+  for (int64_t t = 0; t < c.blocks(); ++t) {
+    const KeyTile tile = key_tile(*c.task, t, room);
+    score_tile<1>(c.q, S, tile.features, S, tile.bias,
                   [&](int, int column, Vec<float> s) { store(weight + t * kTile + column, s); });
+  }
 }
 
 // Fills a list's last vector up with infinity: a time that never comes, a weight that is certain.
@@ -426,7 +471,7 @@ inline float estimate_least(double places, const Row& row) {
 // Scores the row again without the keys in `heavy`, relative to the largest of the rest.
 inline void score_rest(const RowContext& c, Row* row, Scratch* s) {
   const double old_reference = row->reference;
-  score_row(c, row->weight);
+  score_row(c, s->tile, row->weight);
   put(c.blank, -__builtin_inff(), row->weight);
   put(s->heavy, -__builtin_inff(), row->weight);
   normalise(c.blocks(), row);
@@ -917,6 +962,23 @@ inline float load_query(const TaskContext& task, int64_t i, float* q) {
 
 inline bool is_finite(float x) { return x - x == 0; }
 
+// By Cauchy-Schwarz no |score| is larger than the product; reports numbers that are not finite.
+inline bool check_norms(const SketchSampleParams& p, float query_norm, float key_norm) {
+  if (is_finite(query_norm) && is_finite(key_norm) && is_finite(query_norm * key_norm)) return true;
+  __atomic_store_n(p.error, kSketchNotFinite, __ATOMIC_RELAXED);
+  return false;
+}
+
+// Points `row` at what sketch_scan made of query i.
+inline void scanned_row(const TaskContext& task, int64_t i, Row* row) {
+  const SketchSampleParams& p = *task.p;
+  const int64_t padded = padded_keys(p),
+                number = (task.sequence.segment * p.H_s + task.sketch) * p.most_queries + i;
+  row->weight = p.scanned + number * scanned_row_size(p);
+  row->cum = row->weight + padded;
+  row->block_sum = row->cum + padded;
+}
+
 // Of query i, the r-th of those scored together: everything but the scaled query itself.
 inline RowContext row_context(const TaskContext& task, int64_t i, int r, const Scratch& s) {
   const SketchSampleParams& p = *task.p;
@@ -953,7 +1015,8 @@ inline void score_rows(const RowContext* rows, int64_t count, Scratch* s) {
     blocks = max_of(blocks, rows[r].blocks());
   }
   for (int64_t t = 0; t < blocks; ++t) {
-    score_tile<kRows>(s->q, S, task.k_tiles + t * S * kTile, S, task.key_bias + t * kTile,
+    const KeyTile tile = key_tile(task, t, s->tile);
+    score_tile<kRows>(s->q, S, tile.features, S, tile.bias,
                       [&](int r, int column, Vec<float> score) {
                         store(s->rows[r].weight + t * kTile + column, kExp ? exp2(score) : score);
                       });
@@ -984,12 +1047,34 @@ inline void draw_row(const RowContext& c, Row* row, Scratch* s) {
     sample_multinomial(c, row, s);
 }
 
+// What score_rows<true> leaves of a row, from what sketch_scan left of it, which knows no blank
+// keys.
+inline void finish_scan(const RowContext& c, Row* row) {
+  begin_sums(c.blocks(), row);
+  for (int64_t n = 0; n < c.blank.size;) {
+    const int64_t t = c.blank.key[n] / kTile;
+    for (; n < c.blank.size && c.blank.key[n] < (t + 1) * kTile; ++n)
+      row->weight[interleaved(c.blank.key[n])] = 0;
+    sum_block(t, row);
+  }
+  Vec<float> top{}, square{};
+  for (int64_t j = 0; j < row->blocks * kTile; j += kLanes<float>) {
+    const Vec<float> w = load(row->weight + j);
+    top = max(top, w);
+    square += w * w;
+  }
+  row->top = top;
+  row->square = square;
+}
+
 // Draws for the rows that have something to draw, all of one task.
 inline void draw_rows(const RowContext* rows, int64_t count, Scratch* s) {
   bool rest[kRows] = {};
   bool any_rest = false;
-  const bool topk = rows[0].p->method == SampleMethod::kTopK;
-  if (!topk) score_rows<true>(rows, count, s);
+  const bool topk = rows[0].p->method == SampleMethod::kTopK, scanned = scans(*rows[0].p);
+  if (!topk && !scanned) score_rows<true>(rows, count, s);
+  for (int64_t r = 0; r < count && !topk && scanned; ++r)
+    if (rows[r].to_draw > 0) finish_scan(rows[r], &s->rows[r]);
   for (int64_t r = 0; r < count; ++r) {
     if (rows[r].to_draw == 0) continue;
     rest[r] = topk || !is_plain(s->rows[r]);
@@ -999,11 +1084,12 @@ inline void draw_rows(const RowContext* rows, int64_t count, Scratch* s) {
     draw_row(rows[r], &s->rows[r], s);
   }
   if (!any_rest) return;
-  score_rows<false>(rows, count, s);
+  if (!scanned) score_rows<false>(rows, count, s);
   for (int64_t r = 0; r < count; ++r) {
     if (!rest[r]) continue;
     const RowContext& c = rows[r];
     Row& row = s->rows[r];
+    if (scanned && !topk) score_row(c, s->tile, row.weight);
     put(c.blank, -__builtin_inff(), row.weight);
     if (topk) {
       begin_heavy(c, s);
@@ -1031,7 +1117,95 @@ inline void write_certain_row(const RowContext& c, Scratch* s) {
   write_certain(c, s);
 }
 
+// ---- few queries --------------------------------------------------------------------------------
+
+// Tiles that a task of sketch_scan reads: enough work to pay for handing it out.
+constexpr int64_t kScanTiles = 64;
+
+inline int64_t scan_tasks_per_head(const SketchSampleParams& p) {
+  return ceil_div(padded_keys(p), kScanTiles * kTile);
+}
+
+// Whether query i sees any of the keys [begin, end).
+inline bool sees_any(const TaskContext& task, int64_t i, int64_t begin, int64_t end) {
+  const Visible& v = task.p->visible;
+  end = min_of(end, key_limit(v, task.sequence, position_of(v, task.sequence, i)));
+  if (task.key_mask == nullptr) return begin < end;
+  for (int64_t j = begin; j < end; ++j)
+    if (task.key_mask[j]) return true;
+  return false;
+}
+
+// Weights (of topk: scores) and sums of the R queries of a sketch, of which `count` exist, over a
+// tile.
+template <int R>
+inline void scan_tile(const float* q, int64_t S, const KeyTile& tile, int64_t t, bool topk,
+                      int64_t count, Row* rows) {
+  score_tile<R>(q, S, tile.features, S, tile.bias, [&](int r, int column, Vec<float> score) {
+    if (r < count) store(rows[r].weight + t * kTile + column, topk ? score : exp2(score));
+  });
+  for (int64_t r = 0; r < count && !topk; ++r) sum_block(t, &rows[r]);
+}
+
 }  // namespace sampling
+
+inline int64_t sketch_scan_num_tasks(const SketchSampleParams& p) {
+  return p.visible.queries.count() * p.H_ks * sampling::scan_tasks_per_head(p);
+}
+
+// Of all sketches that share one of the keys: queries and rows, and a tile.
+inline int64_t sketch_scan_scratch_bytes(const SketchSampleParams& p) {
+  const int64_t sketches = p.H_s / p.H_ks;
+  ScratchAllocator arena(nullptr);
+  arena.take<float>((p.S + 1) * kTile);
+  arena.take<float>(sketches * kScanQueries * p.S);
+  arena.take<sampling::Row>(sketches * kScanQueries);
+  return arena.bytes();
+}
+
+inline void sketch_scan(const SketchSampleParams& p, int64_t number, void* scratch) {
+  using namespace sampling;
+  const int64_t parts = scan_tasks_per_head(p), sketches = p.H_s / p.H_ks,
+                first_sketch = number / parts % p.H_ks * sketches;
+  const TaskContext task = task_context(p, number / parts / p.H_ks, first_sketch);
+  const int64_t count = task.sequence.num_queries, begin = number % parts * kScanTiles * kTile,
+                end = min_of(begin + kScanTiles * kTile, task.sequence.num_keys);
+  if (!task.sequence.exists || count == 0 || begin >= end) return;
+  ScratchAllocator arena(scratch);
+  float* room = arena.take<float>((p.S + 1) * kTile);
+  float* q = arena.take<float>(sketches * kScanQueries * p.S);
+  Row* rows = arena.take<Row>(sketches * kScanQueries);
+  std::memset(q, 0, static_cast<size_t>(sketches * kScanQueries * p.S) * sizeof(float));
+  float query_norm = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool sees = sees_any(task, i, begin, end);
+    TaskContext one = task;
+    for (int64_t n = 0; n < sketches; ++n) {
+      one.sketch = first_sketch + n;
+      Row* row = rows + n * kScanQueries + i;
+      *row = Row{};
+      scanned_row(one, i, row);
+      if (!sees) continue;  // such a query is not looked at, whatever it holds
+      dispatch_dtype(p.dtype, [&](auto type) {
+        const float norm = load_query<decltype(type)>(one, i, q + (n * kScanQueries + i) * p.S);
+        query_norm = is_finite(norm) ? max_of(query_norm, norm) : __builtin_inff();
+      });
+    }
+  }
+  const bool topk = p.method == SampleMethod::kTopK;
+  for (int64_t t = begin / kTile; t * kTile < end; ++t) {
+    const KeyTile tile = key_tile(task, t, room);
+    if (!check_norms(p, query_norm, largest_norm(tile.features, p.S))) return;
+    for (int64_t n = 0; n < sketches; ++n) {
+      const float* queries = q + n * kScanQueries * p.S;
+      Row* own = rows + n * kScanQueries;
+      if (count == 1)
+        scan_tile<1>(queries, p.S, tile, t, topk, count, own);
+      else
+        scan_tile<kScanQueries>(queries, p.S, tile, t, topk, count, own);
+    }
+  }
+}
 
 inline int64_t sketch_sample_num_tasks(const SketchSampleParams& p) {
   return p.H_s * p.visible.queries.num_blocks(sampling::kRowsPerTask);
@@ -1046,26 +1220,15 @@ inline int64_t sketch_sample_scratch_bytes(const SketchSampleParams& p) {
 inline void sketch_sample(const SketchSampleParams& p, int64_t number, void* scratch) {
   using namespace sampling;
   const SegmentBlock block = segment_block(p.visible.queries, kRowsPerTask, number / p.H_s);
-  TaskContext task{};
-  task.p = &p;
-  task.sequence = sequence_at(p.visible, block.segment);
-  task.sketch = number % p.H_s;
+  const TaskContext task = task_context(p, block.segment, number % p.H_s);
   const Sequence& sequence = task.sequence;
   const int64_t begin = max_of(block.begin, p.row_begin - sequence.first_query),
                 end = min_of(block.end, p.row_end - sequence.first_query);
   if (begin >= end) return;
-  const int64_t tiles = p.visible.keys.blocks_per_batch(kTile),
-                first_tile = p.visible.keys.first_block(block.segment, kTile),
-                k_head = sequence.batch * p.H_ks + task.sketch / (p.H_s / p.H_ks);
-  task.k_tiles = p.k_tiles + (k_head * tiles + first_tile) * p.S * kTile;
-  task.key_bias = p.key_bias + (sequence.batch * tiles + first_tile) * kTile;
-  task.key_mask = mask_of(p.visible, sequence, p.visible.key_mask);
-  task.key = sequence_key(philox_key(p.seed, p.offset, kSampleStream), sequence);
-  task.heavy_key = sequence_key(philox_key(p.seed, p.offset, kArrivalStream), sequence);
 
-  float key_norm = 0;
-  for (int64_t t = 0; t < ceil_div(sequence.num_keys, kTile); ++t) {
-    const float norm = p.tile_norm[k_head * tiles + first_tile + t];
+  float key_norm = 0;  // sketch_scan has looked at norms
+  for (int64_t t = 0; !scans(p) && t < ceil_div(sequence.num_keys, kTile); ++t) {
+    const float norm = task.tile_norm[t];
     key_norm = is_finite(norm) ? max_of(key_norm, norm) : __builtin_inff();
   }
   ScratchAllocator arena(scratch);
@@ -1080,17 +1243,13 @@ inline void sketch_sample(const SketchSampleParams& p, int64_t number, void* scr
       for (int r = 0; r < rows; ++r) {
         context[r] = row_context(task, i0 + r, r, s);
         draws |= context[r].to_draw > 0;
+        if (scans(p)) scanned_row(task, i0 + r, &s.rows[r]);
         if (context[r].valid == 0) continue;  // such a query is not looked at, whatever it holds
         const float norm = load_query<decltype(dtype)>(task, i0 + r, s.q + r * p.S);
         query_norm = is_finite(norm) ? max_of(query_norm, norm) : __builtin_inff();
       }
     });
-    // Cauchy-Schwarz: no |score| of these rows is larger.
-    const float bound = query_norm * key_norm;
-    if (!is_finite(bound) || !is_finite(query_norm) || !is_finite(key_norm)) {
-      __atomic_store_n(p.error, kSketchNotFinite, __ATOMIC_RELAXED);
-      return;
-    }
+    if (!check_norms(p, query_norm, key_norm)) return;
     for (int64_t r = 0; r < rows; ++r)
       if (context[r].to_draw == 0) write_certain_row(context[r], &s);
     if (draws) draw_rows(context, rows, &s);

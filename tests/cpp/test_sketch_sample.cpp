@@ -65,7 +65,7 @@ struct Problem {
         .tile_norm = static_cast<float*>(tile_norm.data()),
     };
     run(kernels.pack, pack);
-    const SketchSampleParams params{
+    SketchSampleParams params{
         .B = B,
         .N = N,
         .M = M,
@@ -89,7 +89,10 @@ struct Problem {
         .row_end = N,
         .seed = 1,
         .offset = 2,
+        .most_queries = N,
         .most_keys = M,
+        .k_sketch = k.array.data(),
+        .k_stride = {M * k.stride, 0, k.stride},
         .k_tiles = static_cast<float*>(k_tiles.data()),
         .key_bias = static_cast<float*>(key_bias.data()),
         .tile_norm = static_cast<float*>(tile_norm.data()),
@@ -97,6 +100,9 @@ struct Problem {
         .log_inclusion = log_inclusion.data(),
         .error = &error,
     };
+    std::vector<float> scanned(static_cast<size_t>(B * N * scanned_row_size(params)) + 16);
+    params.scanned = scanned.data();
+    if (scans(params)) run(kernels.sketch_scan, params, reverse);
     run(kernels.sketch_sample, params, reverse);
   }
 

@@ -65,7 +65,12 @@ def step(model: Callable[[Tensor], Tensor], owner: nn.Module, x: Tensor) -> dict
 # --- torch.compile ---
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
+def at_night(value: bool) -> object:
+    """Compilers take long: the other value stands for both in the quick suite."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("is_causal", [at_night(False), True])
 def test_compiled_step_equals_eager_for_any_length_without_recompiling(is_causal: bool) -> None:
     model = make_model(1, is_causal=is_causal)
     counter = CompileCounterWithBackend("aot_eager")
@@ -92,7 +97,7 @@ def test_lengths_become_dynamic_by_themselves(training: bool) -> None:
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dense", [False, at_night(True)])
 def test_compiled_layer_with_every_option(dense: bool) -> None:
     layer = make_layer(
         num_kv_heads=2,
@@ -114,7 +119,7 @@ def test_compiled_layer_with_every_option(dense: bool) -> None:
         )
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [at_night(False), True])
 def test_compiled_layer_that_explores_and_deals(training: bool) -> None:
     layer = make_layer(
         num_index_heads=2, eval_method="dealt", temperature=2.0, uniform_share=0.5, num_sinks=1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -26,6 +27,7 @@ both = pytest.mark.parametrize("backend", ["reference", "ops"], indirect=True)
 DISTINCT = ("gumbel", "systematic", "topk")
 RANDOM = ("gumbel", "systematic", "multinomial")
 SMALLEST_P_VALUE = 1e-4
+REPEATS = 4_000 if "SMARTBIRD_EMULATED_LIBRARY" in os.environ else 10_000
 
 # Rows of scores. All but one have a few keys close to each other so that every set occurs.
 ROWS = {
@@ -154,7 +156,9 @@ def p_value(observed: Counter[tuple[int, ...]], law: Law) -> float:
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("method", RANDOM)
 def test_law_of_the_set(backend: Backend, method: str, row: str, k: int) -> None:
-    indices, _ = sample_row(backend, ROWS[row], k, repeats=10_000, num_index_heads=2, method=method)
+    indices, _ = sample_row(
+        backend, ROWS[row], k, repeats=REPEATS, num_index_heads=2, method=method
+    )
     observed = Counter(tuple(keys) for keys in indices.flatten(0, 1).tolist())
     assert p_value(observed, LAWS[method](ROWS[row], k)) > SMALLEST_P_VALUE
 
@@ -592,6 +596,54 @@ def test_part_of_the_problem_is_the_same(backend: Backend, method: str) -> None:
         part = run(batch, heads, rows)
         assert torch.equal(part[0], whole[0][:batch, :heads, :rows])
         assert torch.equal(part[1], whole[1][:batch, :heads, :rows])
+
+
+@pytest.mark.slow_emulated
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_few_queries_of_many_keys_draw_as_many_do(
+    backend: Backend, method: str, dtype: torch.dtype, far: bool
+) -> None:
+    """A CPU scans the keys of few queries on all cores, where it packs them for many. Far: all
+    scores are beyond what a weight may be without a reference."""
+    rng = torch.Generator().manual_seed(5)
+    queries, keys = 9, 5003
+    q_sketch, k_sketch = (
+        torch.randn(2, heads, n, 16, generator=rng) for heads, n in ((4, queries), (2, keys))
+    )
+    k_sketch[..., 0], q_sketch[..., 0] = 20.0 if far else 0.0, 20.0
+    key_mask = torch.rand(2, keys, generator=rng) < 0.9
+    key_mask[1, 2000:4500] = False
+    key_mask[:, -queries:] = True
+    whole = backend.ops.sketch_sample(
+        q_sketch.to(backend.device, dtype),
+        k_sketch.to(backend.device, dtype),
+        33,
+        num_index_heads=8,
+        method=method,
+        is_causal=True,
+        key_mask=key_mask.to(backend.device),
+        window=3,
+        num_sinks=2,
+        seed=torch.tensor([3, 4], device=backend.device),
+    )
+    for begin, end in ((0, 1), (1, 3), (3, 7), (8, 9)):
+        part = backend.ops.sketch_sample(
+            q_sketch[:, :, begin:end].to(backend.device, dtype),
+            k_sketch.to(backend.device, dtype),
+            33,
+            num_index_heads=8,
+            method=method,
+            is_causal=True,
+            key_mask=key_mask.to(backend.device),
+            window=3,
+            num_sinks=2,
+            query_offset=keys - queries + begin,
+            seed=torch.tensor([3, 4], device=backend.device),
+        )
+        for some, all_ in zip(part, whole, strict=True):
+            assert torch.equal(some, all_[:, :, begin:end])
 
 
 @pytest.mark.parametrize("method", METHODS)
