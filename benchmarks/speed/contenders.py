@@ -61,9 +61,10 @@ class Widths:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Self-attention on random numbers: q, k, v, dout [B, H, N, D], q_sketch, k_sketch [B, N, S].
+    """Attention on random numbers: q, dout [B, H, N, D], k, v [B, H_kv, M, D], sketches [B, *, S].
 
     All contiguous; q, k, v and the sketches are leaves, with ``requires_grad`` for a backward pass.
+    N = M unless there are fewer ``queries``.
     """
 
     q: Tensor
@@ -84,6 +85,8 @@ class Problem:
         dtype: torch.dtype,
         requires_grad: bool,
         score_std: float = 1.0,
+        queries: int | None = None,
+        kv_heads: int | None = None,
         device: str = "cpu",
     ) -> Problem:
         """The same numbers at each call; sketch scores have standard deviation ``score_std``."""
@@ -93,21 +96,23 @@ class Problem:
             x = torch.randn(shape, generator=generator).mul_(std).to(device, dtype)
             return x.requires_grad_(requires_grad)
 
-        heads = (batch, widths.heads, length, widths.head_dim)
-        sketch = (batch, length, widths.sketch_dim)
+        queries = length if queries is None else queries
+        heads = (batch, widths.heads, queries, widths.head_dim)
+        kv = (batch, kv_heads or widths.heads, length, widths.head_dim)
         return cls(
             q=normal(*heads),
-            k=normal(*heads),
-            v=normal(*heads),
-            q_sketch=normal(*sketch, std=score_std**0.5),
-            k_sketch=normal(*sketch, std=score_std**0.5),
+            k=normal(*kv),
+            v=normal(*kv),
+            q_sketch=normal(batch, queries, widths.sketch_dim, std=score_std**0.5),
+            k_sketch=normal(batch, length, widths.sketch_dim, std=score_std**0.5),
             dout=normal(*heads).detach(),
             num_samples=widths.num_samples,
         )
 
     @property
     def length(self) -> int:
-        return self.q.shape[2]
+        """Of the keys."""
+        return self.k.shape[2]
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -167,7 +172,8 @@ def draw_keys(p: Problem, *, method: str, num_index_heads: int, seed: Tensor) ->
 
 
 def _sdpa(p: Problem) -> Forward:
-    return lambda: (scaled_dot_product_attention(p.q, p.k, p.v),)
+    grouped = p.k.shape[1] != p.q.shape[1]
+    return lambda: (scaled_dot_product_attention(p.q, p.k, p.v, enable_gqa=grouped),)
 
 
 def _sdpa_flash(p: Problem) -> Forward:

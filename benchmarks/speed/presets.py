@@ -17,7 +17,7 @@ from benchmarks.speed.contenders import (
     SDPA,
     SYSTEMATIC,
 )
-from benchmarks.speed.ratios import LEARNED_SCORES
+from benchmarks.speed.ratios import DECODE, LEARNED_SCORES, SHARED_HEADS
 from benchmarks.speed.results import Case
 
 FLOAT32, FLOAT16, BFLOAT16 = "float32", "float16", "bfloat16"
@@ -66,6 +66,8 @@ def quick(threads: int) -> Preset:
         (Case(1024, False, threads), _in(FLOAT32, SDPA, *OURS)),
         (Case(1024, True, threads), _in(FLOAT32, SDPA, GUMBEL)),
         (Case(4096, False, threads, score_std=LEARNED_SCORES), _in(FLOAT32, SDPA, *OURS)),
+        (Case(4096, False, threads, kv_heads=SHARED_HEADS), _in(FLOAT32, SDPA, GUMBEL)),
+        (Case(100_000, False, threads, queries=1), _in(FLOAT32, SDPA, *OURS)),
         (
             Case(4096, False, threads),
             _in(FLOAT32, SDPA, *FLEX_WINDOWS[1:], LONGFORMER, *OURS) + _in(BFLOAT16, SDPA, *OURS),
@@ -100,6 +102,8 @@ def standard(threads: int) -> Preset:
             *_long(threads),
             *_scaling(threads),
             *_peaked(threads),
+            *_grouped(threads),
+            *_decode(threads),
         ],
         stages=_stages([1024, 4096, 16384], threads),
         memory=_memory([1024, 4096, 16384, 65536]),
@@ -115,7 +119,12 @@ def full(threads: int) -> Preset:
     ]
     return Preset(
         seconds=5.0,
-        cases=_lengths(lengths, threads) + long + _scaling(threads) + _peaked(threads),
+        cases=_lengths(lengths, threads)
+        + long
+        + _scaling(threads)
+        + _peaked(threads)
+        + _grouped(threads)
+        + _decode(threads),
         stages=_stages([256, 1024, 4096, 16384, 65536], threads),
         memory=_memory([2**n for n in range(10, 18)]),
     )
@@ -173,6 +182,23 @@ def _peaked(threads: int) -> list[tuple[Case, Contenders]]:
     return [
         (Case(4096, False, threads, score_std=score_std), _in(FLOAT32, SDPA, *OURS))
         for score_std in (2.0, LEARNED_SCORES)
+    ]
+
+
+def _grouped(threads: int) -> list[tuple[Case, Contenders]]:
+    """Query heads that share keys, values and what is drawn."""
+    return [
+        (Case(4096, backward, threads, kv_heads=SHARED_HEADS), _in(FLOAT32, SDPA, *OURS))
+        for backward in (False, True)
+    ]
+
+
+def _decode(threads: int) -> list[tuple[Case, Contenders]]:
+    """One query, or one of each sequence of a batch, on the keys of a cache."""
+    return [
+        (Case(keys, False, n, batch, queries=1), _in(FLOAT32, SDPA, *OURS))
+        for batch, keys in DECODE
+        for n in sorted({1, threads})
     ]
 
 

@@ -25,6 +25,16 @@ AIMS_OVER_SDPA = {1024: (2.5, 1.5, 2.0), 4096: (9.0, 6.5, 9.0), 16384: (20.0, 16
 LEARNED_SCORES = 4.0
 AIMS_WHEN_LEARNED = {SYSTEMATIC: 10.0, GUMBEL: 9.0}
 
+# Key/value heads that the 12 query heads share, and the most that a call takes of the time with 12.
+SHARED_HEADS = 3
+MOST_OF_GROUPED = 0.4
+
+# Batches and keys of caches that one query of each sequence reads; speed-up over SDPA with 1 thread
+# that is aimed at, and the speed-up of 2 threads over 1.
+DECODE = ((1, 1000), (1, 10_000), (1, 100_000), (1, 1_000_000), (16, 10_000))
+AIMS_OF_DECODE = {(1, 10_000): 40.0, (1, 100_000): 60.0, (1, 1_000_000): 60.0}
+AIM_OF_DECODE_THREADS = 0.85
+
 # Time of a training step with distillation over that of one without, at N = 4096.
 MOST_WITH_DISTILLATION = {GUMBEL: 1.4, SDPA: 1.5}
 
@@ -139,6 +149,29 @@ def ratios(results: Results) -> list[Ratio]:
                 name = f"{GUMBEL}, speed-up of {threads} threads over 1, {one}"
                 aim = 0.9 * threads
                 table.add(name, table.median(GUMBEL, one), table.median(GUMBEL, all_cores), aim)
+    for backward in (False, True):
+        alone = Case(4096, backward, threads)
+        shared = dataclasses.replace(alone, kv_heads=SHARED_HEADS)
+        name = f"{GUMBEL}, time of that on as many key/value heads as heads, {shared}"
+        table.add(
+            name,
+            table.median(GUMBEL, shared),
+            table.median(GUMBEL, alone),
+            None if backward else MOST_OF_GROUPED,
+            at_most=True,
+        )
+        for ours in (GUMBEL, SYSTEMATIC):
+            table.add_speed_up(ours, SDPA, shared)
+    for batch, keys in DECODE:
+        one, all_cores = (Case(keys, False, n, batch, queries=1) for n in (1, threads))
+        for ours in (GUMBEL, SYSTEMATIC):
+            table.add_speed_up(ours, SDPA, one, AIMS_OF_DECODE.get((batch, keys)))
+            if threads > 1:
+                table.add_speed_up(ours, SDPA, all_cores, note=f" with {threads} threads")
+        if threads > 1:
+            name = f"{GUMBEL}, speed-up of {threads} threads over 1, {one}"
+            least = AIM_OF_DECODE_THREADS * threads if keys >= 100_000 else None
+            table.add(name, table.median(GUMBEL, one), table.median(GUMBEL, all_cores), least)
     longer, shorter = (table.median(GUMBEL, Case(n, False, threads)) for n in (65536, 16384))
     table.add(f"{GUMBEL}, time at N = 65536 over 16384, forward", longer, shorter, 16, at_most=True)
 

@@ -2,8 +2,8 @@
 
 A table goes between the lines ``<!-- table STEM:NAME -->`` and ``<!-- end -->`` of a Markdown file:
 STEM is the name of a JSON file without its ending, NAME one of summary, rivals, machine, ratios,
-forward, backward, stages, memory, scaling and peaked. Plots are written beside the JSON, as
-STEM-time.png, STEM-memory.png and STEM-stages.png.
+forward, backward, stages, memory, scaling, peaked, grouped and decode. Plots are written beside the
+JSON, as STEM-time.png, STEM-memory.png and STEM-stages.png.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _scaling(results: Results) -> str:
     rows = []
     for (attention, dtype, case), one in timed.items():
         others = timed.get((attention, dtype, dataclasses.replace(case, threads=threads)))
-        if case.threads == 1 and others is not None and threads > 1:
+        if case.threads == 1 and others is not None and threads > 1 and case.queries is None:
             rows.append(
                 [
                     str(case.batch),
@@ -216,6 +216,41 @@ def _peaked(results: Results) -> str:
     )
 
 
+def _grouped(results: Results) -> str:
+    """Heads that share key/value heads, and heads that do not."""
+    grouped = [t.case for t in results.timings if t.case.kv_heads is not None]
+    timed = {(t.attention, t.case): t for t in results.timings if t.dtype == "float32"}
+    columns = (SYSTEMATIC, GUMBEL, SDPA)
+    rows = []
+    for case in dict.fromkeys(grouped):
+        for each in (case, dataclasses.replace(case, kv_heads=None)):
+            found = [timed.get((name, each)) for name in columns]
+            heads = "as many as heads" if each.kv_heads is None else str(each.kv_heads)
+            times = ["-" if t is None or t.missing else t.spread for t in found]
+            rows.append([str(each.length), pass_name(each.backward), heads, *times])
+    return table(["N", "", "key/value heads", *(f"{name}, ms" for name in columns)], rows)
+
+
+def _decode(results: Results) -> str:
+    """Few queries on a cache: times, and the speed-up over SDPA."""
+    cases: dict[Case, dict[str, float]] = {}
+    for t in results.timings:
+        if t.case.queries is not None and t.dtype == "float32" and not t.missing:
+            cases.setdefault(t.case, {})[t.attention] = t.median
+    rows = []
+    for case, medians in cases.items():
+        row = [str(case.batch), str(case.length), str(case.threads)]
+        sdpa = medians.get(SDPA)
+        row.append("-" if sdpa is None else ms(sdpa))
+        for ours in (SYSTEMATIC, GUMBEL):
+            time = medians.get(ours)
+            ratio = f" ({sdpa / time:.1f}x)" if sdpa and time else ""
+            row.append("-" if time is None else f"{ms(time)}{ratio}")
+        rows.append(row)
+    columns = (f"{name}, ms" for name in (SDPA, SYSTEMATIC, GUMBEL))
+    return table(["B", "keys", "threads", *columns], rows)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "summary": _summary,
     "rivals": _rivals,
@@ -227,6 +262,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "memory": _memory,
     "scaling": _scaling,
     "peaked": _peaked,
+    "grouped": _grouped,
+    "decode": _decode,
 }
 
 

@@ -12,11 +12,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One self-attention problem and how it is run.
+    """One attention problem and how it is run.
 
     Attributes:
         length: N, queries and keys.
         batch: B.
+        queries: where they are fewer than the keys, as of a decoder with a cache. None: N.
+        kv_heads: H_kv. None: H.
         backward: the backward pass is run too.
         threads: of PyTorch and of the kernels.
         score_std: standard deviation of the sketch scores: how peaked the rows are.
@@ -27,11 +29,17 @@ class Case:
     threads: int
     batch: int = 1
     score_std: float = 1.0
+    queries: int | None = None
+    kv_heads: int | None = None
 
     def __str__(self) -> str:
         batch = f"B = {self.batch}, " if self.batch > 1 else ""
+        size = f"N = {self.length}"
+        if self.queries is not None:
+            size = f"{self.queries} of {self.length} keys"
+        grouped = f", {self.kv_heads} key/value heads" if self.kv_heads is not None else ""
         peaked = f", scores of deviation {self.score_std:g}" if self.score_std != 1 else ""
-        return f"{batch}N = {self.length}, {pass_name(self.backward)}{peaked}"
+        return f"{batch}{size}, {pass_name(self.backward)}{grouped}{peaked}"
 
 
 @dataclasses.dataclass(frozen=True)

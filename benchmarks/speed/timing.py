@@ -57,6 +57,8 @@ def time_case(
             dtype=getattr(torch, dtype),
             requires_grad=case.backward,
             score_std=case.score_std,
+            queries=case.queries,
+            kv_heads=case.kv_heads,
             device=device,
         )
         for _, dtype in contenders

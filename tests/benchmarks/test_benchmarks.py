@@ -316,6 +316,8 @@ def tiny(threads: int) -> Preset:
         (Case(64, True, threads), (*both, (GUMBEL + DISTILL, "float32"))),
         (Case(64, False, 1), both),
         (Case(64, False, threads, score_std=4.0), both),
+        (Case(64, False, threads, kv_heads=1), both),
+        (Case(64, False, threads, queries=1), both),
         (Case(60, True, threads), ((FLEX_WINDOWS[0], "float32"),)),
     ]
     return Preset(0.01, cases, [StageCase(64, "float32", threads)], [MemoryCase(SDPA, 64, True)])
@@ -366,7 +368,7 @@ def test_run_holds_what_was_asked_for(run_json: Path) -> None:
     for limits in results.limits:
         assert all(math.isfinite(x) and x > 0 for x in limits.flops.values())
         assert limits.bandwidth.keys() == {"L1", "L2", "L3", "DRAM"}
-    assert len(results.timings) == 5 + 5 + 4 + 4 + 1
+    assert len(results.timings) == 5 + 5 + 4 * 4 + 1
     for timing in results.timings:
         assert (len(timing.seconds) >= MIN_REPETITIONS) == (timing.missing is None)
     assert {stage.name for stage in results.stages} >= {SCORES, GATHER, GRADIENT_SUMS}
