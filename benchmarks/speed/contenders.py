@@ -130,7 +130,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """How to build an attention, and the longest problem it is run on, with the reason.
+    """How to build an attention, and the most queries that it is run on, with the reason.
 
     ``compiled`` contenders compile themselves for the problem when they are built.
     """
@@ -148,7 +148,7 @@ def build(name: str, problem: Problem) -> Forward:
         Unavailable: it cannot run the problem, or would take too long or too much memory.
     """
     contender = CONTENDERS[name]
-    if contender.longest is not None and problem.length > contender.longest:
+    if contender.longest is not None and problem.q.shape[2] > contender.longest:
         raise Unavailable(f"not run above N = {contender.longest}: {contender.reason}")
     return contender.build(problem)
 

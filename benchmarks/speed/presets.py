@@ -66,7 +66,7 @@ def quick(threads: int) -> Preset:
         (Case(1024, False, threads), _in(FLOAT32, SDPA, *OURS)),
         (Case(1024, True, threads), _in(FLOAT32, SDPA, GUMBEL)),
         (Case(4096, False, threads, score_std=LEARNED_SCORES), _in(FLOAT32, SDPA, *OURS)),
-        (Case(4096, False, threads, kv_heads=SHARED_HEADS), _in(FLOAT32, SDPA, GUMBEL)),
+        (Case(4096, False, threads, kv_heads=SHARED_HEADS), _in(FLOAT32, GUMBEL)),
         (Case(100_000, False, threads, queries=1), _in(FLOAT32, SDPA, *OURS)),
         (
             Case(4096, False, threads),
