@@ -73,12 +73,6 @@ struct SketchSampleParams {
   int32_t* error;        // [1] out
 };
 
-// Where no sequence has more queries than this, keys are not packed: sketch_scan reads them as they
-// lie, on all cores, and leaves the weights of every row for sketch_sample.
-constexpr int64_t kScanQueries = 4;
-
-inline bool scans(const SketchSampleParams& p) { return p.most_queries <= kScanQueries; }
-
 // Keys of a row in whole tiles.
 inline int64_t padded_keys(const SketchSampleParams& p) {
   return (p.most_keys + kTile - 1) / kTile * kTile;
@@ -88,6 +82,19 @@ inline int64_t padded_keys(const SketchSampleParams& p) {
 inline int64_t scanned_row_size(const SketchSampleParams& p) {
   const int64_t tiles = padded_keys(p) / kTile;
   return 2 * padded_keys(p) + (tiles + kTile - 1) / kTile * kTile;
+}
+
+inline int64_t scanned_size(const SketchSampleParams& p) {
+  return p.visible.queries.count() * p.H_s * p.most_queries * scanned_row_size(p);
+}
+
+// Where no sequence has more queries than this, keys are not packed: sketch_scan reads them as they
+// lie, on all cores, and leaves the weights of every row for sketch_sample; unless these are more
+// than so many floats.
+constexpr int64_t kScanQueries = 4, kMostScanned = int64_t{1} << 26;
+
+inline bool scans(const SketchSampleParams& p) {
+  return p.most_queries <= kScanQueries && scanned_size(p) <= kMostScanned;
 }
 
 struct GatherParams {

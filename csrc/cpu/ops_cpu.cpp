@@ -192,8 +192,7 @@ std::optional<Packed> add_keys(const Tensor& k, const Tensor& seed, SketchSample
 void draw(SketchSampleParams* p) {
   std::optional<ScratchMemory> rows;
   if (scans(*p)) {
-    const int64_t count = p->visible.queries.count() * p->H_s * p->most_queries;
-    rows.emplace(ScratchMemory::kRows, count * scanned_row_size(*p) * int64_t{sizeof(float)});
+    rows.emplace(ScratchMemory::kRows, scanned_size(*p) * int64_t{sizeof(float)});
     p->scanned = reinterpret_cast<float*>(rows->aligned());
     run(active_kernels().sketch_scan, *p);
     raise_value_error(*p->error);

@@ -197,7 +197,7 @@ SMARTBIRD_INLINE void sum_block(int64_t t, Row* row) {
     const Vec<float> w = load(weight + v * L);
     sums[v] = v == 0 ? w : sums[v - 1] + w;
     top = max(top, w);
-    square += w * w;
+    square = add_square(square, w);
   }
   const Vec<float> across = prefix_sum(sums[V - 1]), before = shift_up(across);
   for (int v = 0; v < V; ++v) store(row->cum + t * kTile + v * L, before + sums[v]);
@@ -416,7 +416,7 @@ inline int64_t take_out(float least, int64_t most, Row* row, Scratch* s) {
       const Vec<float> w = load(weight + v * L);
       reach |= w >= least;
       top = max(top, w);
-      square += w * w;
+      square = add_square(square, w);
     }
     if (!any(reach)) {
       row->top = top;
@@ -1061,7 +1061,7 @@ inline void finish_scan(const RowContext& c, Row* row) {
   for (int64_t j = 0; j < row->blocks * kTile; j += kLanes<float>) {
     const Vec<float> w = load(row->weight + j);
     top = max(top, w);
-    square += w * w;
+    square = add_square(square, w);
   }
   row->top = top;
   row->square = square;
@@ -1171,6 +1171,8 @@ inline void sketch_scan(const SketchSampleParams& p, int64_t number, void* scrat
   const int64_t count = task.sequence.num_queries, begin = number % parts * kScanTiles * kTile,
                 end = min_of(begin + kScanTiles * kTile, task.sequence.num_keys);
   if (!task.sequence.exists || count == 0 || begin >= end) return;
+  if (task.sequence.first_query >= p.row_end || task.sequence.first_query + count <= p.row_begin)
+    return;  // drawn for in another call
   ScratchAllocator arena(scratch);
   float* room = arena.take<float>((p.S + 1) * kTile);
   float* q = arena.take<float>(sketches * kScanQueries * p.S);
@@ -1178,7 +1180,7 @@ inline void sketch_scan(const SketchSampleParams& p, int64_t number, void* scrat
   std::memset(q, 0, static_cast<size_t>(sketches * kScanQueries * p.S) * sizeof(float));
   float query_norm = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const bool sees = sees_any(task, i, begin, end);
+    const bool sees = sees_any(task, i, begin, end) || sees_any(task, i, 0, task.sequence.num_keys);
     TaskContext one = task;
     for (int64_t n = 0; n < sketches; ++n) {
       one.sketch = first_sketch + n;
@@ -1227,7 +1229,8 @@ inline void sketch_sample(const SketchSampleParams& p, int64_t number, void* scr
   if (begin >= end) return;
 
   float key_norm = 0;  // sketch_scan has looked at norms
-  for (int64_t t = 0; !scans(p) && t < ceil_div(sequence.num_keys, kTile); ++t) {
+  const bool looks = !scans(p) && sequence.exists;
+  for (int64_t t = 0; looks && t < ceil_div(sequence.num_keys, kTile); ++t) {
     const float norm = task.tile_norm[t];
     key_norm = is_finite(norm) ? max_of(key_norm, norm) : __builtin_inff();
   }

@@ -288,6 +288,20 @@ inline Elem<V> reduce_add(V v) {
   return lane[0];
 }
 
+// sum + x * x, rounded alike wherever it stands: what the compiler makes of the expression depends
+// on what is around it.
+inline Vec<float> add_square(Vec<float> sum, Vec<float> x) {
+#if defined(__AVX512F__)
+  const __m512 v = bit_cast<__m512>(x);
+  return bit_cast<Vec<float>>(_mm512_fmadd_ps(v, v, bit_cast<__m512>(sum)));
+#elif defined(__FMA__)
+  const __m256 v = bit_cast<__m256>(x);
+  return bit_cast<Vec<float>>(_mm256_fmadd_ps(v, v, bit_cast<__m256>(sum)));
+#else
+  return sum + x * x;
+#endif
+}
+
 template <typename V>
 inline Elem<V> reduce_max(V v) {
   using A = Elem<V>;
