@@ -11,6 +11,8 @@ STUDY_FLAGS   ?=
 VERSION_FLAGS ?=
 STATIC_FLAGS  ?=
 SKIP_EMULATED ?= slow or slow_emulated
+SKIP_ISA      ?= slow or (one_order and slow_emulated)
+SKIP_SCALAR   ?= slow or one_order or slow_emulated
 
 SHELL       := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -52,14 +54,13 @@ test-quick: $(BUILT)
 	$(BIN)/pytest -n auto
 
 # The default instruction set is left out, as test-quick covers it. The others go without the longest
-# tests; the plain one, which serves machines without AVX2, without more.
+# laws; the plain one, which serves machines without AVX2, without more.
 test-isa: $(BUILT)  ## the op tests with each further instruction set of this machine forced in turn
 	isas=$$($(BIN)/python -c 'import smartbird; info = smartbird.build_info()
 	print(*sorted(set(info["cpu_isas"]) - {info["cpu_isa"]}))')
 	for isa in $$isas; do
 	    echo "SMARTBIRD_CPU_ISA=$$isa"
-	    skipped="slow or slow_emulated"
-	    test $$isa != scalar || skipped="$$skipped or one_order"
+	    test $$isa = scalar && skipped="$(SKIP_SCALAR)" || skipped="$(SKIP_ISA)"
 	    SMARTBIRD_CPU_ISA=$$isa $(BIN)/pytest -q -n auto -m "ops and not ($$skipped)" tests/ops
 	done
 
@@ -67,8 +68,9 @@ test-slow: $(BUILT)  ## the tests marked slow
 	$(BIN)/pytest -m slow
 
 # What takes too long for every change.
-nightly: test-slow test-versions  ## the slow tests, other versions, the long tests through the emulation
+nightly: test-slow test-versions  ## the slow tests, other versions, all op tests through emulation and instruction sets
 	$(MAKE) test-emulated SKIP_EMULATED=slow
+	$(MAKE) test-isa SKIP_ISA=slow SKIP_SCALAR=slow
 
 # VERSION_FLAGS=--large lets it download builds of some GB where there is no other.
 test-versions: wheel  ## one wheel with the oldest and newest torch and Python that this machine can have

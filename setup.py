@@ -60,7 +60,7 @@ def num_jobs() -> int:
     return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 
-def compile_all(commands: dict[str, list[str]]) -> list[str]:
+def compile_all(commands: dict[str, list[str]], jobs: int) -> list[str]:
     """The objects of sources, each by its own command; ninja knows which have changed."""
     OBJECTS.mkdir(parents=True, exist_ok=True)
     objects = {source: str(OBJECTS / f"{Path(source).stem}.o") for source in commands}
@@ -73,7 +73,7 @@ def compile_all(commands: dict[str, list[str]]) -> list[str]:
         for source, command in commands.items():
             variables = {"compiler": escape(shlex.join(command))}
             writer.build(objects[source], "compile", source, variables=variables)
-    run(f"{ninja.BIN_DIR}/ninja", "-v", "-j", str(num_jobs()), "-f", str(rules))
+    run(f"{ninja.BIN_DIR}/ninja", "-v", "-j", str(jobs), "-f", str(rules))
     return list(objects.values())
 
 
@@ -127,7 +127,7 @@ class BuildKernels(BuildExtension):
             f"csrc/cpu/kernels_{isa}.cpp": [*compiler, *KERNEL_FLAGS, *flags]
             for isa, flags in ISA_FLAGS.items()
         }
-        ext.extra_objects = ext.depends = compile_all(kernels)
+        ext.extra_objects = ext.depends = compile_all(kernels, num_jobs())
         super().build_extension(ext)
 
     def build_cuda_extension(self, ext) -> None:
@@ -140,10 +140,12 @@ class BuildKernels(BuildExtension):
         for arch, ptx in archs:
             code = f"[sm_{arch},compute_{arch}]" if ptx else f"sm_{arch}"
             flags.append(f"-gencode=arch=compute_{arch},code={code}")
-        # Architectures in parallel, too: one source takes half of the time.
-        flags += [f"--threads={num_jobs()}", *(f"-isystem={path}" for path in include_paths())]
+        # First the architectures of a source in parallel: one source takes half of the time.
+        threads = min(num_jobs(), len(archs))
+        flags += [f"--threads={threads}", *(f"-isystem={path}" for path in include_paths())]
 
-        objects = compile_all({source: [find_nvcc(), *flags] for source in CUDA_SOURCES})
+        sources = {source: [find_nvcc(), *flags] for source in CUDA_SOURCES}
+        objects = compile_all(sources, num_jobs() // threads)
         libraries = library_paths()
         if not torch.version.cuda:
             stub = OBJECTS / "stub"

@@ -67,8 +67,8 @@ struct SketchSampleParams {
   const float* k_tiles;  // packed k_sketch, interleaved, see PackParams; none where queries are few
   const float* key_bias;  // packed key_mask, interleaved
   const float* tile_norm;
-  float* scanned;    // of few queries: [sequences, H_s, most_queries, scanned_row_size()] scratch
-  int32_t* indices;  // [B, H_i, rows, K] out: rows of k_sketch
+  float* scanned;  // of few queries: weights [sequences, H_s, most_queries, padded_keys()], scratch
+  int32_t* indices;      // [B, H_i, rows, K] out: rows of k_sketch
   float* log_inclusion;  // [B, H_i, rows, K] out, or null
   int32_t* error;        // [1] out
 };
@@ -78,14 +78,9 @@ inline int64_t padded_keys(const SketchSampleParams& p) {
   return (p.most_keys + kTile - 1) / kTile * kTile;
 }
 
-// Floats of a row that was scanned: weights, their running sums, sums of tiles.
-inline int64_t scanned_row_size(const SketchSampleParams& p) {
-  const int64_t tiles = padded_keys(p) / kTile;
-  return 2 * padded_keys(p) + (tiles + kTile - 1) / kTile * kTile;
-}
-
+// Floats of all rows that are scanned.
 inline int64_t scanned_size(const SketchSampleParams& p) {
-  return p.visible.queries.count() * p.H_s * p.most_queries * scanned_row_size(p);
+  return p.visible.queries.count() * p.H_s * p.most_queries * padded_keys(p);
 }
 
 // Where no sequence has more queries than this, keys are not packed: sketch_scan reads them as they

@@ -19,6 +19,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 METHODS = ("gumbel", "systematic", "multinomial", "topk")
 
 
+def at_night(value: object, marker: str) -> object:
+    """A parameter whose tests have ``marker``, one of those that only `make nightly` runs."""
+    return pytest.param(value, marks=getattr(pytest.mark, marker))
+
+
 @dataclass(frozen=True)
 class Backend:
     """An implementation under test: a module with the names of smartbird.ops, and its device."""

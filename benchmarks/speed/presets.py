@@ -100,10 +100,7 @@ def standard(threads: int) -> Preset:
         cases=[
             *_lengths([256, 1024, 4096, 16384], threads),
             *_long(threads),
-            *_scaling(threads),
-            *_peaked(threads),
-            *_grouped(threads),
-            *_decode(threads),
+            *_of_other_kinds(threads),
         ],
         stages=_stages([1024, 4096, 16384], threads),
         memory=_memory([1024, 4096, 16384, 65536]),
@@ -119,12 +116,7 @@ def full(threads: int) -> Preset:
     ]
     return Preset(
         seconds=5.0,
-        cases=_lengths(lengths, threads)
-        + long
-        + _scaling(threads)
-        + _peaked(threads)
-        + _grouped(threads)
-        + _decode(threads),
+        cases=_lengths(lengths, threads) + long + _of_other_kinds(threads),
         stages=_stages([256, 1024, 4096, 16384, 65536], threads),
         memory=_memory([2**n for n in range(10, 18)]),
     )
@@ -158,6 +150,11 @@ def _long(threads: int) -> list[tuple[Case, Contenders]]:
         (Case(65536, False, threads), _in(FLOAT32, BEST_WINDOW, LONGFORMER, *OURS)),
         (Case(65536, True, threads), _in(FLOAT32, LONGFORMER, GUMBEL)),
     ]
+
+
+def _of_other_kinds(threads: int) -> list[tuple[Case, Contenders]]:
+    """What changes more than the length."""
+    return _scaling(threads) + _peaked(threads) + _grouped(threads) + _decode(threads)
 
 
 def _scaling(threads: int) -> list[tuple[Case, Contenders]]:

@@ -124,11 +124,9 @@ inline Scratch lay_out(const SketchSampleParams& p, ScratchAllocator* arena) {
   s.rows[0].start = arena->take<int32_t>(blocks + 1);
   s.rows[0].guide = arena->take<int32_t>((int64_t{1} << guide_bits(blocks)) + L);
   for (Row& row : s.rows) {
-    if (!scans(p)) {
-      row.weight = arena->take<float>(padded);
-      row.cum = arena->take<float>(padded);
-      row.block_sum = arena->take<float>(blocks);
-    }
+    if (!scans(p)) row.weight = arena->take<float>(padded);
+    row.cum = arena->take<float>(padded);
+    row.block_sum = arena->take<float>(blocks);
     row.start = s.rows[0].start;
     row.guide = s.rows[0].guide;
   }
@@ -947,10 +945,10 @@ inline double query_factor(const SketchSampleParams& p) {
 }
 
 template <typename T>
-inline float load_query(const TaskContext& task, int64_t i, float* q) {
+inline float load_query(const TaskContext& task, int64_t sketch, int64_t i, float* q) {
   const SketchSampleParams& p = *task.p;
   const T* x = static_cast<const T*>(p.q_sketch) + task.sequence.batch * p.q_stride[0] +
-               task.sketch * p.q_stride[1] + (task.sequence.first_query + i) * p.q_stride[2];
+               sketch * p.q_stride[1] + (task.sequence.first_query + i) * p.q_stride[2];
   const double factor = query_factor(p);
   float square = 0;
   for (int64_t d = 0; d < p.S; ++d) {
@@ -969,14 +967,11 @@ inline bool check_norms(const SketchSampleParams& p, float query_norm, float key
   return false;
 }
 
-// Points `row` at what sketch_scan made of query i.
-inline void scanned_row(const TaskContext& task, int64_t i, Row* row) {
+// What sketch_scan makes of query i of a sketch: weights or, of topk, scores.
+inline float* scanned_weights(const TaskContext& task, int64_t sketch, int64_t i) {
   const SketchSampleParams& p = *task.p;
-  const int64_t padded = padded_keys(p),
-                number = (task.sequence.segment * p.H_s + task.sketch) * p.most_queries + i;
-  row->weight = p.scanned + number * scanned_row_size(p);
-  row->cum = row->weight + padded;
-  row->block_sum = row->cum + padded;
+  return p.scanned +
+         ((task.sequence.segment * p.H_s + sketch) * p.most_queries + i) * padded_keys(p);
 }
 
 // Of query i, the r-th of those scored together: everything but the scaled query itself.
@@ -1047,36 +1042,18 @@ inline void draw_row(const RowContext& c, Row* row, Scratch* s) {
     sample_multinomial(c, row, s);
 }
 
-// What score_rows<true> leaves of a row, from what sketch_scan left of it, which knows no blank
-// keys.
-inline void finish_scan(const RowContext& c, Row* row) {
-  begin_sums(c.blocks(), row);
-  for (int64_t n = 0; n < c.blank.size;) {
-    const int64_t t = c.blank.key[n] / kTile;
-    for (; n < c.blank.size && c.blank.key[n] < (t + 1) * kTile; ++n)
-      row->weight[interleaved(c.blank.key[n])] = 0;
-    sum_block(t, row);
-  }
-  Vec<float> top{}, square{};
-  for (int64_t j = 0; j < row->blocks * kTile; j += kLanes<float>) {
-    const Vec<float> w = load(row->weight + j);
-    top = max(top, w);
-    square = add_square(square, w);
-  }
-  row->top = top;
-  row->square = square;
-}
-
 // Draws for the rows that have something to draw, all of one task.
 inline void draw_rows(const RowContext* rows, int64_t count, Scratch* s) {
   bool rest[kRows] = {};
   bool any_rest = false;
   const bool topk = rows[0].p->method == SampleMethod::kTopK, scanned = scans(*rows[0].p);
   if (!topk && !scanned) score_rows<true>(rows, count, s);
-  for (int64_t r = 0; r < count && !topk && scanned; ++r)
-    if (rows[r].to_draw > 0) finish_scan(rows[r], &s->rows[r]);
   for (int64_t r = 0; r < count; ++r) {
     if (rows[r].to_draw == 0) continue;
+    if (!topk && scanned) {
+      put(rows[r].blank, 0, s->rows[r].weight);
+      sum_row(rows[r].blocks(), &s->rows[r]);
+    }
     rest[r] = topk || !is_plain(s->rows[r]);
     any_rest |= rest[r];
     if (rest[r]) continue;
@@ -1136,15 +1113,14 @@ inline bool sees_any(const TaskContext& task, int64_t i, int64_t begin, int64_t 
   return false;
 }
 
-// Weights (of topk: scores) and sums of the R queries of a sketch, of which `count` exist, over a
-// tile.
+// weight[r] + j = what tile t, whose first key is j, makes of query r of a sketch; of the R queries
+// `count` exist.
 template <int R>
-inline void scan_tile(const float* q, int64_t S, const KeyTile& tile, int64_t t, bool topk,
-                      int64_t count, Row* rows) {
+inline void scan_tile(const float* q, int64_t S, const KeyTile& tile, int64_t j, bool topk,
+                      int64_t count, float* const* weight) {
   score_tile<R>(q, S, tile.features, S, tile.bias, [&](int r, int column, Vec<float> score) {
-    if (r < count) store(rows[r].weight + t * kTile + column, topk ? score : exp2(score));
+    if (r < count) store(weight[r] + j + column, topk ? score : exp2(score));
   });
-  for (int64_t r = 0; r < count && !topk; ++r) sum_block(t, &rows[r]);
 }
 
 }  // namespace sampling
@@ -1153,13 +1129,13 @@ inline int64_t sketch_scan_num_tasks(const SketchSampleParams& p) {
   return p.visible.queries.count() * p.H_ks * sampling::scan_tasks_per_head(p);
 }
 
-// Of all sketches that share one of the keys: queries and rows, and a tile.
+// Of all sketches that share one of the keys: queries and where their weights go; and a tile.
 inline int64_t sketch_scan_scratch_bytes(const SketchSampleParams& p) {
   const int64_t sketches = p.H_s / p.H_ks;
   ScratchAllocator arena(nullptr);
   arena.take<float>((p.S + 1) * kTile);
   arena.take<float>(sketches * kScanQueries * p.S);
-  arena.take<sampling::Row>(sketches * kScanQueries);
+  arena.take<float*>(sketches * kScanQueries);
   return arena.bytes();
 }
 
@@ -1176,20 +1152,18 @@ inline void sketch_scan(const SketchSampleParams& p, int64_t number, void* scrat
   ScratchAllocator arena(scratch);
   float* room = arena.take<float>((p.S + 1) * kTile);
   float* q = arena.take<float>(sketches * kScanQueries * p.S);
-  Row* rows = arena.take<Row>(sketches * kScanQueries);
+  float** weight = arena.take<float*>(sketches * kScanQueries);
   std::memset(q, 0, static_cast<size_t>(sketches * kScanQueries * p.S) * sizeof(float));
   float query_norm = 0;
   for (int64_t i = 0; i < count; ++i) {
+    // Its own keys first: a mask may begin with many that none sees.
     const bool sees = sees_any(task, i, begin, end) || sees_any(task, i, 0, task.sequence.num_keys);
-    TaskContext one = task;
     for (int64_t n = 0; n < sketches; ++n) {
-      one.sketch = first_sketch + n;
-      Row* row = rows + n * kScanQueries + i;
-      *row = Row{};
-      scanned_row(one, i, row);
+      const int64_t row = n * kScanQueries + i, sketch = first_sketch + n;
+      weight[row] = scanned_weights(task, sketch, i);
       if (!sees) continue;  // such a query is not looked at, whatever it holds
       dispatch_dtype(p.dtype, [&](auto type) {
-        const float norm = load_query<decltype(type)>(one, i, q + (n * kScanQueries + i) * p.S);
+        const float norm = load_query<decltype(type)>(task, sketch, i, q + row * p.S);
         query_norm = is_finite(norm) ? max_of(query_norm, norm) : __builtin_inff();
       });
     }
@@ -1200,11 +1174,11 @@ inline void sketch_scan(const SketchSampleParams& p, int64_t number, void* scrat
     if (!check_norms(p, query_norm, largest_norm(tile.features, p.S))) return;
     for (int64_t n = 0; n < sketches; ++n) {
       const float* queries = q + n * kScanQueries * p.S;
-      Row* own = rows + n * kScanQueries;
+      float* const* own = weight + n * kScanQueries;
       if (count == 1)
-        scan_tile<1>(queries, p.S, tile, t, topk, count, own);
+        scan_tile<1>(queries, p.S, tile, t * kTile, topk, count, own);
       else
-        scan_tile<kScanQueries>(queries, p.S, tile, t, topk, count, own);
+        scan_tile<kScanQueries>(queries, p.S, tile, t * kTile, topk, count, own);
     }
   }
 }
@@ -1246,9 +1220,9 @@ inline void sketch_sample(const SketchSampleParams& p, int64_t number, void* scr
       for (int r = 0; r < rows; ++r) {
         context[r] = row_context(task, i0 + r, r, s);
         draws |= context[r].to_draw > 0;
-        if (scans(p)) scanned_row(task, i0 + r, &s.rows[r]);
+        if (scans(p)) s.rows[r].weight = scanned_weights(task, task.sketch, i0 + r);
         if (context[r].valid == 0) continue;  // such a query is not looked at, whatever it holds
-        const float norm = load_query<decltype(dtype)>(task, i0 + r, s.q + r * p.S);
+        const float norm = load_query<decltype(dtype)>(task, task.sketch, i0 + r, s.q + r * p.S);
         query_norm = is_finite(norm) ? max_of(query_norm, norm) : __builtin_inff();
       }
     });

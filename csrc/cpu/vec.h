@@ -294,7 +294,7 @@ inline Vec<float> add_square(Vec<float> sum, Vec<float> x) {
 #if defined(__AVX512F__)
   const __m512 v = bit_cast<__m512>(x);
   return bit_cast<Vec<float>>(_mm512_fmadd_ps(v, v, bit_cast<__m512>(sum)));
-#elif defined(__FMA__)
+#elif defined(__AVX2__)
   const __m256 v = bit_cast<__m256>(x);
   return bit_cast<Vec<float>>(_mm256_fmadd_ps(v, v, bit_cast<__m256>(sum)));
 #else

@@ -100,7 +100,7 @@ struct Problem {
         .log_inclusion = log_inclusion.data(),
         .error = &error,
     };
-    std::vector<float> scanned(static_cast<size_t>(B * N * scanned_row_size(params)) + 16);
+    std::vector<float> scanned(static_cast<size_t>(scanned_size(params)));
     params.scanned = scanned.data();
     if (scans(params)) run(kernels.sketch_scan, params, reverse);
     run(kernels.sketch_sample, params, reverse);

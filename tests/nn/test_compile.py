@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import at_night
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -65,12 +66,10 @@ def step(model: Callable[[Tensor], Tensor], owner: nn.Module, x: Tensor) -> dict
 # --- torch.compile ---
 
 
-def at_night(value: bool) -> object:
-    """Compilers take long: the other value stands for both in the quick suite."""
-    return pytest.param(value, marks=pytest.mark.slow)
+# Compilers take long: in the quick suite one value stands for both.
 
 
-@pytest.mark.parametrize("is_causal", [at_night(False), True])
+@pytest.mark.parametrize("is_causal", [at_night(False, "slow"), True])
 def test_compiled_step_equals_eager_for_any_length_without_recompiling(is_causal: bool) -> None:
     model = make_model(1, is_causal=is_causal)
     counter = CompileCounterWithBackend("aot_eager")
@@ -97,7 +96,7 @@ def test_lengths_become_dynamic_by_themselves(training: bool) -> None:
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("dense", [False, at_night(True)])
+@pytest.mark.parametrize("dense", [False, at_night(True, "slow")])
 def test_compiled_layer_with_every_option(dense: bool) -> None:
     layer = make_layer(
         num_kv_heads=2,
@@ -119,7 +118,7 @@ def test_compiled_layer_with_every_option(dense: bool) -> None:
         )
 
 
-@pytest.mark.parametrize("training", [at_night(False), True])
+@pytest.mark.parametrize("training", [at_night(False, "slow"), True])
 def test_compiled_layer_that_explores_and_deals(training: bool) -> None:
     layer = make_layer(
         num_index_heads=2, eval_method="dealt", temperature=2.0, uniform_share=0.5, num_sinks=1

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASE, CASES, DTYPES, METHODS, PROBLEMS, Backend, Case, make_inputs
+from cases import CASE, CASES, DTYPES, METHODS, PROBLEMS, Backend, Case, at_night, make_inputs
 from scipy import special, stats
 from torch import Tensor
 
@@ -27,7 +26,6 @@ both = pytest.mark.parametrize("backend", ["reference", "ops"], indirect=True)
 DISTINCT = ("gumbel", "systematic", "topk")
 RANDOM = ("gumbel", "systematic", "multinomial")
 SMALLEST_P_VALUE = 1e-4
-REPEATS = 4_000 if "SMARTBIRD_EMULATED_LIBRARY" in os.environ else 10_000
 
 # Rows of scores. All but one have a few keys close to each other so that every set occurs.
 ROWS = {
@@ -39,11 +37,6 @@ ROWS = {
     # The third and fourth draw are decided far below the smallest float32, exp(-103).
     "spread": [-150.4, -200.0, 0.0, -150.0, -50.0, -151.0],
 }
-
-
-def at_night(value: float) -> object:
-    """A parameter whose tests the emulation runs at night only."""
-    return pytest.param(value, marks=pytest.mark.slow_emulated)
 
 
 def sample_row(
@@ -152,20 +145,20 @@ def p_value(observed: Counter[tuple[int, ...]], law: Law) -> float:
 
 @pytest.mark.one_order
 @both
-@pytest.mark.parametrize("k", [at_night(1), 3, at_night(4)])
+@pytest.mark.parametrize("k", [at_night(1, "slow_emulated"), 3, at_night(4, "slow_emulated")])
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("method", RANDOM)
 def test_law_of_the_set(backend: Backend, method: str, row: str, k: int) -> None:
-    indices, _ = sample_row(
-        backend, ROWS[row], k, repeats=REPEATS, num_index_heads=2, method=method
-    )
+    indices, _ = sample_row(backend, ROWS[row], k, repeats=10_000, num_index_heads=2, method=method)
     observed = Counter(tuple(keys) for keys in indices.flatten(0, 1).tolist())
     assert p_value(observed, LAWS[method](ROWS[row], k)) > SMALLEST_P_VALUE
 
 
 @pytest.mark.one_order
 @both
-@pytest.mark.parametrize("deviation", [at_night(0.5), 3, at_night(8)])
+@pytest.mark.parametrize(
+    "deviation", [at_night(0.5, "slow_emulated"), 3, at_night(8, "slow_emulated")]
+)
 @pytest.mark.parametrize("method", RANDOM)
 def test_inclusion_in_a_long_row(backend: Backend, method: str, deviation: float) -> None:
     """Mean number of draws of every key, where running sums span blocks. Sketches that have not
@@ -332,7 +325,7 @@ def test_log_inclusion_is_the_closed_form(backend: Backend, row: str, k: int) ->
 @pytest.mark.one_order
 @both
 @pytest.mark.parametrize("row", ["uniform", "falling"])
-@pytest.mark.parametrize("k", [at_night(1), 3, at_night(4)])
+@pytest.mark.parametrize("k", [at_night(1, "slow_emulated"), 3, at_night(4, "slow_emulated")])
 def test_gumbel_log_inclusion_comes_from_one_kappa(backend: Backend, row: str, k: int) -> None:
     """Solved for kappa, every key of a draw gives the same, and it is the (k+1)-th of a race."""
     log_p = torch.tensor(ROWS[row], dtype=torch.float64).log_softmax(0)
@@ -616,20 +609,9 @@ def test_few_queries_of_many_keys_draw_as_many_do(
     key_mask = torch.rand(2, keys, generator=rng) < 0.9
     key_mask[1, 2000:4500] = False
     key_mask[:, -queries:] = True
-    whole = backend.ops.sketch_sample(
-        q_sketch.to(backend.device, dtype),
-        k_sketch.to(backend.device, dtype),
-        33,
-        num_index_heads=8,
-        method=method,
-        is_causal=True,
-        key_mask=key_mask.to(backend.device),
-        window=3,
-        num_sinks=2,
-        seed=torch.tensor([3, 4], device=backend.device),
-    )
-    for begin, end in ((0, 1), (1, 3), (3, 7), (8, 9)):
-        part = backend.ops.sketch_sample(
+
+    def run(begin: int, end: int) -> tuple[Tensor, Tensor]:
+        return backend.ops.sketch_sample(
             q_sketch[:, :, begin:end].to(backend.device, dtype),
             k_sketch.to(backend.device, dtype),
             33,
@@ -642,7 +624,10 @@ def test_few_queries_of_many_keys_draw_as_many_do(
             query_offset=keys - queries + begin,
             seed=torch.tensor([3, 4], device=backend.device),
         )
-        for some, all_ in zip(part, whole, strict=True):
+
+    whole = run(0, queries)
+    for begin, end in ((0, 1), (1, 3), (3, 7), (8, 9)):
+        for some, all_ in zip(run(begin, end), whole, strict=True):
             assert torch.equal(some, all_[:, :, begin:end])
 
 
