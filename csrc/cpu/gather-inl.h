@@ -469,10 +469,11 @@ struct GatherLists {
 // keys there.
 struct GatherPart {
   GatherRow first;
-  int64_t first_row, queries, heads, j, n;
+  int64_t first_row, first_member, queries, heads, j, n;
 
   GatherRow at(int64_t g) const { return {first.b, first.h + g, first.i}; }
   int64_t row(int64_t g) const { return first_row + g * queries; }  // its number in the task
+  int64_t member(int64_t g) const { return first_member + g; }  // its number among those that share
 };
 
 // Calls f(part) for all rows of a task in ascending parts of `slots` slots, the heads that share a
@@ -481,10 +482,20 @@ template <typename A, typename F>
 inline void for_each_part(const GatherParams& P, const GatherTask& task, const GatherLists& lists,
                           int64_t slots, F&& f) {
   constexpr int G = kGroup<A>;
-  const int64_t end_head = task.first_head + task.heads, sharing = P.H / P.H_i;
+  if (heads_per_list(P) == 1) {  // all that follows costs more than a tenth of such a head's time
+    task.for_each_row([&](int64_t r, GatherRow at) {
+      const int64_t size = lists.size[r];
+      for (int64_t j = 0; j == 0 || j < size; j += slots)
+        f(GatherPart{at, r, 0, task.queries, 1, j, min_of(slots, size - j)});
+    });
+    return;
+  }
+  const int64_t end_head = task.first_head + task.heads, sharing = P.H / P.H_i,
+                first_end = (task.first_head / sharing + 1) * sharing;
   for (int64_t i = task.begin; i < task.begin + task.queries; ++i)
-    for (int64_t first = task.first_head, end; first < end_head; first = end) {
-      end = min_of(end_head, (first / sharing + 1) * sharing);
+    for (int64_t first = task.first_head, end = first_end; first < end_head;
+         first = end, end += sharing) {
+      end = min_of(end, end_head);
       const auto row = [&](int64_t h) {
         return (h - task.first_head) * task.queries + i - task.begin;
       };
@@ -493,7 +504,7 @@ inline void for_each_part(const GatherParams& P, const GatherTask& task, const G
       for (int64_t j = 0; j == 0 || j < longest; j += slots)
         for (int64_t h = first; h < end;) {
           const int64_t r = row(h), size = lists.size[r];
-          GatherPart part{{task.b, h, i}, r, task.queries, 1, j, min_of(slots, size - j)};
+          GatherPart part{{task.b, h, i}, r, h - first, task.queries, 1, j, min_of(slots, size - j)};
           const auto same = [&](int64_t other) {
             return lists.size[other] == size &&
                    std::memcmp(lists.keys + other * lists.capacity + j,
@@ -538,13 +549,13 @@ inline void gather_all_sums(const GatherParams& P, const GatherTask& task, const
                             const Rows<T>& rows, const acc_t<T>* weights, acc_t<T>* sums,
                             Take&& take) {
   using A = acc_t<T>;
-  const int64_t padded = pad_to_vector<A>(rows.size), sharing = heads_per_list(P);
+  const int64_t padded = pad_to_vector<A>(rows.size);
   for_each_part<A>(P, task, lists, part_slots<T>(rows.size), [&](const GatherPart& part) {
     const A* from[kGroup<A>] = {};
     A* to[kGroup<A>] = {};
     for (int64_t g = 0; g < part.heads; ++g) {
       from[g] = weights + part.row(g) * lists.capacity + part.j;
-      to[g] = sums + part.at(g).h % sharing * padded;
+      to[g] = sums + part.member(g) * padded;
       if (part.j == 0) fill(to[g], padded, A{0});
     }
     const int32_t* keys = lists.keys + part.first_row * lists.capacity + part.j;

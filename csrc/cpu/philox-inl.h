@@ -7,45 +7,71 @@
 
 namespace smartbird::SMARTBIRD_ISA {
 
-// (high, low) halves of the 64-bit products a[l] * b.
-inline void multiply_wide(VecU a, uint32_t b, VecU* high, VecU* low) {
+// Of vectors of 64-bit lanes, two of a VecU each.
 #if defined(__AVX512F__)
-  const __m512i x = bit_cast<__m512i>(a), y = _mm512_set1_epi32(static_cast<int>(b));
-  const __m512i even = _mm512_mul_epu32(x, y), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
-  *low = bit_cast<VecU>(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)));
-  *high = bit_cast<VecU>(_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd));
-#elif defined(__AVX2__)
-  const __m256i x = bit_cast<__m256i>(a), y = _mm256_set1_epi32(static_cast<int>(b));
-  const __m256i even = _mm256_mul_epu32(x, y), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
-  *low = bit_cast<VecU>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
-  *high = bit_cast<VecU>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
-#else
-  for (int l = 0; l < kLanes<float>; ++l) {
-    const uint64_t product = uint64_t{a[l]} * b;
-    (*low)[l] = static_cast<uint32_t>(product);
-    (*high)[l] = static_cast<uint32_t>(product >> 32);
-  }
-#endif
+SMARTBIRD_INLINE VecU high_halves(VecU a) {
+  return bit_cast<VecU>(_mm512_srli_epi64(bit_cast<__m512i>(a), 32));
 }
+
+SMARTBIRD_INLINE VecU multiply_low_halves(VecU a, VecU b) {
+  return bit_cast<VecU>(_mm512_mul_epu32(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+}
+
+SMARTBIRD_INLINE VecU join_low_halves(VecU even, VecU odd) {
+  return bit_cast<VecU>(_mm512_mask_blend_epi32(
+      0xAAAA, bit_cast<__m512i>(even), _mm512_slli_epi64(bit_cast<__m512i>(odd), 32)));
+}
+#elif defined(__AVX2__)
+SMARTBIRD_INLINE VecU high_halves(VecU a) {
+  return bit_cast<VecU>(_mm256_srli_epi64(bit_cast<__m256i>(a), 32));
+}
+
+SMARTBIRD_INLINE VecU multiply_low_halves(VecU a, VecU b) {
+  return bit_cast<VecU>(_mm256_mul_epu32(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+}
+
+SMARTBIRD_INLINE VecU join_low_halves(VecU even, VecU odd) {
+  return bit_cast<VecU>(_mm256_blend_epi32(
+      bit_cast<__m256i>(even), _mm256_slli_epi64(bit_cast<__m256i>(odd), 32), 0xAA));
+}
+#endif
 
 // The blocks first, first + 1, ... of (head, position), one in each lane, word by word.
 SMARTBIRD_INLINE void philox_blocks(PhiloxKey key, int64_t head, int64_t position, uint32_t first,
                                     VecU out[4]) {
   const PhiloxBlock counter = philox_counter(head, position, first);
-  VecU c0 = bit_cast<VecU>(iota_int()) + counter.word[0], c1 = VecU{} + counter.word[1],
-       c2 = VecU{} + counter.word[2], c3 = VecU{} + counter.word[3];
+#if defined(__AVX2__)
+  // Even lanes and odd ones apart, in the low halves of 64 bits each, as products want them; what
+  // the high halves hold counts for nothing.
+  VecU even[4], odd[4];
+  for (int w = 0; w < 4; ++w) {
+    even[w] = VecU{} + counter.word[w];
+    if (w == 0) even[w] += bit_cast<VecU>(iota_int());
+    odd[w] = high_halves(even[w]);
+  }
+  const auto turn = [&](VecU c[4]) {
+    const VecU p0 = multiply_low_halves(c[0], VecU{} + kPhiloxM0),
+               p1 = multiply_low_halves(c[2], VecU{} + kPhiloxM1);
+    c[0] = high_halves(p1) ^ c[1] ^ key.lo;
+    c[1] = p1;
+    c[2] = high_halves(p0) ^ c[3] ^ key.hi;
+    c[3] = p0;
+  };
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    VecU high0, low0, high1, low1;
-    multiply_wide(c0, kPhiloxM0, &high0, &low0);
-    multiply_wide(c2, kPhiloxM1, &high1, &low1);
-    c0 = high1 ^ c1 ^ key.lo;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ key.hi;
-    c3 = low0;
+    turn(even);
+    turn(odd);
     key.lo += kPhiloxW0;
     key.hi += kPhiloxW1;
   }
-  out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+  for (int w = 0; w < 4; ++w) out[w] = join_low_halves(even[w], odd[w]);
+#else
+  for (int l = 0; l < kLanes<float>; ++l) {
+    PhiloxBlock block = counter;
+    block.word[0] += static_cast<uint32_t>(l);
+    block = philox4x32(block, key);
+    for (int w = 0; w < 4; ++w) out[w][l] = block.word[w];
+  }
+#endif
 }
 
 // The draws 64 * chunk, ..., 64 * chunk + 63 of (head, position).
@@ -59,51 +85,41 @@ inline void philox_chunk(PhiloxKey key, int64_t head, int64_t position, uint32_t
   }
 }
 
-// Arrivals of Poisson processes of rate 1 for one (head, position): each is an Exp(1) variable and
-// an independent uniform time in (0, 1). A block gives three: 22 bits of each of its first three
-// words make an exponential, their 10 others and 10 of the fourth a time. Arrival n of a first take
-// is of word n % 24 / 8 of block n / 24 * 8 + n % 8, whatever the vectors are; a second take goes
-// on with the next whole step of blocks.
-class ArrivalStream {
- public:
-  // What n arrivals take of an array: whole vectors of blocks.
-  static constexpr int64_t padded(int64_t n) { return ceil_div(n, kStep) * kStep; }
+// Uniform in (0, 1), on a grid of 2^-23.
+SMARTBIRD_INLINE Vec<float> uniform(VecU bits) {
+  return (__builtin_convertvector(bit_cast<VecI>(bits >> 9), Vec<float>) + 0.5f) * 0x1p-23f;
+}
 
-  ArrivalStream(PhiloxKey key, int64_t head, int64_t position)
+// Exp(1) variables of one (head, position), and uniform bits, in steps of 16 blocks: the first three
+// words of a block give one of the first each, its last word is the second. Variable n of a step is
+// of word n / 16 of block n % 16, whatever the vectors are.
+class ExponentialStream {
+ public:
+  static constexpr int kBlocks = 16, kStep = 3 * kBlocks;
+
+  // What n variables take of an array, and of one of words: whole steps.
+  static constexpr int64_t padded(int64_t n) { return ceil_div(n, kStep) * kStep; }
+  static constexpr int64_t words(int64_t n) { return padded(n) / 3; }
+
+  ExponentialStream(PhiloxKey key, int64_t head, int64_t position)
       : key_(key), head_(head), position_(position) {}
 
-  // The next padded(n) of both; times may be null.
-  void take(int64_t n, float* exponentials, float* times) {
+  // The next n variables, up to whole vectors, and the words(n) words of their steps, which may be
+  // null.
+  void take(int64_t n, float* exponentials, uint32_t* words) {
     constexpr int L = kLanes<float>;
-    for (int64_t begin = 0; begin < n; begin += kStep) {
-      for (int b = 0; b < kStepBlocks; b += L, block_ += L) {
-        VecU words[4];
-        philox_blocks(key_, head_, position_, block_, words);
-        const VecI last = bit_cast<VecI>(words[3]);
-        for (int w = 0; w < 3; ++w) {
-          const VecI bits = bit_cast<VecI>(words[w]);
-          const Vec<float> grid = __builtin_convertvector(bits >> 10 & 0x3FFFFF, Vec<float>);
-          put(-log((grid + 0.5f) * 0x1p-22f), w, b, exponentials + begin);
-          if (times == nullptr) continue;
-          const VecI time = (bits & 0x3FF) << 10 | (last >> (10 * w) & 0x3FF);
-          put((__builtin_convertvector(time, Vec<float>) + 0.5f) * 0x1p-20f, w, b, times + begin);
-        }
+    for (int64_t begin = 0; begin < n; begin += kStep)
+      for (int b = 0; b < kBlocks; b += L, block_ += L) {
+        VecU word[4];
+        philox_blocks(key_, head_, position_, block_, word);
+        for (int w = 0; w < 3; ++w)
+          if (const int64_t at = begin + w * kBlocks + b; at < n)
+            store(exponentials + at, -log(uniform(word[w])));
+        if (words != nullptr) std::memcpy(words + begin / 3 + b, &word[3], sizeof(word[3]));
       }
-    }
   }
 
  private:
-  static constexpr int kGroup = 8;  // blocks that give 24 arrivals
-  static constexpr int kStepBlocks = max_of(kGroup, kLanes<float>), kStep = 3 * kStepBlocks;
-
-  // Values of word w of the blocks b, b + 1, ... of a step.
-  static SMARTBIRD_INLINE void put(Vec<float> x, int w, int b, float* out) {
-    constexpr int kRun = min_of(kGroup, kLanes<float>);
-    for (int l = 0; l < kLanes<float>; l += kRun)
-      std::memcpy(out + (b + l) / kGroup * 3 * kGroup + w * kGroup + (b + l) % kGroup,
-                  reinterpret_cast<const float*>(&x) + l, kRun * sizeof(float));
-  }
-
   PhiloxKey key_;
   int64_t head_, position_;
   uint32_t block_ = 0;

@@ -12,9 +12,10 @@
 // running sums once per row, for all heads: `heavy`. `systematic` takes them for certain. `gumbel`
 // is a race: keys arrive by Poisson processes of rate weight, and the first K distinct arrivals are
 // successive sampling from p. A heavy key has an exponential time of its own; the n first arrivals
-// of all others are n sorted draws with times uniform below that of the next arrival, which is the
-// sum of the exponentials that the draws are made of. The K least times win, the one after them is
-// kappa, and the work does not grow with how peaked a row is.
+// of all others are n sorted draws, up to the time of the next arrival, which is the sum of the
+// exponentials that the draws are made of. They are a few more than wanted, and are taken back from
+// the last: which of them came last is by chance. The time of the last key taken back is kappa, and
+// the work does not grow with how peaked a row is.
 #include "pack-inl.h"
 #include "philox-inl.h"
 #include "score-inl.h"
@@ -40,8 +41,8 @@ constexpr double kUnderflow = 1e-15;
 // Below this share of the least weight that takes a place, the rest never takes one.
 constexpr double kNegligible = 1e-9;
 constexpr float kMostWeight = 0x1p127f;
-constexpr float kNever = __builtin_inff();
-constexpr int32_t kNeverBits = 0x7F800000;
+// Times that keys of a weight have; forced ones come before, others not at all.
+constexpr float kLeastTime = 0x1p-126f, kMostTime = 0x1p127f, kNever = __builtin_inff();
 
 // Draws are integers in [0, kWhole]: running sums over blocks are kept on the same grid, so that to
 // find a block is to compare integers, many draws at once.
@@ -82,14 +83,16 @@ struct Scratch {
   // Of the row at hand: the forced keys and those too heavy to draw, see find_heavy.
   KeyList heavy;
   float* heavy_weight;
-  // Of the head at hand: when each heavy key arrives; the keys drawn, ascending, with repeats; and
-  // when those arrive.
+  // Of the head at hand: when each heavy key arrives; the keys drawn, ascending, with repeats until
+  // they are removed, and their weights, then what is written with each; and keys that were drawn
+  // before those, where they were too few.
   float* heavy_time;
-  KeyList light;
-  float *light_weight, *light_time;
-  KeyList taken;   // [K] the keys taken
-  float* value;    // [K] their weights, then what is written with each
+  KeyList taken;
+  float* value;
+  KeyList past;
+  float* past_weight;
   float* spacing;  // exponentials
+  uint32_t* words;
   int32_t* draws;
   Row rows[kRows];  // those scored together; they share start and guide
 };
@@ -110,16 +113,16 @@ inline Scratch lay_out(const SketchSampleParams& p, ScratchAllocator* arena) {
   constexpr int L = kLanes<float>;
   const int64_t padded = padded_keys(p), blocks = padded / kTile;
   // The keys of one draw that was not enough and of another.
-  const int64_t room = ArrivalStream::padded(p.K + most_draws(p.K) + 2) + L;
+  const int64_t room = ExponentialStream::padded(p.K + most_draws(p.K) + 2) + L;
   Scratch s{};
   s.q = arena->take<float>(kRows * p.S);
   s.tile = arena->take<float>((p.S + 1) * kTile);
   s.forced.key = arena->take<int32_t>(kRows * p.K);
   s.blank.key = arena->take<int32_t>(kRows * blanks_per_row(p));
-  for (KeyList* list : {&s.heavy, &s.light, &s.taken}) list->key = arena->take<int32_t>(room);
-  for (float** list :
-       {&s.heavy_weight, &s.heavy_time, &s.light_weight, &s.light_time, &s.value, &s.spacing})
+  for (KeyList* list : {&s.heavy, &s.taken, &s.past}) list->key = arena->take<int32_t>(room);
+  for (float** list : {&s.heavy_weight, &s.heavy_time, &s.value, &s.past_weight, &s.spacing})
     *list = arena->take<float>(room);
+  s.words = arena->take<uint32_t>(room);
   s.draws = arena->take<int32_t>(room);
   s.rows[0].start = arena->take<int32_t>(blocks + 1);
   s.rows[0].guide = arena->take<int32_t>((int64_t{1} << guide_bits(blocks)) + L);
@@ -135,15 +138,23 @@ inline Scratch lay_out(const SketchSampleParams& p, ScratchAllocator* arena) {
 
 // ---- lists of keys ------------------------------------------------------------------------------
 
+// Ends a list with a key that is none, up to beyond a whole vector.
+inline void mark_end(const KeyList& list) {
+  constexpr int L = kLanes<float>;
+  for (int64_t i = list.size; i <= ceil_div(list.size, L) * L; ++i) list.key[i] = -1;
+}
+
 // Removes repeats, which lie side by side, and what belongs to them.
 inline void remove_repeats(KeyList* list, float* weights) {
   constexpr int L = kLanes<float>;
+  mark_end(*list);
   int64_t n = 0;
-  while (n + L < list->size && !any(load_int(list->key + n) == load_int(list->key + n + 1))) n += L;
-  for (int64_t i = n; i < list->size; ++i) {
-    list->key[n] = list->key[i];
-    weights[n] = weights[i];
-    n += i + 1 == list->size || list->key[i + 1] != list->key[i];
+  for (int64_t i = 0; i < list->size; i += L) {
+    const VecI key = load_int(list->key + i), differs = key != load_int(list->key + i + 1);
+    const VecI kept = compress(key, differs);
+    std::memcpy(list->key + n, &kept, sizeof(kept));
+    store(weights + n, compress(load(weights + i), differs));
+    n += __builtin_popcount(lane_bits(differs));
   }
   list->size = n;
 }
@@ -158,6 +169,11 @@ inline int64_t lower_bound(const KeyList& list, int32_t key) {
     n = above ? n - half - 1 : half;
   }
   return low;
+}
+
+inline bool contains(const KeyList& list, int32_t key) {
+  const int64_t at = lower_bound(list, key);
+  return at < list.size && list.key[at] == key;
 }
 
 // Puts x at place `at` of n, those from there on one further.
@@ -257,35 +273,37 @@ inline int64_t nearest_drawable(const Row& row, int64_t j) {
   return 0;
 }
 
-// keys[n] holds draw n: the first key whose running sum exceeds it; its weight goes to weights[n].
-// Arrays are padded to whole vectors. Loop by loop, so that no vector is loaded from scalars just
-// stored.
-inline void find_keys(const Row& row, const int32_t* __restrict draws, int64_t count,
+// keys[n] becomes draw n: the first key whose running sum exceeds it; its weight goes to weights[n].
+// Arrays are padded to whole vectors, draws with draws, and are used up. Loops are short: their
+// iterations overlap, and no vector is loaded from scalars just stored.
+inline void find_keys(const Row& row, int32_t* __restrict draws, int64_t count,
                       float* __restrict weights, int32_t* __restrict keys) {
   constexpr int L = kLanes<float>;
   const int32_t* __restrict guide = row.guide;
   const int32_t* __restrict start = row.start;
   const int shift = row.guide_shift;
-  const int32_t last = static_cast<int32_t>(row.blocks * kTile) - 1;
-  AliasedInt* rest = reinterpret_cast<AliasedInt*>(weights);
   for (int64_t n = 0; n < count; ++n) {
     const int32_t draw = draws[n];
-    // The first two steps have no branch to mispredict.
     int64_t block = guide[draw >> shift];
-    block += draw >= start[block + 1];
-    block += draw >= start[block + 1];
+    block += draw >= start[block + 1];  // no branch to mispredict
     while (__builtin_expect(draw >= start[block + 1], 0)) ++block;
-    rest[n] = draw - start[block];
+    draws[n] = draw - start[block];
     keys[n] = static_cast<int32_t>(block * kTile);
   }
   for (int64_t n = 0; n < count; n += L)
-    store(weights + n, __builtin_convertvector(load_int(reinterpret_cast<const int32_t*>(rest) + n),
-                                               Vec<float>) *
-                           row.draw_weight);
+    store(weights + n,
+          __builtin_convertvector(load_int(draws + n), Vec<float>) * row.draw_weight);
+  for (int64_t n = 0; n < count; ++n) keys[n] += count_le(row.cum + keys[n], weights[n]);
   // Rounding may take a draw past the last sum of its block: never past the last key.
-  for (int64_t n = 0; n < count; ++n)
-    keys[n] = min_of(keys[n] + count_le(row.cum + keys[n], weights[n]), last);
-  for (int64_t n = 0; n < count; ++n) weights[n] = row.weight[interleaved(keys[n])];
+  const VecI last = VecI{} + static_cast<int32_t>(row.blocks * kTile - 1);
+  for (int64_t n = 0; n < count; n += L) {
+    VecI key = load_int(keys + n);
+    key = key < last ? key : last;
+    std::memcpy(keys + n, &key, sizeof(key));
+    const VecI place = interleaved(key);
+    std::memcpy(draws + n, &place, sizeof(place));
+  }
+  for (int64_t n = 0; n < count; ++n) weights[n] = row.weight[draws[n]];
   // Sums within a block are rounded in an order of their own: rarely, a draw falls between two that
   // should be equal.
   for (int64_t n = count; n < ceil_div(count, L) * L; ++n) weights[n] = 1;
@@ -555,18 +573,28 @@ inline Vec<float> log_one_minus_exp(Vec<float> x) {
 
 // ---- a race -------------------------------------------------------------------------------------
 
-// How many draws the light keys of a row are given, so that with its heavy keys more than c.to_draw
-// distinct ones come in time but rarely many more: the expectation and two deviations, by a few
-// steps of Newton's method from `places` keys.
-inline int64_t plan_race(const RowContext& c, double places, const Row& row, const Scratch& s) {
+// A time by which more than c.to_draw keys of a row arrive, but rarely many more, and how many draws
+// its light keys make until then: the expectation and two deviations, by a few steps of Newton's
+// method from `places` keys.
+struct Plan {
+  double time;
+  int64_t draws;
+};
+
+inline Plan plan_race(const RowContext& c, double places, const Row& row, const Scratch& s) {
   constexpr int L = kLanes<float>;
-  if (!(row.total > 0)) return 0;
   fill_up(s.heavy.size, s.heavy_weight);
   const double half_square = 0.5 * static_cast<double>(reduce_add(row.square));
   const double want = static_cast<double>(c.to_draw) + 1,
                heavy = static_cast<double>(s.heavy.size - c.forced.size);
-  double time = max_of(places, 1.0) / row.total;
-  for (int step = 0; step < 3; ++step) {
+  double time = places / row.total;
+  if (!(row.total > 0)) {  // the mean, of heavy keys, of when half of them are there
+    double log_weight = 0;
+    for (int64_t n = 0; n < s.heavy.size; ++n)
+      if (s.heavy_weight[n] < kNever) log_weight += __builtin_log2f(s.heavy_weight[n]);
+    time = __builtin_exp2(-log_weight / heavy);
+  }
+  for (int step = 0; step < 8; ++step) {
     Vec<float> late{}, late_square{}, slope{};
     for (int64_t n = 0; n < s.heavy.size; n += L) {
       const Vec<float> x = load(s.heavy_weight + n) * static_cast<float>(time), e = exp(-x);
@@ -579,147 +607,171 @@ inline int64_t plan_race(const RowContext& c, double places, const Row& row, con
     const double variance = repeats + missing - static_cast<double>(reduce_add(late_square));
     const double surplus = heavy - missing + draws - repeats - want - 2 * __builtin_sqrt(variance);
     const double gain = static_cast<double>(reduce_add(slope)) + draws - 2 * repeats;
+    if (surplus * surplus < 0.01) break;
     time *= max_of(0.25, min_of(4.0, 1 - surplus / gain));
   }
-  return static_cast<int64_t>(
-      min_of(row.total * time + 1, static_cast<double>(most_draws(c.p->K))));
+  return {time, static_cast<int64_t>(
+                    min_of(row.total * time + 1, static_cast<double>(most_draws(c.p->K))))};
 }
 
-// The heavy keys' own times.
-inline void draw_heavy(ArrivalStream arrivals, Scratch* s) {
+// The heavy keys' own times; forced keys come first, at 0.
+inline void draw_heavy(ExponentialStream stream, Scratch* s) {
   constexpr int L = kLanes<float>;
   const int64_t n = s->heavy.size;
   if (n == 0) return;
-  arrivals.take(n, s->heavy_time, nullptr);
-  for (int64_t i = 0; i < n; i += L)
-    store(s->heavy_time + i,
-          min(load(s->heavy_time + i) / load(s->heavy_weight + i), broadcast(kMostWeight)));
+  stream.take(n, s->heavy_time, nullptr);
+  for (int64_t i = 0; i < n; i += L) {
+    const Vec<float> weight = load(s->heavy_weight + i);
+    const Vec<float> time = max(load(s->heavy_time + i) / weight, broadcast(kLeastTime));
+    store(s->heavy_time + i, weight < kNever ? min(time, broadcast(kMostTime)) : Vec<float>{});
+  }
   fill_up(n, s->heavy_time);
 }
 
-// The first n arrivals of light keys. Of a key's, the first counts. Returns when the next comes.
-inline double draw_light(ArrivalStream* arrivals, int64_t n, const Row& row, Scratch* s) {
-  constexpr int L = kLanes<float>;
-  arrivals->take(n + 1, s->spacing, s->light_time);
-  const double end = take_draws(n, s->spacing, s->draws) / row.total;
-  int32_t* key = s->light.key;
-  float* time = s->light_time;
-  find_keys(row, s->draws, n, s->light_weight, key);
-  s->light.size = n;
-  key[n] = -1;
-  const float scale = static_cast<float>(end);
-  for (int64_t i = 0; i < n; i += L) store(time + i, load(time + i) * scale);
-  fill_up(n, time);
-  // Times are not negative: their bits are in order too, and integers are quicker to choose among.
-  AliasedInt* bits = reinterpret_cast<AliasedInt*>(time);
-  for (int64_t i = 0; i < n; i += L) {
-    if (!any(load_int(key + i) == load_int(key + i + 1))) continue;
-    int32_t first = bits[i];  // of the key at hand
-    for (int64_t j = i; j < min_of(i + L, n); ++j) {
-      const bool repeats = key[j] == key[j + 1];
-      bits[j] = repeats ? kNeverBits : first;
-      first = min_of(bits[j + 1], repeats ? first : kNeverBits);
-    }
-    bits[min_of(i + L, n)] = first;
-  }
-  return end;
-}
-
-// The arrival at `end`, where draw_light or this function stopped, and n more. Returns when the
-// next comes.
-inline double draw_on(ArrivalStream* arrivals, double end, int64_t n, const Row& row, Scratch* s) {
-  int64_t kept = 0;
-  for (int64_t i = 0; i < s->light.size; ++i) {
-    s->light.key[kept] = s->light.key[i];
-    s->light_weight[kept] = s->light_weight[i];
-    s->light_time[kept] = s->light_time[i];
-    kept += s->light_time[i] < kNever;
-  }
-  s->light.size = kept;
-  int32_t* key = s->taken.key;
-  float* time = s->value;
-  arrivals->take(n + 3, s->spacing, time);  // of its times, two more serve below
-  const float first = time[n + 1], shrink = time[n + 2];
-  // The sum of m + 1 exponentials times a uniform number's m-th root is as that of m.
-  const double m = static_cast<double>(n + 1);
-  const double wait = take_draws(n + 1, s->spacing, s->draws) *
-                      __builtin_pow(static_cast<double>(shrink), 1 / m) / row.total;
-  find_keys(row, s->draws, n + 1, s->spacing, key);  // the exponentials are used up
-  for (int64_t i = 0; i <= n; ++i)
-    time[i] = static_cast<float>(end + wait * static_cast<double>(time[i]));
-  // Draws lie in the order of their keys: which of them comes first is by chance.
-  time[static_cast<int64_t>(static_cast<double>(first) * m)] = static_cast<float>(end);
-  for (int64_t i = 0; i <= n; ++i) {
-    const int64_t at = lower_bound(s->light, key[i]);
-    if (at < s->light.size && s->light.key[at] == key[i]) {
-      s->light_time[at] = min_of(s->light_time[at], time[i]);
-    } else {
-      insert(s->light.key, s->light.size, at, key[i]);
-      insert(s->light_weight, s->light.size, at, s->spacing[i]);
-      insert(s->light_time, s->light.size++, at, time[i]);
-    }
-  }
-  fill_up(s->light.size, s->light_time);
-  return end + wait;
-}
-
-// How many times are below x.
-inline int64_t count_before(const Scratch& s, float x) {
-  constexpr int L = kLanes<float>;
-  VecI count{};
-  for (int64_t i = 0; i < s.light.size; i += L) count -= load(s.light_time + i) < x;
-  for (int64_t i = 0; i < s.heavy.size; i += L) count -= load(s.heavy_time + i) < x;
-  return static_cast<int64_t>(reduce_add(__builtin_convertvector(count, Vec<float>)));
-}
-
-// The keys whose time is below `limit` are the first K; kappa is the time of the next.
-struct Finish {
-  float limit, kappa;
+// A stretch of a race. The light keys that arrive in it are the scratch's `taken`, those that came
+// before are `past`.
+struct Stretch {
+  float begin = 0, end = 0;
+  bool at_begin = false;  // of the arrivals, one comes when it begins
 };
 
-inline Finish finish(int64_t K, float end, Scratch* s) {
-  constexpr int L = kLanes<float>;
-  // Times are not negative: they are ordered as the integers of the same bits.
-  int32_t low = 0, high = bit_cast<int32_t>(end);
-  int64_t before_low = 0, before_high = s->light.size + s->heavy.size;
-  for (bool halve = !(end < kNever); high - low > 1; halve = !halve) {
-    int32_t middle = low + (high - low) / 2;
-    if (!halve) {  // as if times were spread evenly
-      const float a = bit_cast<float>(low), share = (static_cast<float>(K - before_low) + 0.5f) /
-                                                    static_cast<float>(before_high - before_low);
-      middle = bit_cast<int32_t>(a + (bit_cast<float>(high) - a) * share);
-      middle = max_of(low + 1, min_of(high - 1, middle));
-    }
-    const float x = bit_cast<float>(middle);
-    const int64_t before = count_before(*s, x);
-    if (before == K) {
-      Vec<float> next = broadcast(kNever);
-      const auto look = [&](const float* time, int64_t n) {
-        for (int64_t i = 0; i < n; i += L) {
-          const Vec<float> t = load(time + i);
-          next = min(next, t < x ? broadcast(kNever) : t);
-        }
-      };
-      look(s->light_time, s->light.size);
-      look(s->heavy_time, s->heavy.size);
-      return {x, -reduce_max(-next)};
-    }
-    (before < K ? low : high) = middle;
-    (before < K ? before_low : before_high) = before;
+// The first n arrivals of light keys, up to the next.
+inline Stretch draw_light(int64_t n, const Row& row, ExponentialStream* stream, Scratch* s) {
+  stream->take(n + 1, s->spacing, s->words);
+  const double time = take_draws(n, s->spacing, s->draws) / row.total;
+  find_keys(row, s->draws, n, s->value, s->taken.key);
+  s->taken.size = n;
+  mark_end(s->taken);
+  return {0, static_cast<float>(time), false};
+}
+
+// Adds the keys of a stretch to those before it.
+inline void add_to_past(Scratch* s) {
+  remove_repeats(&s->taken, s->value);
+  if (s->past.size == 0) {
+    std::swap(s->past, s->taken);
+    std::swap(s->past_weight, s->value);
   }
-  // Several have the time of the last: some of them come too late.
-  const float last = bit_cast<float>(low);
-  int64_t surplus = count_before(*s, bit_cast<float>(high)) - K;
-  const auto drop = [&](float* time, int64_t n) {
-    for (int64_t i = n - 1; i >= 0 && surplus > 0; --i) {
-      if (time[i] != last) continue;
-      time[i] = kNever;
-      --surplus;
+  for (int64_t i = 0; i < s->taken.size; ++i) {
+    const int32_t key = s->taken.key[i];
+    const int64_t at = lower_bound(s->past, key);
+    if (at < s->past.size && s->past.key[at] == key) continue;
+    insert(s->past_weight, s->past.size, at, s->value[i]);
+    insert(s->past.key, s->past.size++, at, key);
+  }
+  s->taken.size = 0;
+}
+
+// What comes after a stretch: the arrival at its end and n more, up to the next.
+inline Stretch draw_on(const Stretch& before, int64_t n, const Row& row, ExponentialStream* stream,
+                       Scratch* s) {
+  add_to_past(s);
+  // The sum of m + 1 exponentials times a uniform number's m-th root is as that of m.
+  const double m = static_cast<double>(n + 1);
+  Stretch at = draw_light(n + 1, row, stream, s);
+  const double shrink = uniform_double(s->words[ExponentialStream::words(n + 2) - 1]) + 0x1p-33;
+  at.begin = before.end;
+  at.end = at.begin + at.end * static_cast<float>(__builtin_pow(shrink, 1 / m));
+  at.at_begin = true;
+  return at;
+}
+
+// How many keys have come when a stretch ends.
+inline int64_t count_keys(const Stretch& at, const Scratch& s) {
+  constexpr int L = kLanes<float>;
+  const int64_t n = s.taken.size;
+  const int32_t* key = s.taken.key;
+  int64_t keys = 0;
+  for (int64_t i = 0; i < n; i += L)
+    keys += __builtin_popcount(lane_bits(load_int(key + i) != load_int(key + i + 1)));
+  for (int64_t i = 0; i < s.heavy.size; i += L)
+    keys += __builtin_popcount(lane_bits(load(s.heavy_time + i) < at.end));
+  if (s.past.size == 0) return keys;
+  for (int64_t i = 0; i < n; ++i) keys -= key[i] != key[i + 1] && contains(s.past, key[i]);
+  return keys + s.past.size;
+}
+
+// Takes the arrivals of a stretch back, from the last, until of `keys` only K are left: heavy ones
+// are given a time that never comes. Returns when the last that went had come: kappa, where light
+// ones are timed; where only they are left to go, they need not be.
+//
+// Given how many they are, light arrivals came at independent uniform times. So the last of m is
+// any of them, and of those that did not come at the very begin it came at the m-th root of a
+// uniform number.
+inline float take_back(const Stretch& at, int64_t keys, int64_t K, bool timed,
+                       ExponentialStream* stream, Scratch* s) {
+  constexpr int L = kLanes<float>;
+  int32_t* key = s->taken.key;
+  int64_t left = s->taken.size, used = 0,
+          words = ExponentialStream::words(left + 1) - at.at_begin;  // see draw_on
+  int32_t chosen[L];  // of the next arrivals to go: which, and when they came
+  float when[L];
+  store(when, broadcast(at.end));
+  int next = L;
+  float log_share = 0;
+  const auto choose = [&] {
+    if (used + L > words) {
+      stream->take(1, s->spacing, s->words);
+      words = ExponentialStream::words(1);
+      used = 0;
     }
+    VecU word;
+    std::memcpy(&word, s->words + used, sizeof(word));
+    used += L;
+    // Of a word times m, the upper half is uniform below m and the lower half is what is left of
+    // the word.
+    using Wide = typename VecOf<uint64_t, L>::type;
+    const VecI m = static_cast<int32_t>(left) - iota_int();
+    const Wide product =
+        __builtin_convertvector(word, Wide) * __builtin_convertvector(bit_cast<VecU>(m), Wide);
+    const VecU high = __builtin_convertvector(product >> 32, VecU),
+               low = __builtin_convertvector(product, VecU);
+    std::memcpy(chosen, &high, sizeof(high));
+    next = 0;
+    if (!timed) return;
+    const Vec<float> others = __builtin_convertvector(m - int32_t{at.at_begin}, Vec<float>);
+    const Vec<float> logs =
+        prefix_sum(others > 0.0f ? log(uniform(low)) / others : broadcast(-kNever)) + log_share;
+    log_share = logs[L - 1];
+    store(when, at.begin + (at.end - at.begin) * exp(logs));
   };
-  drop(s->heavy_time, s->heavy.size);
-  drop(s->light_time, s->light.size);
-  return {bit_cast<float>(high), last};
+  int64_t heavy = -1;  // the last to come of the heavy keys that are left
+  float heavy_time = -1;
+  const auto look = [&] {
+    Vec<float> last = broadcast(-1.0f);
+    for (int64_t i = 0; i < s->heavy.size; i += L) {
+      const Vec<float> time = load(s->heavy_time + i);
+      last = max(last, time < at.end ? time : broadcast(-1.0f));
+    }
+    heavy_time = reduce_max(last);
+    heavy = 0;
+    while (heavy < s->heavy.size && s->heavy_time[heavy] != heavy_time) ++heavy;
+  };
+  look();
+  for (;;) {
+    if (next == L && left > 0) choose();
+    const float light_time = left > 0 ? when[next] : -1;
+    float time = heavy_time;
+    if (heavy_time > light_time) {
+      s->heavy_time[heavy] = kNever;
+      --keys;
+      look();
+    } else {
+      const int64_t i = chosen[next++];
+      time = light_time;
+      const bool repeats = (i > 0 && key[i] == key[i - 1]) || key[i] == key[i + 1] ||
+                           (s->past.size > 0 && contains(s->past, key[i]));
+      keys -= !repeats;
+      for (int64_t j = i; j < left; j += L) {  // the mark goes with them
+        const VecI keys_after = load_int(key + j + 1);
+        const Vec<float> weights_after = load(s->value + j + 1);
+        std::memcpy(key + j, &keys_after, sizeof(keys_after));
+        store(s->value + j, weights_after);
+      }
+      s->taken.size = --left;
+    }
+    if (keys == K) return time;
+  }
 }
 
 // ---- other methods ------------------------------------------------------------------------------
@@ -862,31 +914,34 @@ inline void sample_gumbel(const RowContext& c, Row* row, Scratch* s) {
                free = static_cast<double>(c.valid - c.forced.size);
   // Keys that draws would repeat; where few are left beyond those wanted, all.
   const double places = find_heavy(c, free <= 2 * want ? free : 1.25 * want, row, s);
-  const int64_t draws = plan_race(c, places, *row, *s);
+  const Plan plan = plan_race(c, places, *row, *s);
+  const bool timed = c.p->log_inclusion != nullptr || s->heavy.size > c.forced.size;
   if (row->total > 0) index_blocks(row);
   for (int64_t head = 0; head < c.task->heads(); ++head) {
     const Output out = output_row(c, head);
     const int64_t address = draw_head(c, head);
-    ArrivalStream arrivals(c.task->key, address, c.position);
-    draw_heavy(ArrivalStream(c.task->heavy_key, address, c.position), s);
-    s->light.size = 0;
-    double end = __builtin_inf();
-    if (row->total > 0) end = draw_light(&arrivals, draws, *row, s);
-    while (count_before(*s, static_cast<float>(end)) <= c.p->K)
-      end = draw_on(&arrivals, end, draws, *row, s);
-    const Finish last = finish(c.p->K, static_cast<float>(end), s);
-
-    int64_t taken = 0;
-    for (int64_t i = 0; i < s->light.size; i += kLanes<float>) {
-      const VecI in_time = load(s->light_time + i) < last.limit;
-      const VecI key = compress(load_int(s->light.key + i), in_time);
-      std::memcpy(s->taken.key + taken, &key, sizeof(key));
-      store(s->value + taken, compress(load(s->light_weight + i), in_time));
-      taken += __builtin_popcount(lane_bits(in_time));
+    ExponentialStream stream(c.task->key, address, c.position);
+    draw_heavy(ExponentialStream(c.task->heavy_key, address, c.position), s);
+    s->taken.size = s->past.size = 0;
+    const bool any_light = row->total > 0;
+    Stretch at{0, static_cast<float>(plan.time), false};
+    if (any_light) at = draw_light(plan.draws, *row, &stream, s);
+    int64_t keys;
+    while (keys = count_keys(at, *s), keys <= c.p->K)
+      if (any_light)
+        at = draw_on(at, plan.draws / 4 + 1, *row, &stream, s);
+      else
+        at.end = kNever;
+    const float kappa = take_back(at, keys, c.p->K, timed, &stream, s);
+    if (s->past.size > 0) {
+      add_to_past(s);
+      std::swap(s->past, s->taken);
+      std::swap(s->past_weight, s->value);
+    } else {
+      remove_repeats(&s->taken, s->value);
     }
-    s->taken.size = taken;
-    merge_heavy(s, [&](int64_t i) { return s->heavy_time[i] < last.limit; });
-    write_row(c, *s, out, [&](Vec<float> w) { return log_one_minus_exp(w * last.kappa); });
+    merge_heavy(s, [&](int64_t i) { return s->heavy_time[i] < at.end; });
+    write_row(c, *s, out, [&](Vec<float> w) { return log_one_minus_exp(w * kappa); });
   }
 }
 
@@ -916,8 +971,8 @@ inline void sample_multinomial(const RowContext& c, Row* row, Scratch* s) {
   const float inclusion_scale = static_cast<float>(static_cast<double>(c.to_draw) / row->total);
   for (int64_t head = 0; head < c.task->heads(); ++head) {
     const Output out = output_row(c, head);
-    ArrivalStream arrivals(c.task->key, draw_head(c, head), c.position);
-    arrivals.take(c.to_draw + 1, s->spacing, nullptr);
+    ExponentialStream(c.task->key, draw_head(c, head), c.position)
+        .take(c.to_draw + 1, s->spacing, nullptr);
     take_draws(c.to_draw, s->spacing, s->draws);
     find_keys(*row, s->draws, c.to_draw, s->value, s->taken.key);
     s->taken.size = c.to_draw;
