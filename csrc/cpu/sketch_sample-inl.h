@@ -744,8 +744,9 @@ inline float take_back(const Stretch& at, int64_t keys, int64_t K, bool timed,
       last = max(last, time < at.end ? time : broadcast(-1.0f));
     }
     heavy_time = reduce_max(last);
-    heavy = 0;
-    while (heavy < s->heavy.size && s->heavy_time[heavy] != heavy_time) ++heavy;
+    for (int64_t i = 0; i < s->heavy.size; i += L)
+      if (const uint32_t lanes = lane_bits(load(s->heavy_time + i) == heavy_time); lanes != 0)
+        heavy = i + __builtin_ctz(lanes);
   };
   look();
   for (;;) {

@@ -302,16 +302,6 @@ inline Vec<float> add_square(Vec<float> sum, Vec<float> x) {
 #endif
 }
 
-template <typename V>
-inline Elem<V> reduce_max(V v) {
-  using A = Elem<V>;
-  A lane[kLanes<A>];
-  std::memcpy(lane, &v, sizeof(v));
-  for (int half = kLanes<A> / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lane[l] = max_of(lane[l], lane[l + half]);
-  return lane[0];
-}
-
 // inf in place of NaN, which comparisons forget: the largest of such numbers is -inf only where all
 // are.
 template <typename V>
@@ -342,6 +332,16 @@ inline V min(V a, V b) {
     return bit_cast<V>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
 #endif
   return a < b ? a : b;
+}
+
+template <typename V, int Step = kLanes<Elem<V>> / 2>
+inline Elem<V> reduce_max(V v) {
+  if constexpr (Step == 0)
+    return v[0];
+  else
+    return [&]<int... I>(std::integer_sequence<int, I...>) {
+      return reduce_max<V, Step / 2>(max(v, __builtin_shufflevector(v, v, (I ^ Step)...)));
+    }(std::make_integer_sequence<int, kLanes<Elem<V>>>{});
 }
 
 // Whether any lane of a exceeds that of b; a NaN does not.
