@@ -504,7 +504,8 @@ inline void for_each_part(const GatherParams& P, const GatherTask& task, const G
       for (int64_t j = 0; j == 0 || j < longest; j += slots)
         for (int64_t h = first; h < end;) {
           const int64_t r = row(h), size = lists.size[r];
-          GatherPart part{{task.b, h, i}, r, h - first, task.queries, 1, j, min_of(slots, size - j)};
+          GatherPart part{{task.b, h, i},         r, h - first, task.queries, 1, j,
+                          min_of(slots, size - j)};
           const auto same = [&](int64_t other) {
             return lists.size[other] == size &&
                    std::memcmp(lists.keys + other * lists.capacity + j,

@@ -18,8 +18,8 @@ SMARTBIRD_INLINE VecU multiply_low_halves(VecU a, VecU b) {
 }
 
 SMARTBIRD_INLINE VecU join_low_halves(VecU even, VecU odd) {
-  return bit_cast<VecU>(_mm512_mask_blend_epi32(
-      0xAAAA, bit_cast<__m512i>(even), _mm512_slli_epi64(bit_cast<__m512i>(odd), 32)));
+  return bit_cast<VecU>(_mm512_mask_blend_epi32(0xAAAA, bit_cast<__m512i>(even),
+                                                _mm512_slli_epi64(bit_cast<__m512i>(odd), 32)));
 }
 #elif defined(__AVX2__)
 SMARTBIRD_INLINE VecU high_halves(VecU a) {
@@ -31,8 +31,8 @@ SMARTBIRD_INLINE VecU multiply_low_halves(VecU a, VecU b) {
 }
 
 SMARTBIRD_INLINE VecU join_low_halves(VecU even, VecU odd) {
-  return bit_cast<VecU>(_mm256_blend_epi32(
-      bit_cast<__m256i>(even), _mm256_slli_epi64(bit_cast<__m256i>(odd), 32), 0xAA));
+  return bit_cast<VecU>(_mm256_blend_epi32(bit_cast<__m256i>(even),
+                                           _mm256_slli_epi64(bit_cast<__m256i>(odd), 32), 0xAA));
 }
 #endif
 
@@ -90,9 +90,9 @@ SMARTBIRD_INLINE Vec<float> uniform(VecU bits) {
   return (__builtin_convertvector(bit_cast<VecI>(bits >> 9), Vec<float>) + 0.5f) * 0x1p-23f;
 }
 
-// Exp(1) variables of one (head, position), and uniform bits, in steps of 16 blocks: the first three
-// words of a block give one of the first each, its last word is the second. Variable n of a step is
-// of word n / 16 of block n % 16, whatever the vectors are.
+// Exp(1) variables of one (head, position), and uniform bits, in steps of 16 blocks: the first
+// three words of a block give one of the first each, its last word is the second. Variable n of a
+// step is of word n / 16 of block n % 16, whatever the vectors are.
 class ExponentialStream {
  public:
   static constexpr int kBlocks = 16, kStep = 3 * kBlocks;

@@ -273,9 +273,9 @@ inline int64_t nearest_drawable(const Row& row, int64_t j) {
   return 0;
 }
 
-// keys[n] becomes draw n: the first key whose running sum exceeds it; its weight goes to weights[n].
-// Arrays are padded to whole vectors, draws with draws, and are used up. Loops are short: their
-// iterations overlap, and no vector is loaded from scalars just stored.
+// keys[n] becomes draw n: the first key whose running sum exceeds it; its weight goes to
+// weights[n]. Arrays are padded to whole vectors, draws with draws, and are used up. Loops are
+// short: their iterations overlap, and no vector is loaded from scalars just stored.
 inline void find_keys(const Row& row, int32_t* __restrict draws, int64_t count,
                       float* __restrict weights, int32_t* __restrict keys) {
   constexpr int L = kLanes<float>;
@@ -291,8 +291,7 @@ inline void find_keys(const Row& row, int32_t* __restrict draws, int64_t count,
     keys[n] = static_cast<int32_t>(block * kTile);
   }
   for (int64_t n = 0; n < count; n += L)
-    store(weights + n,
-          __builtin_convertvector(load_int(draws + n), Vec<float>) * row.draw_weight);
+    store(weights + n, __builtin_convertvector(load_int(draws + n), Vec<float>) * row.draw_weight);
   for (int64_t n = 0; n < count; ++n) keys[n] += count_le(row.cum + keys[n], weights[n]);
   // Rounding may take a draw past the last sum of its block: never past the last key.
   const VecI last = VecI{} + static_cast<int32_t>(row.blocks * kTile - 1);
@@ -573,9 +572,9 @@ inline Vec<float> log_one_minus_exp(Vec<float> x) {
 
 // ---- a race -------------------------------------------------------------------------------------
 
-// A time by which more than c.to_draw keys of a row arrive, but rarely many more, and how many draws
-// its light keys make until then: the expectation and two deviations, by a few steps of Newton's
-// method from `places` keys.
+// A time by which more than c.to_draw keys of a row arrive, but rarely many more, and how many
+// draws its light keys make until then: the expectation and two deviations, by a few steps of
+// Newton's method from `places` keys.
 struct Plan {
   double time;
   int64_t draws;
