@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks.common.axes import tidy
@@ -63,9 +64,15 @@ def write_plots(results: Results, stem: Path) -> list[Path]:
     """STEM-headline.png, -time, -memory and -stages, those that ``results`` have data for."""
     matplotlib.use("Agg")
     written = []
+    # Two versions are compared by a table alone.
+    timed = results.timings and not results.baseline
     for name, has_data, draw in (
-        ("headline", headlines(results), _draw_headline),
-        ("time", results.timings and not results.baseline, _draw_time),
+        (
+            "headline",
+            timed and "gpu" not in results.environment and headlines(results),
+            _draw_headline,
+        ),
+        ("time", timed, _draw_time),
         ("memory", results.memory, _draw_memory),
         ("stages", any(stage.limit_seconds for stage in results.stages), _draw_stages),
     ):
@@ -101,8 +108,10 @@ def _draw_headline(results: Results) -> Figure:
                     va="center",
                     fontsize=7,
                 )
-    for name in (GUMBEL, SYSTEMATIC):
-        axes.barh(0, 0, color=_STYLE[name][0], label=name)
+    bars = {name: Patch(color=_STYLE[name][0]) for name in (GUMBEL, SYSTEMATIC)}
+    figure.legend(
+        list(bars.values()), list(bars), loc="outside lower right", ncols=2, frameon=False
+    )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -110,7 +119,6 @@ def _draw_headline(results: Results) -> Figure:
     axes.set_yticks(range(len(lines)), [line.name for line in lines], fontsize=8)
     axes.invert_yaxis()
     tidy(axes, grid="x")
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
     _title(figure, "Speed-up of Smart Bird over SDPA (left of 1: it is slower)", results)
     return figure
 
