@@ -264,11 +264,14 @@ def _padded(threads: int) -> list[tuple[Case, Contenders]]:
 
 def _whole(threads: int) -> list[tuple[Case, Contenders]]:
     """What attention is a part of."""
-    cases = [
-        *(whole(part, backward, threads) for part in (LAYER, MODEL) for backward in (False, True)),
-        dataclasses.replace(whole(LAYER, False, threads), length=16384),
+    cases = [whole(LAYER, backward, threads) for backward in (False, True)]
+    cases.append(dataclasses.replace(cases[0], length=16384))
+    layers = [(case, _in(FLOAT32, SDPA, *OURS)) for case in cases]
+    # A step of a model takes ten seconds, and its layers tell of `systematic` already.
+    models = [
+        (whole(MODEL, backward, threads), _in(FLOAT32, SDPA, GUMBEL)) for backward in (False, True)
     ]
-    return [(case, _in(FLOAT32, SDPA, *OURS)) for case in cases]
+    return layers + models
 
 
 def _stages(lengths: Sequence[int], threads: int) -> list[StageCase]:
