@@ -6,6 +6,7 @@ PYTHON        ?= python3
 TORCH_INDEX   ?= https://download.pytorch.org/whl/cpu
 DEMO_FLAGS    ?=
 BENCH_ISA     ?= native
+BASELINE      ?=
 GPU_PYTHON    ?= python3
 STUDY_FLAGS   ?=
 VERSION_FLAGS ?=
@@ -39,7 +40,7 @@ GPU_BUILD = $(GPU_PYTHON) -c 'import torch; torch.cuda.is_available() or exit("e
     SMARTBIRD_CUDA=1 $(GPU_PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 
 .PHONY: help setup build test test-quick test-isa test-slow nightly test-versions test-emulated cpp-test \
-        race-test cuda lint test-gpu bench-gpu format demo bench bench-quick study study-quick wheel clean
+        race-test cuda lint test-gpu bench-gpu format demo bench bench-gains bench-quick study study-quick wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -149,6 +150,13 @@ demo: $(BUILT)  ## train Smart Bird beside dense attention on real text; report 
 
 bench-quick: $(BUILT)  ## time attention against its rivals in under a minute: one line per ratio
 	$(BIN)/python -m benchmarks.speed.attention --preset quick
+
+bench-gains: $(BUILT)  ## time this smartbird beside an older checkout: make bench-gains BASELINE=DIR
+	test -n "$(BASELINE)" || { echo 'error: BASELINE=DIR, a checkout with its extension built' >&2; exit 1; }
+	$(BIN)/python -m benchmarks.speed.attention --baseline "$(BASELINE)" --isa $(BENCH_ISA) \
+	    --out docs/performance/gains-$(BENCH_ISA).json
+	$(BIN)/python -m benchmarks.speed.report docs/performance/gains-$(BENCH_ISA).json \
+	    --update docs/performance.md
 
 # BENCH_ISA=avx2 holds a machine that has more to AVX2.
 bench: $(BUILT)  ## the whole benchmark: JSON and plots in docs/performance, tables in the documents

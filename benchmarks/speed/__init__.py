@@ -1,7 +1,9 @@
 """How fast attention is: ``python -m benchmarks.speed.attention --help``.
 
 ``attention`` is the command; ``presets`` says what it measures; ``contenders`` holds Smart Bird and
-its rivals; ``timing``, ``memory``, ``stages`` and ``machine`` measure; ``results`` is the JSON; and
-``report`` makes tables and plots of it. Commands of their own are ``gpu``, which times on a GPU,
-and ``roofline``, which counts what the CUDA kernels do.
+its rivals, ``layers`` what attention is a part of, ``trained_sketch`` a sketch that has learned;
+``timing``, ``memory``, ``stages`` and ``machine`` measure; ``baseline`` times two versions of
+smartbird, each in a ``worker``; ``results`` is the JSON, ``ratios`` what it says; and ``report``
+makes tables and plots of it. Commands of their own are ``gpu``, which times on a GPU, and
+``roofline``, which counts what the CUDA kernels do.
 """

@@ -1,28 +1,30 @@
 """The attentions that are timed: Smart Bird's, and what people use today, each on its best path.
 
 A contender is built for one problem and gives a call without arguments: the forward pass. Only the
-attention itself is in it, from q, k and v (and sketches) to the output; projections, padding masks
-and dropout are not, for the layers of Hugging Face either. Sparse rivals keep K keys per query, as
-many as Smart Bird draws.
+attention itself is in it, from q, k and v (and sketches) to the output; projections and dropout are
+not, for the layers of Hugging Face either. Sparse rivals keep K keys per query, as many as Smart
+Bird draws. What has attention as a part is in ``layers``.
+
+Of smartbird only what is public is used, so that an older version can be timed by the same code.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from smartbird._checks import check_sketches
-from smartbird._visible import check_visible
+from benchmarks.speed import trained_sketch
 from smartbird.functional import smart_bird_attention
-from smartbird.ops import distill_loss
-from smartbird.ops.sample import draw
+from smartbird.ops import distill_loss, sketch_sample
 
 SDPA = "SDPA"
 SDPA_FLASH = "SDPA, FlashAttention"
@@ -36,6 +38,9 @@ EXACT_TOPK = "exact top-k"
 GUMBEL = "gumbel"
 SYSTEMATIC = "systematic"
 DISTILL = " + distill"
+# Of a padded batch: each sequence in a call of its own; padding taken out by the call; no padding.
+ONE_BY_ONE, QUERY_MASK, PACKED = ", one by one", " with query_mask", ", packed"
+DRAW = "sketch_sample, "
 
 # 128 is create_block_mask's default; smaller blocks waste less of a narrow window.
 _FLEX_BLOCK_SIZES = (16, 32, 128)
@@ -64,7 +69,8 @@ class Problem:
     """Attention on random numbers: q, dout [B, H, N, D], k, v [B, H_kv, M, D], sketches [B, *, S].
 
     All contiguous; q, k, v and the sketches are leaves, with ``requires_grad`` for a backward pass.
-    N = M unless there are fewer ``queries``.
+    N = M unless there are fewer ``queries``. Where there are ``lengths``, one for each sequence,
+    what is beyond them is padding.
     """
 
     q: Tensor
@@ -74,6 +80,7 @@ class Problem:
     k_sketch: Tensor
     dout: Tensor
     num_samples: int
+    lengths: tuple[int, ...] | None = None
 
     @classmethod
     def random(
@@ -87,9 +94,17 @@ class Problem:
         score_std: float = 1.0,
         queries: int | None = None,
         kv_heads: int | None = None,
+        trained: bool = False,
+        lengths: tuple[int, ...] | None = None,
         device: str = "cpu",
     ) -> Problem:
-        """The same numbers at each call; sketch scores have standard deviation ``score_std``."""
+        """The same numbers at each call; sketch scores have standard deviation ``score_std``.
+
+        With ``trained`` the sketches are the first rows of the trained ones.
+
+        Raises:
+            Unavailable: there are no trained sketches of that size.
+        """
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int, std: float = 1.0) -> Tensor:
@@ -99,14 +114,26 @@ class Problem:
         queries = length if queries is None else queries
         heads = (batch, widths.heads, queries, widths.head_dim)
         kv = (batch, kv_heads or widths.heads, length, widths.head_dim)
+        q, k, v = normal(*heads), normal(*kv), normal(*kv)
+        if trained:
+            q_sketch, k_sketch = (
+                _first_rows(x, batch, rows, widths.sketch_dim)
+                .to(device, dtype)
+                .requires_grad_(requires_grad)
+                for x, rows in zip(trained_sketch.load(), (queries, length), strict=True)
+            )
+        else:
+            q_sketch = normal(batch, queries, widths.sketch_dim, std=score_std**0.5)
+            k_sketch = normal(batch, length, widths.sketch_dim, std=score_std**0.5)
         return cls(
-            q=normal(*heads),
-            k=normal(*kv),
-            v=normal(*kv),
-            q_sketch=normal(batch, queries, widths.sketch_dim, std=score_std**0.5),
-            k_sketch=normal(batch, length, widths.sketch_dim, std=score_std**0.5),
+            q=q,
+            k=k,
+            v=v,
+            q_sketch=q_sketch,
+            k_sketch=k_sketch,
             dout=normal(*heads).detach(),
             num_samples=widths.num_samples,
+            lengths=lengths,
         )
 
     @property
@@ -122,23 +149,43 @@ class Problem:
     def requires_grad(self) -> bool:
         return self.q.requires_grad
 
+    @property
+    def key_mask(self) -> Tensor | None:
+        """bool [B, N], True where there is a token; None without padding."""
+        if self.lengths is None:
+            return None
+        places = torch.arange(self.length, device=self.q.device)
+        return places < torch.tensor(self.lengths, device=self.q.device)[:, None]
+
     def backward(self, outputs: tuple[Tensor, ...]) -> None:
         """``dout`` for the attention's output, 1 for its loss."""
         gradients: tuple[Tensor | None, ...] = (self.dout, None)
         torch.autograd.backward(outputs, gradients[: len(outputs)])
 
 
+def _first_rows(sketch: Tensor, batch: int, rows: int, width: int) -> Tensor:
+    """[B, rows, S] of a trained sketch [N, S]."""
+    if rows > sketch.shape[0] or width != sketch.shape[1]:
+        raise Unavailable(
+            f"the trained sketch has {sketch.shape[0]} rows of {sketch.shape[1]}, "
+            f"not {rows} of {width}"
+        )
+    return sketch[:rows].expand(batch, -1, -1).contiguous()
+
+
 @dataclasses.dataclass(frozen=True)
 class Contender:
     """How to build an attention, and the most queries that it is run on, with the reason.
 
-    ``compiled`` contenders compile themselves for the problem when they are built.
+    ``compiled`` contenders compile themselves for the problem when they are built. Those that are
+    not ``padded`` know no padding.
     """
 
     build: Callable[[Problem], Forward]
     longest: int | None = None
     reason: str = ""
     compiled: bool = False
+    padded: bool = False
 
 
 def build(name: str, problem: Problem) -> Forward:
@@ -150,30 +197,23 @@ def build(name: str, problem: Problem) -> Forward:
     contender = CONTENDERS[name]
     if contender.longest is not None and problem.q.shape[2] > contender.longest:
         raise Unavailable(f"not run above N = {contender.longest}: {contender.reason}")
+    if problem.lengths is not None and not contender.padded:
+        raise Unavailable("does not know padding")
     return contender.build(problem)
-
-
-def draw_keys(p: Problem, *, method: str, num_index_heads: int, seed: Tensor) -> Tensor:
-    """As attention without correction draws: ``sketch_sample`` without log_inclusion."""
-    q_sketch, k_sketch = check_sketches(p.q_sketch.detach(), p.k_sketch.detach())
-    batch, length = p.q.shape[0], p.length
-    indices, _ = draw(
-        q_sketch,
-        k_sketch,
-        p.num_samples,
-        check_visible(batch, length, length, p.q.device),
-        num_index_heads=num_index_heads,
-        method=method,
-        scale=q_sketch.shape[3] ** -0.5,
-        seed=seed,
-        need_log_inclusion=False,
-    )
-    return indices
 
 
 def _sdpa(p: Problem) -> Forward:
     grouped = p.k.shape[1] != p.q.shape[1]
-    return lambda: (scaled_dot_product_attention(p.q, p.k, p.v, enable_gqa=grouped),)
+    mask = None if p.key_mask is None else p.key_mask[:, None, None, :]
+    return lambda: (
+        scaled_dot_product_attention(p.q, p.k, p.v, attn_mask=mask, enable_gqa=grouped),
+    )
+
+
+def _sdpa_one_by_one(p: Problem) -> Forward:
+    """Every sequence of a padded batch alone, without a mask: SDPA's best path."""
+    sequences = _sequences(p)
+    return lambda: tuple(scaled_dot_product_attention(q, k, v) for q, k, v, _, _ in sequences)
 
 
 def _sdpa_flash(p: Problem) -> Forward:
@@ -217,16 +257,61 @@ def _flash_attn(*, window: bool) -> Callable[[Problem], Forward]:
     return build
 
 
-def _smart_bird(method: str) -> Callable[[Problem], Forward]:
+def _smart_bird(method: str, padding: str = "") -> Callable[[Problem], Forward]:
+    """Query heads that share keys share draws. Of a padded batch keys alone are masked.
+
+    With ``padding`` queries are masked too, or there is none as the sequences are packed.
+    """
+
     def build(p: Problem) -> Forward:
-        def forward() -> tuple[Tensor]:
-            out = smart_bird_attention(
-                p.q, p.k, p.v, p.q_sketch, p.k_sketch, p.num_samples, method=method
+        options: dict[str, Any] = {"method": method, "num_index_heads": p.k.shape[1]}
+        q, k, v, q_sketch, k_sketch = p.leaves
+        if padding == PACKED:
+            sequences = _sequences(p)
+            q, k, v, q_sketch, k_sketch = (
+                torch.cat(x, dim=-2) for x in zip(*sequences, strict=True)
             )
+            lengths = torch.tensor(p.lengths, device=q.device)
+            cu_seqlens = pad(lengths.cumsum(0), (1, 0)).int()
+            options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+        elif p.lengths is not None:
+            options["key_mask"] = p.key_mask
+            if padding == QUERY_MASK:
+                options["query_mask"] = p.key_mask
+        known = inspect.signature(smart_bird_attention).parameters
+        if unknown := [name for name in options if name not in known]:
+            raise Unavailable(f"this version of smartbird has no {unknown[0]}")
+
+        def forward() -> tuple[Tensor]:
+            out = smart_bird_attention(q, k, v, q_sketch, k_sketch, p.num_samples, **options)
             assert isinstance(out, Tensor)
             return (out,)
 
         return forward
+
+    return build
+
+
+def _sequences(p: Problem) -> list[tuple[Tensor, ...]]:
+    """q, k, v and sketches of each sequence of a padded batch alone, contiguous."""
+    if p.lengths is None or p.requires_grad:
+        raise Unavailable("timed for forward passes on a padded batch only")
+    return [
+        tuple(x[place : place + 1, ..., :length, :].contiguous() for x in p.leaves)
+        for place, length in enumerate(p.lengths)
+    ]
+
+
+def _draw(method: str) -> Callable[[Problem], Forward]:
+    """The drawing alone, for as many index heads as key/value heads."""
+
+    def build(p: Problem) -> Forward:
+        if p.requires_grad:
+            raise Unavailable("drawing has no gradient")
+        heads = p.k.shape[1]
+        return lambda: sketch_sample(
+            p.q_sketch, p.k_sketch, p.num_samples, num_index_heads=heads, method=method
+        )
 
     return build
 
@@ -495,7 +580,8 @@ def _for_each_head(p: Problem, attend: Callable[[int, int], Tensor]) -> Tensor:
 # The longest problems are those beyond which a call takes tens of seconds to minutes, or N x N
 # matrices of all heads take more memory than such a machine has.
 CONTENDERS: dict[str, Contender] = {
-    SDPA: Contender(_sdpa, 65536, "N^2 D operations take minutes"),
+    SDPA: Contender(_sdpa, 65536, "N^2 D operations take minutes", padded=True),
+    SDPA + ONE_BY_ONE: Contender(_sdpa_one_by_one, padded=True),
     SDPA_FLASH: Contender(_sdpa_flash),
     FLASH_ATTN: Contender(_flash_attn(window=False)),
     FLASH_ATTN_WINDOW: Contender(_flash_attn(window=True)),
@@ -508,8 +594,12 @@ CONTENDERS: dict[str, Contender] = {
     LONGFORMER: Contender(_longformer),
     COMPOSITION: Contender(_composition, 4096, "H N^2 random numbers take tens of seconds"),
     EXACT_TOPK: Contender(_exact_topk, 8192, "selecting from H N^2 scores takes tens of seconds"),
-    GUMBEL: Contender(_smart_bird(GUMBEL)),
-    SYSTEMATIC: Contender(_smart_bird(SYSTEMATIC)),
+    **{
+        method + padding: Contender(_smart_bird(method, padding), padded=True)
+        for method in (GUMBEL, SYSTEMATIC)
+        for padding in ("", QUERY_MASK, PACKED)
+    },
+    **{DRAW + method: Contender(_draw(method)) for method in (GUMBEL, SYSTEMATIC)},
     SDPA + DISTILL: Contender(_sdpa_distilled, 65536, "N^2 D operations take minutes"),
     GUMBEL + DISTILL: Contender(_distilled(GUMBEL)),
     SYSTEMATIC + DISTILL: Contender(_distilled(SYSTEMATIC)),

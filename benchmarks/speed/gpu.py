@@ -35,11 +35,11 @@ from benchmarks.speed.contenders import (
     Unavailable,
     Widths,
     build,
-    draw_keys,
 )
 from benchmarks.speed.plots import write_plots
 from benchmarks.speed.report import update_page
 from benchmarks.speed.results import Case, Memory, Results, Stage, ms, pass_name
+from benchmarks.speed.stages import draw_keys
 from benchmarks.speed.timing import Clock, interleave, time_case, wall_clock
 from smartbird._library import why_no_cuda
 from smartbird.ops import gather_attention, gather_scores, sketch_lse

@@ -23,6 +23,7 @@ import smartbird
 from benchmarks.speed.results import Limits
 
 _PROBE_SECONDS = 0.25
+_LOOK_SECONDS = 0.5  # clock ticks are of 10 ms
 _MATRIX_SIZES = (384, 768, 1536)
 # Together the cores read at least so much in a probe, so that the call itself weighs little.
 _LEAST_BYTES = 1 << 26
@@ -97,6 +98,67 @@ def measure_limits(threads: int) -> Limits:
             "DRAM": _private_bandwidth(dram_each, threads),
         },
     )
+
+
+def best_of(a: Limits, b: Limits) -> Limits:
+    """The larger of each limit: what a busy machine did not reach once it may reach again."""
+
+    def larger(x: dict[str, float], y: dict[str, float]) -> dict[str, float]:
+        return {name: max(value, y[name]) for name, value in x.items()}
+
+    return Limits(a.threads, larger(a.flops, b.flops), larger(a.bandwidth, b.bandwidth))
+
+
+class OtherWork:
+    """What other programs have done since this was made. Linux; elsewhere it sees none."""
+
+    def __init__(self) -> None:
+        self._all, self._ours = _cpu_seconds()
+        self._start = time.perf_counter()
+
+    def share(self) -> float:
+        """The part of the time of all cores that they have taken, in [0, 1].
+
+        Ours is what this process, its children and theirs have taken. What the machine's host has
+        taken for others counts as theirs.
+        """
+        everything, ours = _cpu_seconds()
+        others = (everything - self._all) - (ours - self._ours)
+        whole = (time.perf_counter() - self._start) * (os.cpu_count() or 1)
+        return min(max(others / whole, 0.0), 1.0) if whole > 0 else 0.0
+
+
+def others_now() -> float:
+    """The part of the time of all cores that other programs take at present."""
+    work = OtherWork()
+    time.sleep(_LOOK_SECONDS)
+    return work.share()
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    """Processor time of the whole machine and of this process with its descendants."""
+    tick = os.sysconf("SC_CLK_TCK")
+    parents: dict[int, int] = {}
+    times: dict[int, float] = {}
+    try:
+        # user, nice, system, idle, iowait, irq, softirq, steal
+        fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        everything = (sum(fields) - fields[3] - fields[4]) / tick
+    except (OSError, ValueError, IndexError):
+        return 0.0, 0.0
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The name, in brackets, may hold anything; then state, parent, ...
+            values = file.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        pid = int(file.parent.name)
+        parents[pid] = int(values[1])
+        times[pid] = sum(int(x) for x in values[11:15]) / tick  # its own and of waited-for children
+    own = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in own} - own:
+        own |= more
+    return everything, sum(times.get(pid, 0.0) for pid in own)
 
 
 def _matmul_flops(dtype: torch.dtype) -> float:

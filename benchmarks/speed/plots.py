@@ -1,4 +1,7 @@
-"""Plots of a run: time and memory against N, and what each stage reaches of its limit."""
+"""Plots of a run.
+
+The speed-ups to know first, time and memory against N, and what each stage reaches of its limit.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks.common.axes import tidy
@@ -29,7 +33,8 @@ from benchmarks.speed.contenders import (
     SDPA_FLASH,
     SYSTEMATIC,
 )
-from benchmarks.speed.results import Case, Results
+from benchmarks.speed.ratios import headlines
+from benchmarks.speed.results import Case, Results, factor
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes. Ours are drawn thick.
 _WINDOW = "FlexAttention window"
@@ -56,11 +61,18 @@ _LABEL = {name: f"Smart Bird, {name}" for name in _OURS} | {
 
 
 def write_plots(results: Results, stem: Path) -> list[Path]:
-    """STEM-time.png, STEM-memory.png and STEM-stages.png, those that ``results`` have data for."""
+    """STEM-headline.png, -time, -memory and -stages, those that ``results`` have data for."""
     matplotlib.use("Agg")
     written = []
+    # Two versions are compared by a table alone.
+    timed = results.timings and not results.baseline
     for name, has_data, draw in (
-        ("time", results.timings, _draw_time),
+        (
+            "headline",
+            timed and "gpu" not in results.environment and headlines(results),
+            _draw_headline,
+        ),
+        ("time", timed, _draw_time),
         ("memory", results.memory, _draw_memory),
         ("stages", any(stage.limit_seconds for stage in results.stages), _draw_stages),
     ):
@@ -74,6 +86,41 @@ def write_plots(results: Results, stem: Path) -> list[Path]:
 
 
 Points = dict[int, float]
+
+
+def _draw_headline(results: Results) -> Figure:
+    """Bars of the speed-up over SDPA, those of one case together."""
+    lines = headlines(results)
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.36 * len(lines)), layout="constrained")
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    for place, line in enumerate(lines):
+        timed = [(GUMBEL, line.gumbel), (SYSTEMATIC, line.systematic)]
+        for side, (name, seconds) in zip((-0.2, 0.2), timed, strict=True):
+            if seconds is not None:
+                ratio = line.sdpa / seconds
+                # From even, which on a logarithmic axis is where a bar has no length.
+                axes.barh(
+                    place + side, ratio - 1, left=1, height=0.36, color=_STYLE[name][0], zorder=2
+                )
+                axes.text(
+                    *(max(ratio, 1.0) * 1.05, place + side),
+                    factor(ratio),
+                    va="center",
+                    fontsize=7,
+                )
+    bars = {name: Patch(color=_STYLE[name][0]) for name in (GUMBEL, SYSTEMATIC)}
+    figure.legend(
+        list(bars.values()), list(bars), loc="outside lower right", ncols=2, frameon=False
+    )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.1, y=0.01)
+    axes.set_yticks(range(len(lines)), [line.name for line in lines], fontsize=8)
+    axes.invert_yaxis()
+    tidy(axes, grid="x")
+    _title(figure, "Speed-up of Smart Bird over SDPA (left of 1: it is slower)", results)
+    return figure
 
 
 def _draw_time(results: Results) -> Figure:
@@ -173,14 +220,14 @@ def _draw_stages(results: Results) -> Figure:
         of_length = {stage.name: stage for stage in stages if stage.length == length}
         for place, name in enumerate(names):
             stage = of_length[name]
-            assert stage.limit_seconds is not None
-            fraction = stage.limit_seconds / stage.seconds
+            # None: disturbed, which the text says.
+            fraction = stage.fraction or 0.0
             ours = not name.startswith("(")
             axes.barh(place, fraction, color="#d55e00" if ours else "#999999", height=0.65)
             axes.text(
                 fraction + 0.02,
                 place,
-                f"{fraction:.0%} of {stage.bound}, {_seconds(stage.seconds)}",
+                f"{stage.reached} of {stage.bound}, {_seconds(stage.seconds)}",
                 va="center",
                 fontsize=8,
                 in_layout=False,

@@ -1,4 +1,7 @@
-"""What a run measures: `quick` regularly, `floors` what is promised, `standard` and `full`."""
+"""What a run measures: `quick` regularly, `floors` what is promised, `standard` and `full`.
+
+`gains` is for two versions of smartbird.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,20 @@ from benchmarks.speed.contenders import (
     BIGBIRD,
     COMPOSITION,
     DISTILL,
+    DRAW,
     EXACT_TOPK,
     FLEX_BLOCKS,
     FLEX_WINDOWS,
     GUMBEL,
     LONGFORMER,
+    ONE_BY_ONE,
+    PACKED,
+    QUERY_MASK,
     SDPA,
     SYSTEMATIC,
 )
-from benchmarks.speed.ratios import DECODE, LEARNED_SCORES, SHARED_HEADS
-from benchmarks.speed.results import Case
+from benchmarks.speed.ratios import DECODE, LEARNED_SCORES, SHARED_HEADS, mixed, whole
+from benchmarks.speed.results import LAYER, MODEL, Case
 
 FLOAT32, FLOAT16, BFLOAT16 = "float32", "float16", "bfloat16"
 Contenders = tuple[tuple[str, str], ...]  # (attention, dtype)
@@ -65,16 +72,19 @@ def quick(threads: int) -> Preset:
     cases = [
         (Case(1024, False, threads), _in(FLOAT32, SDPA, *OURS)),
         (Case(1024, True, threads), _in(FLOAT32, SDPA, GUMBEL)),
+        (Case(4096, False, threads, trained=True), _in(FLOAT32, SDPA, *OURS)),
         (Case(4096, False, threads, score_std=LEARNED_SCORES), _in(FLOAT32, SDPA, *OURS)),
         (Case(4096, False, threads, kv_heads=SHARED_HEADS), _in(FLOAT32, GUMBEL)),
         (Case(100_000, False, threads, queries=1), _in(FLOAT32, SDPA, *OURS)),
+        (mixed(threads), _in(FLOAT32, SDPA + ONE_BY_ONE, GUMBEL + PACKED)),
+        (whole(LAYER, False, threads), _in(FLOAT32, SDPA, GUMBEL)),
         (
             Case(4096, False, threads),
-            _in(FLOAT32, SDPA, *FLEX_WINDOWS[1:], LONGFORMER, *OURS) + _in(BFLOAT16, SDPA, *OURS),
+            _in(FLOAT32, SDPA, BEST_WINDOW, LONGFORMER, *OURS) + _in(BFLOAT16, SDPA, *OURS),
         ),
         (
             Case(4096, True, threads),
-            _in(FLOAT32, SDPA, SDPA + DISTILL, GUMBEL, GUMBEL + DISTILL) + _in(BFLOAT16, GUMBEL),
+            _in(FLOAT32, SDPA, GUMBEL, GUMBEL + DISTILL) + _in(BFLOAT16, GUMBEL),
         ),
     ]
     return Preset(seconds=0.5, cases=cases, stages=[StageCase(4096, FLOAT32, threads)], memory=[])
@@ -83,15 +93,45 @@ def quick(threads: int) -> Preset:
 def floors(threads: int) -> Preset:
     """What the ratios of benchmarks/speed/ratios.py need, up to N = 16384, and the stages."""
     more = {
-        Case(4096, False, threads): _in(FLOAT32, COMPOSITION),
-        Case(4096, True, threads): _in(BFLOAT16, SDPA),
+        Case(4096, False, threads): _in(FLOAT32, COMPOSITION, FLEX_WINDOWS[-1]),
+        Case(4096, True, threads): _in(BFLOAT16, SDPA) + _in(FLOAT32, SDPA + DISTILL),
     }
     cases = [
         *((case, contenders + more.get(case, ())) for case, contenders in quick(threads).cases),
         (Case(16384, False, threads), _in(FLOAT32, SDPA, *OURS)),
         (Case(16384, True, threads), _in(FLOAT32, SDPA, GUMBEL)),
+        (Case(4096, True, threads, score_std=LEARNED_SCORES), _in(FLOAT32, SDPA, GUMBEL)),
+        (Case(16384, False, threads, score_std=LEARNED_SCORES), _in(FLOAT32, SDPA, GUMBEL)),
+        (Case(256, False, threads), _in(FLOAT32, SDPA, *OURS)),
     ]
     return Preset(seconds=1.0, cases=cases, stages=quick(threads).stages, memory=[])
+
+
+def gains(threads: int) -> Preset:
+    """Where two versions may differ; SDPA, which does not, shows how far times can be trusted."""
+    draws = (DRAW + GUMBEL, DRAW + SYSTEMATIC)
+    cases = [
+        (Case(256, False, threads), _in(FLOAT32, *OURS)),
+        (Case(1024, False, threads), _in(FLOAT32, SDPA, *OURS)),
+        *(
+            (case, _in(FLOAT32, *(OURS if case.backward else (*OURS, *draws))))
+            for backward in (False, True)
+            for case in _sketches(Case(4096, backward, threads))
+        ),
+        *((case, _in(FLOAT32, *OURS)) for case in _sketches(Case(16384, False, threads))[:-1]),
+        (Case(16384, True, threads), _in(FLOAT32, GUMBEL)),
+        (Case(4096, False, threads), _in(BFLOAT16, *OURS)),
+        (Case(4096, False, threads, kv_heads=SHARED_HEADS), _in(FLOAT32, *OURS)),
+        *(
+            (Case(keys, False, n, queries=1), _in(FLOAT32, GUMBEL))
+            for keys in (10_000, 100_000, 1_000_000)
+            for n in sorted({1, threads})
+        ),
+        (mixed(threads), _in(FLOAT32, GUMBEL)),
+        (whole(LAYER, False, threads), _in(FLOAT32, GUMBEL)),
+        (whole(LAYER, True, threads), _in(FLOAT32, GUMBEL)),
+    ]
+    return Preset(seconds=1.0, cases=cases, stages=[], memory=[])
 
 
 def standard(threads: int) -> Preset:
@@ -122,7 +162,7 @@ def full(threads: int) -> Preset:
     )
 
 
-PRESETS = {"quick": quick, "floors": floors, "standard": standard, "full": full}
+PRESETS = {"quick": quick, "floors": floors, "standard": standard, "full": full, "gains": gains}
 
 
 def _lengths(lengths: Sequence[int], threads: int) -> list[tuple[Case, Contenders]]:
@@ -154,7 +194,14 @@ def _long(threads: int) -> list[tuple[Case, Contenders]]:
 
 def _of_other_kinds(threads: int) -> list[tuple[Case, Contenders]]:
     """What changes more than the length."""
-    return _scaling(threads) + _peaked(threads) + _grouped(threads) + _decode(threads)
+    return [
+        *_scaling(threads),
+        *_peaked(threads),
+        *_grouped(threads),
+        *_decode(threads),
+        *_padded(threads),
+        *_whole(threads),
+    ]
 
 
 def _scaling(threads: int) -> list[tuple[Case, Contenders]]:
@@ -176,9 +223,19 @@ def _scaling(threads: int) -> list[tuple[Case, Contenders]]:
 
 def _peaked(threads: int) -> list[tuple[Case, Contenders]]:
     """Sketches whose rows are more peaked: distinct keys are harder to draw, easier to read."""
+    cases = [Case(4096, False, threads, score_std=2.0)]
+    for backward in (False, True):
+        cases += _sketches(Case(4096, backward, threads))[1:]
+    cases.append(Case(16384, False, threads, score_std=LEARNED_SCORES))
+    return [(case, _in(FLOAT32, SDPA, *OURS)) for case in cases]
+
+
+def _sketches(flat: Case) -> list[Case]:
+    """A case with sketches that are flat, as peaked as those that learn, and trained."""
     return [
-        (Case(4096, False, threads, score_std=score_std), _in(FLOAT32, SDPA, *OURS))
-        for score_std in (2.0, LEARNED_SCORES)
+        flat,
+        dataclasses.replace(flat, score_std=LEARNED_SCORES),
+        dataclasses.replace(flat, trained=True),
     ]
 
 
@@ -197,6 +254,24 @@ def _decode(threads: int) -> list[tuple[Case, Contenders]]:
         for batch, keys in DECODE
         for n in sorted({1, threads})
     ]
+
+
+def _padded(threads: int) -> list[tuple[Case, Contenders]]:
+    """Sequences of mixed lengths in one batch."""
+    ours = (method + padding for method in OURS for padding in ("", QUERY_MASK, PACKED))
+    return [(mixed(threads), _in(FLOAT32, SDPA, SDPA + ONE_BY_ONE, *ours))]
+
+
+def _whole(threads: int) -> list[tuple[Case, Contenders]]:
+    """What attention is a part of."""
+    cases = [whole(LAYER, backward, threads) for backward in (False, True)]
+    cases.append(dataclasses.replace(cases[0], length=16384))
+    layers = [(case, _in(FLOAT32, SDPA, *OURS)) for case in cases]
+    # A step of a model takes ten seconds, and its layers tell of `systematic` already.
+    models = [
+        (whole(MODEL, backward, threads), _in(FLOAT32, SDPA, GUMBEL)) for backward in (False, True)
+    ]
+    return layers + models
 
 
 def _stages(lengths: Sequence[int], threads: int) -> list[StageCase]:

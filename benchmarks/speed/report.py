@@ -1,9 +1,10 @@
 """Tables and plots of the documentation, from the JSON that ``benchmarks.speed.attention`` wrote.
 
 A table goes between the lines ``<!-- table STEM:NAME -->`` and ``<!-- end -->`` of a Markdown file:
-STEM is the name of a JSON file without its ending, NAME one of summary, rivals, machine, ratios,
-forward, backward, stages, memory, scaling, peaked, grouped and decode. Plots are written beside the
-JSON, as STEM-time.png, STEM-memory.png and STEM-stages.png.
+STEM is the name of a JSON file without its ending, NAME one of headline, losses, machine, ratios,
+forward, backward, stages, memory, scaling, peaked, grouped, decode, padded, whole and gains. Plots
+are written beside the JSON, as STEM-headline.png, STEM-time.png, STEM-memory.png and
+STEM-stages.png.
 """
 
 from __future__ import annotations
@@ -11,62 +12,94 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.common.markdown import table, update_tables
-from benchmarks.speed.contenders import DISTILL, FLEX_WINDOWS, GUMBEL, SDPA, SYSTEMATIC
+from benchmarks.speed.contenders import (
+    DISTILL,
+    DRAW,
+    FLEX_WINDOWS,
+    GUMBEL,
+    PACKED,
+    SDPA,
+    SYSTEMATIC,
+)
 from benchmarks.speed.plots import write_plots
-from benchmarks.speed.ratios import AIMS_OVER_SDPA, ratios
-from benchmarks.speed.results import Case, Results, Timing, ms, pass_name
+from benchmarks.speed.ratios import headlines, ratios, versions
+from benchmarks.speed.results import (
+    ATTENTION,
+    Case,
+    Results,
+    Timing,
+    factor,
+    ms,
+    pass_name,
+    threads_name,
+)
 
 MIB = 2**20
+OURS = (GUMBEL, SYSTEMATIC, DRAW)  # how names of ours begin
 
 
-def _summary(results: Results) -> str:
-    """Speed-ups over SDPA and times."""
-    threads = results.environment["threads"]
-    columns = {
-        "forward, `systematic`": (SYSTEMATIC, False),
-        "forward, `gumbel`": (GUMBEL, False),
-        "forward + backward, `gumbel`": (GUMBEL, True),
-        "with distillation": (GUMBEL + DISTILL, True),
-    }
-    medians = {
-        (t.attention, t.case): t.median
-        for t in results.timings
-        if t.dtype == "float32" and not t.missing
-    }
+def _headline(results: Results) -> str:
+    """Times of dense attention and of Smart Bird, and how many times faster it is."""
 
-    def cell(attention: str, case: Case) -> str:
-        ours, sdpa = medians.get((attention, case)), medians.get((SDPA, case))
-        return f"{sdpa / ours:.1f}x ({ms(ours)} ms)" if ours and sdpa else "-"
+    def cell(ours: float | None, sdpa: float) -> str:
+        return "-" if ours is None else f"{ms(ours)} ({factor(sdpa / ours)})"
 
-    rows = [
-        [str(length)]
-        + [cell(name, Case(length, backward, threads)) for name, backward in columns.values()]
-        for length in AIMS_OVER_SDPA
-    ]
-    return table(["N", *columns], rows)
-
-
-def _rivals(results: Results) -> str:
-    """Times of every attention at N = 4096, float32, of FlexAttention's windows the fastest."""
-    threads = results.environment["threads"]
-    rows: dict[str, dict[bool, float]] = {}
-    for t in results.timings:
-        if t.case == Case(4096, t.case.backward, threads) and t.dtype == "float32":
-            name = "FlexAttention window" if t.attention in FLEX_WINDOWS else t.attention
-            row = rows.setdefault(name, {})
-            if not t.missing:
-                row[t.case.backward] = min(t.median, row.get(t.case.backward, math.inf))
     return table(
-        ["N = 4096", "forward, ms", "forward + backward, ms"],
+        ["", "SDPA, ms", "`systematic`, ms", "`gumbel`, ms"],
         [
-            [name, *(ms(row[backward]) if backward in row else "-" for backward in (False, True))]
-            for name, row in rows.items()
+            [
+                line.name,
+                ms(line.sdpa),
+                cell(line.systematic, line.sdpa),
+                cell(line.gumbel, line.sdpa),
+            ]
+            for line in headlines(results)
         ],
     )
+
+
+def _losses(results: Results) -> str:
+    """Where a rival is faster than ``gumbel``, and how its time stands to ours."""
+    medians = {(t.case, t.dtype, t.attention): t.median for t in results.timings if not t.missing}
+    # The fastest of FlexAttention's windows stands for all of them.
+    rivals: dict[tuple[Case, str, str], float] = {}
+    for (case, dtype, attention), seconds in medians.items():
+        name = "FlexAttention window" if attention in FLEX_WINDOWS else attention
+        if not name.startswith(OURS) and DISTILL not in name:
+            rivals[case, dtype, name] = min(seconds, rivals.get((case, dtype, name), math.inf))
+    lost: dict[tuple[str, str, str], list[tuple[int, float, float | None]]] = {}
+    for (case, dtype, name), seconds in rivals.items():
+        suffix = PACKED if case.lengths is not None else ""
+        gumbel, systematic = (
+            medians.get((case, dtype, ours + suffix)) for ours in (GUMBEL, SYSTEMATIC)
+        )
+        if gumbel is not None and seconds < gumbel:
+            what = re.sub(r"N = \d+, ", "", f"{case}, {threads_name(case.threads)}")
+            other = None if systematic is None else seconds / systematic
+            lost.setdefault((name, dtype, what), []).append((case.length, seconds / gumbel, other))
+    return table(
+        ["faster", "dtype", "where", "N", "its time over `gumbel`'s", "over `systematic`'s"],
+        [
+            [
+                *key,
+                ", ".join(str(length) for length, _, _ in of_key),
+                _range([gumbel for _, gumbel, _ in of_key]),
+                _range([systematic for _, _, systematic in of_key if systematic is not None]),
+            ]
+            for key, of_key in lost.items()
+        ],
+    )
+
+
+def _range(values: Sequence[float]) -> str:
+    """The least and the largest of some quotients."""
+    ends = dict.fromkeys(f"{f(values):.2f}" for f in (min, max)) if values else ["-"]
+    return " to ".join(ends)
 
 
 def _machine(results: Results) -> str:
@@ -82,6 +115,13 @@ def _machine(results: Results) -> str:
         ["versions", f"torch {e['torch']}, Python {e['python']}"],
         ["run", f"{e['date']}, {e['seconds'] / 60:.0f} minutes; load average {load}"],
     ]
+    if "others_during" in e:
+        others = f"{e['others_before']:.0%} before, {e['others_during']:.0%} during the run"
+        facts.append(["time that other programs took", others])
+    if "baseline" in e:
+        facts.append(["other version of smartbird", f"commit {e['baseline']['commit']}"])
+    if not results.limits:
+        return table(["", ""], facts)
     header = ["threads", *results.limits[0].flops, *results.limits[0].bandwidth]
     limits = [
         [
@@ -166,7 +206,7 @@ def _stages(results: Results) -> str:
             f"{stage.gathered_bytes / 1e9:.2f}",
             f"{stage.streamed_bytes / 1e9:.2f}",
             "-" if stage.limit_seconds is None else ms(stage.limit_seconds),
-            "-" if stage.fraction is None else f"{stage.fraction:.0%}",
+            stage.reached,
             stage.bound,
         ]
         for stage in results.stages
@@ -198,22 +238,33 @@ def _scaling(results: Results) -> str:
 
 
 def _peaked(results: Results) -> str:
-    """Forward times for sketch scores of other standard deviations than 1, and for 1."""
-    peaked = {
-        dataclasses.replace(t.case, score_std=1.0) for t in results.timings if t.case.score_std != 1
-    }
+    """Times with flat, with peaked and with trained sketches."""
+
+    def flat(case: Case) -> Case:
+        return dataclasses.replace(case, score_std=1.0, trained=False)
+
+    peaked = {flat(t.case) for t in results.timings if flat(t.case) != t.case}
     rows: dict[Case, dict[str, Timing]] = {}
     for t in results.timings:
-        if t.dtype == "float32" and dataclasses.replace(t.case, score_std=1.0) in peaked:
+        if t.dtype == "float32" and flat(t.case) in peaked and t.case.part == ATTENTION:
             rows.setdefault(t.case, {})[t.attention] = t
     columns = (SYSTEMATIC, GUMBEL, SDPA)
     return table(
-        ["N", "standard deviation of the sketch scores", *(f"{name}, ms" for name in columns)],
+        ["N", "", "standard deviation of the sketch scores", *(f"{name}, ms" for name in columns)],
         [
-            [str(case.length), f"{case.score_std:g}", *(row[name].spread for name in columns)]
-            for case, row in sorted(rows.items(), key=lambda item: item[0].score_std)
+            [
+                str(case.length),
+                pass_name(case.backward),
+                "a trained sketch" if case.trained else f"{case.score_std:g}",
+                *(row[name].spread if name in row else "-" for name in columns),
+            ]
+            for case, row in sorted(rows.items(), key=lambda item: _order(item[0]))
         ],
     )
+
+
+def _order(case: Case) -> tuple[int, bool, bool, float]:
+    return case.length, case.backward, case.trained, case.score_std
 
 
 def _grouped(results: Results) -> str:
@@ -251,9 +302,61 @@ def _decode(results: Results) -> str:
     return table(["B", "keys", "threads", *columns], rows)
 
 
+def _padded(results: Results) -> str:
+    """A batch of mixed lengths: times, and the speed-up over SDPA with a mask."""
+    timed = [t for t in results.timings if t.case.lengths is not None and not t.missing]
+    masked = {(t.case, t.dtype): t.median for t in timed if t.attention == SDPA}
+    rows = []
+    for t in timed:
+        lengths = t.case.lengths or ()
+        real = sum(lengths) / (t.case.batch * t.case.length)
+        sdpa = masked.get((t.case, t.dtype))
+        ratio = "-" if sdpa is None else factor(sdpa / t.median)
+        rows.append([", ".join(map(str, lengths)), f"{real:.0%}", t.attention, t.spread, ratio])
+    header = ["lengths", "tokens", "attention", "ms: median [quartiles]"]
+    return table([*header, "speed-up over SDPA with a mask"], rows)
+
+
+def _whole(results: Results) -> str:
+    """Layers and models: times, and the speed-up over PyTorch's own."""
+    cases: dict[Case, dict[str, Timing]] = {}
+    for t in results.timings:
+        if t.case.part != ATTENTION and t.dtype == "float32" and not t.missing:
+            cases.setdefault(t.case, {})[t.attention] = t
+    rows = []
+    for case, row in cases.items():
+        sdpa = row.get(SDPA)
+        cells = ["-" if sdpa is None else sdpa.spread]
+        for ours in (SYSTEMATIC, GUMBEL):
+            found = row.get(ours)
+            ratio = f" ({factor(sdpa.median / found.median)})" if sdpa and found else ""
+            cells.append("-" if found is None else f"{found.spread}{ratio}")
+        rows.append([case.part, str(case.length), pass_name(case.backward), *cells])
+    columns = (f"{name}, ms" for name in ("PyTorch's, SDPA", SYSTEMATIC, GUMBEL))
+    return table(["", "N", "", *columns], rows)
+
+
+def _gains(results: Results) -> str:
+    """This version of smartbird and the other that was timed beside it."""
+    rows = [
+        [
+            str(new.case),
+            str(new.case.threads),
+            new.attention,
+            new.dtype,
+            old.spread,
+            new.spread,
+            f"{old.median / new.median:.2f}x",
+        ]
+        for new, old in versions(results)
+    ]
+    header = ["", "threads", "attention", "dtype", "other version, ms", "this version, ms"]
+    return table([*header, "speed-up"], rows)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
-    "summary": _summary,
-    "rivals": _rivals,
+    "headline": _headline,
+    "losses": _losses,
     "machine": _machine,
     "ratios": _ratios,
     "forward": _forward,
@@ -264,6 +367,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "peaked": _peaked,
     "grouped": _grouped,
     "decode": _decode,
+    "padded": _padded,
+    "whole": _whole,
+    "gains": _gains,
 }
 
 

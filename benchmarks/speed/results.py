@@ -9,10 +9,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+ATTENTION, LAYER, MODEL = "attention", "layer", "model"
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One attention problem and how it is run.
+    """One attention problem, or what attention is a part of, and how it is run.
 
     Attributes:
         length: N, queries and keys.
@@ -22,6 +24,9 @@ class Case:
         backward: the backward pass is run too.
         threads: of PyTorch and of the kernels.
         score_std: standard deviation of the sketch scores: how peaked the rows are.
+        trained: the sketch is one that was trained, in place of random numbers.
+        lengths: of the sequences of a padded batch, the longest first. None: all N.
+        part: of a model that is timed, ``ATTENTION`` itself, a ``LAYER`` or a ``MODEL``.
     """
 
     length: int
@@ -31,15 +36,22 @@ class Case:
     score_std: float = 1.0
     queries: int | None = None
     kv_heads: int | None = None
+    trained: bool = False
+    lengths: tuple[int, ...] | None = None
+    part: str = ATTENTION
 
     def __str__(self) -> str:
         batch = f"B = {self.batch}, " if self.batch > 1 else ""
         size = f"N = {self.length}"
         if self.queries is not None:
             size = f"{self.queries} of {self.length} keys"
+        if self.lengths is not None:
+            size = f"N from {min(self.lengths)} to {self.length}"
+        part = "" if self.part == ATTENTION else f"whole {self.part}, "
         grouped = f", {self.kv_heads} key/value heads" if self.kv_heads is not None else ""
         peaked = f", scores of deviation {self.score_std:g}" if self.score_std != 1 else ""
-        return f"{batch}{size}, {pass_name(self.backward)}{grouped}{peaked}"
+        trained = ", trained sketch" if self.trained else ""
+        return f"{part}{batch}{size}, {pass_name(self.backward)}{grouped}{peaked}{trained}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,14 +153,33 @@ class Stage:
     bound: str
 
     @property
+    def disturbed(self) -> bool:
+        """Whether it seems faster than the limit: one of the two was measured on a busy machine.
+
+        Some stages are differences of times, which may even come out negative there.
+        """
+        return self.seconds <= (self.limit_seconds or 0.0)
+
+    @property
     def fraction(self) -> float | None:
-        """Of the limit that is reached."""
-        return None if self.limit_seconds is None else self.limit_seconds / self.seconds
+        """Of the limit that is reached; None where there is no limit, or a disturbed one."""
+        if self.limit_seconds is None or self.disturbed:
+            return None
+        return self.limit_seconds / self.seconds
+
+    @property
+    def reached(self) -> str:
+        """The fraction, or why there is none."""
+        if self.disturbed:
+            return "disturbed"
+        return "-" if self.fraction is None else f"{self.fraction:.0%}"
 
     def __str__(self) -> str:
-        limit = (
-            "" if self.fraction is None else f", {self.fraction:.0%} of the limit ({self.bound})"
-        )
+        limit = ""
+        if self.disturbed:
+            limit = ", disturbed: faster than the limit that was measured"
+        elif self.fraction is not None:
+            limit = f", {self.fraction:.0%} of the limit ({self.bound})"
         return (
             f"N = {self.length}, {threads_name(self.threads)}, {self.name}, {self.dtype}: "
             f"{ms(self.seconds)} ms{limit}"
@@ -157,11 +188,15 @@ class Stage:
 
 @dataclasses.dataclass
 class Results:
-    """A whole run. ``environment`` says on what and with which arguments."""
+    """A whole run. ``environment`` says on what and with which arguments.
+
+    ``baseline`` are times of another version of smartbird, on cases of ``timings``.
+    """
 
     environment: dict[str, Any]
     limits: list[Limits] = dataclasses.field(default_factory=list)
     timings: list[Timing] = dataclasses.field(default_factory=list)
+    baseline: list[Timing] = dataclasses.field(default_factory=list)
     stages: list[Stage] = dataclasses.field(default_factory=list)
     memory: list[Memory] = dataclasses.field(default_factory=list)
 
@@ -178,10 +213,22 @@ class Results:
         return cls(
             environment=fields["environment"],
             limits=[Limits(**x) for x in fields["limits"]],
-            timings=[Timing(**x | {"case": Case(**x["case"])}) for x in fields["timings"]],
+            timings=[timing_of(x) for x in fields["timings"]],
+            baseline=[timing_of(x) for x in fields.get("baseline", [])],
             stages=[Stage(**x) for x in fields["stages"]],
             memory=[Memory(**x) for x in fields["memory"]],
         )
+
+
+def timing_of(fields: dict[str, Any]) -> Timing:
+    """From ``dataclasses.asdict`` by way of JSON."""
+    return Timing(**fields | {"case": case_of(fields["case"])})
+
+
+def case_of(fields: dict[str, Any]) -> Case:
+    """Likewise; JSON has no tuples."""
+    lengths = fields.get("lengths")
+    return Case(**fields | {"lengths": None if lengths is None else tuple(lengths)})
 
 
 def ms(seconds: float) -> str:
@@ -190,6 +237,11 @@ def ms(seconds: float) -> str:
     if x < 0.1:
         return f"{x:.3g}"
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
+
+
+def factor(ratio: float) -> str:
+    """A speed-up, with two digits."""
+    return f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.{1 if ratio >= 0.995 else 2}f}x"
 
 
 def pass_name(backward: bool) -> str:

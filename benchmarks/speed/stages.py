@@ -30,10 +30,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from benchmarks.speed.contenders import GUMBEL, SYSTEMATIC, Problem, Widths, draw_keys
+from benchmarks.speed.contenders import GUMBEL, SYSTEMATIC, Problem, Widths
 from benchmarks.speed.results import Limits, Stage
 from benchmarks.speed.timing import interleave
+from smartbird._checks import check_sketches
+from smartbird._visible import check_visible
 from smartbird.ops import distill_loss, gather_attention
+from smartbird.ops.sample import draw
 
 SCORES = "scores"
 DRAWING = {SYSTEMATIC: "drawing, systematic", GUMBEL: "drawing, gumbel"}
@@ -106,6 +109,24 @@ def least_seconds(
     gathered = stage.gathered_bytes / limits.bandwidth[table]
     memory = gathered + stage.streamed_bytes / limits.bandwidth[streamed]
     return (compute, "FMA") if compute >= memory else (memory, table)
+
+
+def draw_keys(p: Problem, *, method: str, num_index_heads: int, seed: Tensor) -> Tensor:
+    """As attention without correction draws: ``sketch_sample`` without log_inclusion."""
+    q_sketch, k_sketch = check_sketches(p.q_sketch.detach(), p.k_sketch.detach())
+    batch, length = p.q.shape[0], p.length
+    indices, _ = draw(
+        q_sketch,
+        k_sketch,
+        p.num_samples,
+        check_visible(batch, length, length, p.q.device),
+        num_index_heads=num_index_heads,
+        method=method,
+        scale=q_sketch.shape[3] ** -0.5,
+        seed=seed,
+        need_log_inclusion=False,
+    )
+    return indices
 
 
 def measure_stages(

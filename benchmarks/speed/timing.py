@@ -13,7 +13,8 @@ from typing import TypeVar
 import torch
 
 from benchmarks.speed.contenders import CONTENDERS, Problem, Unavailable, Widths, build
-from benchmarks.speed.results import Case, Timing
+from benchmarks.speed.layers import build_whole
+from benchmarks.speed.results import ATTENTION, Case, Timing
 
 Name = TypeVar("Name", bound=Hashable)
 Clock = Callable[[Callable[[], object]], float]
@@ -49,27 +50,20 @@ def time_case(
     """
     torch.set_num_threads(case.threads)
     torch.compiler.reset()  # what earlier cases compiled
-    problems = {
-        dtype: Problem.random(
-            widths,
-            batch=case.batch,
-            length=case.length,
-            dtype=getattr(torch, dtype),
-            requires_grad=case.backward,
-            score_std=case.score_std,
-            queries=case.queries,
-            kv_heads=case.kv_heads,
-            device=device,
-        )
-        for _, dtype in contenders
-    }
+    problems: dict[str, Problem] = {}
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     missing: dict[tuple[str, str], str] = {}
     with torch.set_grad_enabled(case.backward):
         # Compiled ones last: importing another's library changes what their guards look at.
         for attention, dtype in sorted(contenders, key=lambda c: CONTENDERS[c[0]].compiled):
             try:
-                calls[attention, dtype] = _call(attention, problems[dtype])
+                if case.part != ATTENTION:
+                    call = build_whole(attention, case, widths, getattr(torch, dtype), device)
+                else:
+                    if dtype not in problems:
+                        problems[dtype] = _problem(case, widths, dtype, device)
+                    call = _call(attention, problems[dtype])
+                calls[attention, dtype] = call
             except (Unavailable, torch.OutOfMemoryError) as reason:
                 missing[attention, dtype] = str(reason).partition("\n")[0]
         leaves = [leaf for problem in problems.values() for leaf in problem.leaves]
@@ -78,6 +72,22 @@ def time_case(
         Timing(case, *contender, times.get(contender, []), missing.get(contender))
         for contender in contenders
     ]
+
+
+def _problem(case: Case, widths: Widths, dtype: str, device: str) -> Problem:
+    return Problem.random(
+        widths,
+        batch=case.batch,
+        length=case.length,
+        dtype=getattr(torch, dtype),
+        requires_grad=case.backward,
+        score_std=case.score_std,
+        queries=case.queries,
+        kv_heads=case.kv_heads,
+        trained=case.trained,
+        lengths=case.lengths,
+        device=device,
+    )
 
 
 def _call(attention: str, problem: Problem) -> Callable[[], object]:
