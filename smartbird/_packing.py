@@ -31,8 +31,14 @@ class Packing:
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, C, N, ...] to [1, C, T, ...], contiguous."""
-        rows = x.transpose(0, 1).flatten(1, 2)
-        return rows.index_select(1, self.order).unsqueeze(0)
+        if not x.is_contiguous():  # tokens lie side by side, as projections leave them
+            rows = x.transpose(1, 2).flatten(0, 1).index_select(0, self.order)
+            return rows.transpose(0, 1).contiguous().unsqueeze(0)
+        channels = torch.arange(x.shape[1], device=x.device).unsqueeze(-1)
+        first = (self.order // self.length) * x.shape[1] + channels  # [C, T], in units of N rows
+        place = first * self.length + self.order % self.length
+        rows = x.flatten(0, 2).index_select(0, place.flatten())
+        return rows.view(1, x.shape[1], *self.order.shape, *x.shape[3:])
 
     def pack_rows(self, x: Tensor) -> Tensor:
         """[B, N, ...] to [1, T, ...]."""
