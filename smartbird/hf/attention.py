@@ -87,7 +87,7 @@ class SketchedAttention(nn.Module):
         sketch = q.detach() @ self.q_weight.to(q.dtype)
         if self.sketch_per_head:
             return sketch
-        return sketch.unflatten(1, (self.k_weight.shape[0], -1)).mean(2)
+        return torch.unflatten(sketch, 1, (self.k_weight.shape[0], -1)).mean(2)
 
     def sketch_keys(self, k: Tensor) -> Tensor:
         """k [B, H_kv, M, D] to [B, H_kv, M, S]; the gradient of the sketch does not reach k."""
@@ -134,7 +134,14 @@ class SketchedAttention(nn.Module):
         return out
 
     def _attend(
-        self, q: Tensor, q_sketch: Tensor, k: Tensor, v: Tensor, k_sketch: Tensor, *, is_causal: bool
+        self,
+        q: Tensor,
+        q_sketch: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_sketch: Tensor,
+        *,
+        is_causal: bool,
     ) -> Tensor:
         """Of sequences without padding, the last query at the last key: [B, H, N, Dv]."""
         num_queries, num_keys = q.shape[2], k.shape[2]
@@ -223,7 +230,8 @@ def attention(
             "cu_seq_lens_k": cu_seq_lens_k,
         }
         keywords |= {name: x for name, x in given.items() if x is not None}
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(native, _eager(module))
+        # "eager" is no entry there, but a function beside the module's class.
+        function = ALL_ATTENTION_FUNCTIONS.get(native) or beside(module, "eager_attention_forward")
         output: tuple[Tensor, Tensor | None] = function(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
         )
@@ -237,7 +245,9 @@ def attention(
             f"[B, M] and no mask of pairs, got {got}{shape}: see smartbird.hf.dense and revert"
         )
     if attention_mask.reason is not None:
-        raise ValueError(f"attention over sampled keys cannot serve this call: {attention_mask.reason}")
+        raise ValueError(
+            f"attention over sampled keys cannot serve this call: {attention_mask.reason}"
+        )
     if is_causal is not None and is_causal != attention_mask.is_causal:
         raise ValueError(
             f"is_causal must be what the mask says, {attention_mask.is_causal}, got {is_causal}"
@@ -247,7 +257,9 @@ def attention(
     if cu_seq_lens_k is not None and (
         cu_seq_lens_q is None or not torch.equal(cu_seq_lens_k, cu_seq_lens_q)
     ):
-        raise ValueError("cu_seq_lens_k must be cu_seq_lens_q, as queries and keys are one sequence")
+        raise ValueError(
+            "cu_seq_lens_k must be cu_seq_lens_q, as queries and keys are one sequence"
+        )
     core = converted.attention
     if scaling is not None and scaling != core.scale:
         raise ValueError(
@@ -255,15 +267,8 @@ def attention(
         )
     if converted.training and dropout != core.dropout:
         core.dropout = dropout
-    out = converted(
-        query, key, value, attention_mask, k_sketch=k_sketch, cu_seqlens=cu_seq_lens_q
-    )
+    out = converted(query, key, value, attention_mask, k_sketch=k_sketch, cu_seqlens=cu_seq_lens_q)
     return out, None
-
-
-def _eager(module: nn.Module) -> Any:
-    """The eager attention of a module: a function beside its class."""
-    return beside(module, "eager_attention_forward")
 
 
 def beside(module: nn.Module, name: str) -> Any:

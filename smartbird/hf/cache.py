@@ -32,6 +32,8 @@ class SketchLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     is_croppable = True
     supports_early_init = False
+    keys: Tensor | None
+    values: Tensor | None
 
     def __init__(self, module: SketchedAttention) -> None:
         super().__init__()
@@ -90,15 +92,17 @@ class SketchLayer(CacheLayerMixin):  # type: ignore[misc]
         """Let the attributes be views of so many tokens."""
         self._length = length
         self.is_initialized = bool(self._buffers)
-        views = [x[:, :, :length] for x in self._buffers] or [None, None, None]
-        self.keys, self.values, self.sketches = views
+        views = [x[:, :, :length] for x in self._buffers]
+        self.keys, self.values, self.sketches = views if views else (None, None, None)
 
     def _replace(self, buffers: list[Tensor]) -> None:
         self._buffers = buffers
         self._look(self._length)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """How many keys there will be, and which is the first."""
+        if isinstance(query_length, Tensor):  # transformers 5.0 gives the positions
+            query_length = query_length.shape[0]
         return self._length + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -108,6 +112,8 @@ class SketchLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         """-1: as many as memory holds."""
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in earlier releases of transformers 5
 
     def offload(self) -> None:
         """Move to the CPU; :meth:`prefetch` moves back."""
@@ -129,14 +135,17 @@ class SketchLayer(CacheLayerMixin):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens.
 
+        A positive number is how many are kept, as the first releases of transformers 5 mean it.
+
         Raises:
-            ValueError: the number is positive, or there are fewer.
+            ValueError: there are fewer.
         """
-        if not -self._length <= tokens_to_remove <= 0:
+        length = tokens_to_remove + (self._length if tokens_to_remove <= 0 else 0)
+        if not 0 <= length <= self._length:
             raise ValueError(
-                f"tokens_to_remove must be between {-self._length} and 0, got {tokens_to_remove}"
+                f"tokens_to_remove must leave some of {self._length}, got {tokens_to_remove}"
             )
-        self._look(self._length + tokens_to_remove)
+        self._look(length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Element b of the batch becomes what element ``beam_idx[b]`` was."""

@@ -99,18 +99,20 @@ def convert(
     """Let the attention of a pretrained transformers model sample its keys, in place.
 
     The model reads a passage once. Attention modules that call transformers' attention interface
-    for self-attention, causal or not, get sketches of their own queries and keys, as the child
-    ``smartbird``, a :class:`smartbird.hf.SketchedAttention`: of rotary models the ``sketch_dim / 2``
-    rotary pairs that vary q . k most, of others the leading directions of q . k. Its weights are
-    parameters of the model. Modules that do anything else (sliding windows, soft caps, attention
-    sinks, relative biases, cross-attention) stay as they are; :func:`report` says why. A call that
-    a converted module cannot serve, such as one with a mask of pairs or with
+    for self-attention, causal or not, get sketches of their own queries and keys: in rotary models
+    the ``sketch_dim / 2`` rotary pairs that vary q . k most, in others the leading directions of
+    q . k. They are made by the child ``smartbird`` of the module, a :class:`SketchedAttention`,
+    whose weights are parameters of the model. Modules that do anything else (sliding windows, soft
+    caps, attention sinks, relative biases, cross-attention) stay as they are; :func:`report` says
+    why. A call that a converted module cannot serve, such as one with a mask of pairs or with
     ``output_attentions``, is an error.
 
     A model in evaluation mode gives the same result for the same sequence however it is computed:
     alone, padded, packed, in chunks or token by token. What a position does depends on the
     position alone, so that a text that grows beyond ``min_length`` changes nothing before it. In
-    training mode keys are drawn by PyTorch's generator.
+    training mode keys are drawn by PyTorch's generator. Packed sequences are told apart as
+    transformers does, by ``position_ids`` that restart where there is neither a mask nor a cache
+    (``use_cache=False``), and by ``cu_seq_lens_q``.
 
     Converted again, a model keeps sketches that have the size asked for, unless ``calibration`` is
     given, and takes the other settings. After a change of its class or ``save_pretrained`` a model
@@ -175,7 +177,11 @@ def convert(
         for place, (name, one) in enumerate(seen.items()):
             index = getattr(one.module, "layer_idx", None)
             reason = one.reason
-            if not reason and layers is not None and (place if index is None else index) not in layers:
+            if (
+                not reason
+                and layers is not None
+                and (place if index is None else index) not in layers
+            ):
                 reason = "it is not among the layers to convert"
             if not reason:
                 core = SampledAttention(
@@ -266,8 +272,8 @@ def _record(model: nn.Module) -> _Record:
     record = getattr(model, RECORD, None)
     if not isinstance(record, _Record):
         raise ValueError(
-            f"model must be converted by smartbird.hf.convert, got a {type(model).__name__} that is "
-            "not"
+            "model must be converted by smartbird.hf.convert, got a "
+            f"{type(model).__name__} that is not"
         )
     return record
 
@@ -293,9 +299,7 @@ def _restore(before: list[tuple[Any, str]]) -> None:
         config._attn_implementation = implementation
 
 
-def _refuse_weights(
-    module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
-) -> None:
+def _refuse_weights(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     if keywords.get("output_attentions", getattr(module.config, "output_attentions", False)):
         raise ValueError(
             "output_attentions must be False: attention over sampled keys gives no weights of all "
@@ -308,7 +312,7 @@ def _refuse_weights(
 
 def _passage(model: nn.Module) -> Tensor:
     """Tokens that follow from the model alone, int64 [1, N]."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     most = getattr(model.config, "max_position_embeddings", None) or 2 * PASSAGE
     length = max(min(PASSAGE, most // 2), 1)
     generator = torch.Generator().manual_seed(0)
@@ -395,9 +399,7 @@ def _reason(mask: Any, arguments: dict[str, Any], keywords: dict[str, Any]) -> s
     return mask.reason or ""
 
 
-def _weights(
-    one: _Seen, sketch_dim: int, old: SketchedAttention | None
-) -> tuple[Tensor, Tensor]:
+def _weights(one: _Seen, sketch_dim: int, old: SketchedAttention | None) -> tuple[Tensor, Tensor]:
     """q_weight [H, D, S] and k_weight [H_kv, D, S], those of ``old`` if they have this size."""
     _, heads, _, width = one.like.shape
     if sketch_dim > width:
@@ -417,20 +419,23 @@ def _weights(
 def _partners(module: nn.Module, width: int, cos: Tensor) -> Tensor | None:
     """int64 [D]: which feature each one is turned with; None: they are not turned in pairs.
 
-    Asks the model: the function beside its attention turns unit vectors by a right angle.
+    Asks the model: the function beside its attention turns unit vectors by a right angle. Features
+    that it leaves alone make pairs among themselves.
     """
     turn = beside(module, "apply_rotary_pos_emb")
-    if turn is None:
-        return None
-    unit = torch.eye(width, dtype=cos.dtype, device=cos.device)[None, None]
-    angle = cos.new_zeros((1, width, cos.shape[-1]))
-    try:
-        turned = turn(unit, unit, angle, angle + 1)[0][0, 0].abs()
-    except RuntimeError:  # of another width
-        return None
-    partner = turned.argmax(-1)
-    feature = torch.arange(width, device=partner.device)
-    turns = turned.shape == (width, width) and (turned.sum(-1) == 1).all()
-    if not turns or not torch.equal(partner[partner], feature) or (partner == feature).any():
-        return None
-    return partner.cpu()
+    for features in (width, cos.shape[-1]):  # the second where the module splits q and k itself
+        unit = torch.eye(features, dtype=cos.dtype, device=cos.device)[None, None]
+        angle = cos.new_zeros((1, features, cos.shape[-1]))
+        try:
+            turned = turn(unit, unit, angle, angle + 1)[0][0, 0]
+        except (RuntimeError, TypeError):  # another width, or no such function
+            continue
+        partner = torch.arange(width)
+        partner[:features] = turned.abs().argmax(-1)
+        alone = (partner == torch.arange(width)).nonzero().squeeze(-1)
+        if alone.numel() % 2 == 0:
+            partner[alone] = torch.unflatten(alone, 0, (-1, 2)).flip(-1).flatten()
+        mutual = torch.equal(partner[partner], torch.arange(width))
+        if mutual and not (partner == torch.arange(width)).any():
+            return partner
+    return None

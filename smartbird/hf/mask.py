@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -76,8 +77,12 @@ class RowMask:
             )
         if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != self.num_queries:
             raise ValueError(f"cu_seq_lens_q must go from 0 to {self.num_queries}, got {bounds}")
-        told = [(run.queries.start, run.queries.stop) for run in self.runs if isinstance(run.queries, slice)]
-        pairs = list(zip(bounds[:-1], bounds[1:], strict=True))
+        told = [
+            (run.queries.start, run.queries.stop)
+            for run in self.runs
+            if isinstance(run.queries, slice)
+        ]
+        pairs = list(pairwise(bounds))
         if len(told) < len(self.runs) or told not in (pairs, [(0, self.num_queries)]):
             raise ValueError(
                 "cu_seq_lens_q must be the sequences that attention_mask and position_ids tell, "
@@ -86,16 +91,20 @@ class RowMask:
         return _pack(0, bounds)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def row_mask(**arguments: Any) -> RowMask:
     """The mask function "smartbird" of transformers' AttentionMaskInterface."""
     given = arguments.get("attention_mask")
     if isinstance(given, RowMask):  # made before the forward pass, as generate() does
         return given
-    # A static cache counts in a tensor, which its first layer changes.
-    offset = arguments["q_offset"] = int(arguments.get("q_offset", 0))
-    queries, allocated = arguments["q_length"], arguments["kv_length"]
-    batch, device = arguments["batch_size"], arguments.get("device", "cpu")
+    if "cache_position" in arguments:  # what transformers 5.0 has in place of the next
+        rows = arguments["cache_position"]
+        offset, queries, device = int(rows[0]), rows.shape[0], rows.device
+    else:
+        # A static cache counts in a tensor, which its first layer changes.
+        offset = arguments["q_offset"] = int(arguments["q_offset"])
+        queries, device = arguments["q_length"], arguments.get("device", "cpu")
+    batch, allocated = arguments["batch_size"], arguments["kv_length"]
     pattern = arguments.get("mask_function", causal_mask_function)
     is_causal = pattern is not bidirectional_mask_function
     keys = offset + queries
@@ -139,8 +148,7 @@ def _all(batch: int, queries: int, keys: int) -> list[Run]:
 
 def _pack(element: int, bounds: list[int]) -> list[Run]:
     """Sequences side by side in one element of the batch."""
-    pairs = zip(bounds[:-1], bounds[1:], strict=True)
-    rows = [slice(begin, end) for begin, end in pairs if begin < end]
+    rows = [slice(begin, end) for begin, end in pairwise(bounds) if begin < end]
     return [Run(slice(element, element + 1), row, row) for row in rows]
 
 

@@ -54,7 +54,7 @@ def rotary_pairs(moments: Moments, partner: Tensor, sketch_dim: int) -> tuple[Te
 
     kv_heads, width = moments.keys.shape[:2]
     group = moments.queries.shape[0] // kv_heads
-    queries = blocks(moments.queries).unflatten(0, (kv_heads, group)).sum(1)
+    queries = torch.unflatten(blocks(moments.queries), 0, (kv_heads, group)).sum(1)
     energy = (queries * blocks(moments.keys)).sum((-1, -2))  # both are symmetric
     strongest = energy.topk(sketch_dim // 2, dim=-1).indices.sort(-1).values
     features = pairs[strongest].transpose(1, 2).flatten(1)  # [H_kv, S]
@@ -78,7 +78,7 @@ def leading_directions(moments: Moments, sketch_dim: int) -> tuple[Tensor, Tenso
     """
     kv_heads, width = moments.keys.shape[:2]
     group = moments.queries.shape[0] // kv_heads
-    queries = moments.queries.unflatten(0, (kv_heads, group)).sum(1)
+    queries = torch.unflatten(moments.queries, 0, (kv_heads, group)).sum(1)
     spread, basis = torch.linalg.eigh(moments.keys)
     # Directions in which no key differs: nothing is lost by any finite factor there.
     floor = spread.amax(-1, keepdim=True) * 1e-6 + torch.finfo(torch.float64).tiny
