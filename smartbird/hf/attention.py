@@ -77,7 +77,10 @@ class SketchedAttention(nn.Module):
         min_length: int,
     ) -> None:
         super().__init__()
-        self.q_weight, self.k_weight = nn.Parameter(q_weight), nn.Parameter(k_weight)
+        # Nothing but distillation makes a gradient for them, and a parameter that waits for one in
+        # vain is an error where gradients are gathered from many processes.
+        self.q_weight = nn.Parameter(q_weight, requires_grad=False)
+        self.k_weight = nn.Parameter(k_weight, requires_grad=False)
         self.attention = attention
         self.sketch_per_head = sketch_per_head
         self.min_length = min_length

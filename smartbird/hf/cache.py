@@ -75,6 +75,7 @@ class SketchLayer(CacheLayerMixin):  # type: ignore[misc]
         if isinstance(keywords, dict):
             keywords["k_sketch"] = self.sketches
         assert self.keys is not None
+        assert self.values is not None
         return self.keys, self.values
 
     def _reserve(self, new: list[Tensor], length: int) -> None:
@@ -172,7 +173,7 @@ class SketchCache(Cache):  # type: ignore[misc]
             gives them.
 
     Raises:
-        ValueError: the model is not converted, or its layers have no ``layer_idx``.
+        ValueError: the model has no converted module that is causal, or it has no ``layer_idx``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -180,7 +181,7 @@ class SketchCache(Cache):  # type: ignore[misc]
         found = False
         for name, module in model.named_modules():
             converted = sketched(module)
-            if converted is None:
+            if converted is None or not converted.attention.is_causal:
                 continue
             index = getattr(module, "layer_idx", None)
             if index is None or not 0 <= index < len(layers):
@@ -192,6 +193,6 @@ class SketchCache(Cache):  # type: ignore[misc]
             found = True
         if not found:
             raise ValueError(
-                "model must be converted before a SketchCache is made for it: smartbird.hf.convert"
+                "model must be converted by smartbird.hf.convert, and causal, to have a SketchCache"
             )
         super().__init__(layers=layers)

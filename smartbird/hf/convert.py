@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from smartbird._checks import check_count
+from smartbird._checks import check_count, check_scale
 from smartbird.hf.attention import (
     CHILD,
     NAMES,
@@ -76,7 +76,7 @@ class _Seen:
     like: Tensor  # q [B, H, N, D]
     kv_heads: int
     is_causal: bool
-    scaling: float | None
+    scaling: float
     reason: str
     moments: Moments
     rotates: Tensor | None  # cos of its rotary embedding, [B, N, R]
@@ -93,7 +93,7 @@ def convert(
     window: int = 32,
     num_sinks: int = 4,
     layers: Collection[int] | None = None,
-    min_length: int = 1024,
+    min_length: int | None = None,
     calibration: Tensor | None = None,
 ) -> Model:
     """Let the attention of a pretrained transformers model sample its keys, in place.
@@ -101,11 +101,11 @@ def convert(
     The model reads a passage once. Attention modules that call transformers' attention interface
     for self-attention, causal or not, get sketches of their own queries and keys: in rotary models
     the ``sketch_dim / 2`` rotary pairs that vary q . k most, in others the leading directions of
-    q . k. They are made by the child ``smartbird`` of the module, a :class:`SketchedAttention`,
-    whose weights are parameters of the model. Modules that do anything else (sliding windows, soft
-    caps, attention sinks, relative biases, cross-attention) stay as they are; :func:`report` says
-    why. A call that a converted module cannot serve, such as one with a mask of pairs or with
-    ``output_attentions``, is an error.
+    q . k. The child ``smartbird`` of the module, a :class:`SketchedAttention`, makes them. Its
+    weights are parameters of the model that want no gradient. Modules that do anything else
+    (sliding windows, soft caps, attention sinks, relative biases, cross-attention) stay as they
+    are; :func:`report` says why. A call that a converted module cannot serve, such as one with a
+    mask of pairs or with ``output_attentions``, is an error.
 
     A model in evaluation mode gives the same result for the same sequence however it is computed:
     alone, padded, packed, in chunks or token by token. What a position does depends on the
@@ -132,7 +132,7 @@ def convert(
         num_sinks: leading keys that are always among the K.
         layers: ``layer_idx`` of the modules to convert. None: all that can be.
         min_length: positions below it attend to all their keys; in models without causality
-            sequences that are shorter do.
+            sequences that are shorter do. None: K, below which they hold all keys anyhow.
         calibration: int64 [B, N], tokens of a passage or two of text that the model is for, without
             padding. None: random tokens.
 
@@ -148,7 +148,7 @@ def convert(
     if num_sketches not in SKETCHES:
         raise ValueError(f"num_sketches must be one of {SKETCHES}, got {num_sketches!r}")
     sketch_dim = check_count("sketch_dim", sketch_dim, 1)
-    min_length = check_count("min_length", min_length, 0)
+    min_length = num_samples if min_length is None else check_count("min_length", min_length, 0)
     if layers is not None:
         layers = {check_count("layers", index, 0) for index in layers}
     sampling: dict[str, Any] = {
@@ -189,7 +189,7 @@ def convert(
                     num_kv_heads=one.kv_heads,
                     is_causal=one.is_causal,
                     scale=one.scaling,
-                    sketch_scale=one.scaling,
+                    sketch_scale=one.scaling,  # sketches stand for q . k
                     **sampling,
                 )
                 children[name] = SketchedAttention(
@@ -352,7 +352,7 @@ def _observe(model: Any, passage: Tensor, num_sinks: int) -> dict[str, _Seen]:
                 like=q,
                 kv_heads=k.shape[1],
                 is_causal=isinstance(mask, RowMask) and mask.is_causal,
-                scaling=keywords.pop("scaling"),
+                scaling=check_scale("scaling", keywords.pop("scaling"), q.shape[3]),
                 reason="",
                 moments=Moments(),
                 rotates=cos if isinstance(cos, Tensor) else None,

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import CACHE, FEW, LENGTH, generated, made, near, out, tokens
+from hf_models import CACHE, FEW, LENGTH, generated, made, made_bart, near, out, tokens
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from smartbird import hf
 from smartbird.hf.cache import FIRST_CAPACITY, SketchLayer
@@ -81,6 +81,18 @@ def test_left_padding_generates_what_each_does_alone() -> None:
     both = generated(model, ids, hf.SketchCache(model), attention_mask=mask)
     alone = generated(model, ids[:1, pad:], hf.SketchCache(model))
     assert torch.equal(both[0, PROMPT:], alone[0, PROMPT - pad :])
+
+
+def test_prefill_in_chunks_and_decoders_with_an_encoder() -> None:
+    model, ids = converted("llama"), tokens(2, PROMPT)
+    expected = generated(model, ids, use_cache=False)
+    cache = hf.SketchCache(model)
+    assert torch.equal(generated(model, ids, cache, prefill_chunk_size=7), expected)
+
+    bart = hf.convert(made_bart(), **FEW)
+    expected = generated(bart, ids, use_cache=False)
+    cache = EncoderDecoderCache(hf.SketchCache(bart), DynamicCache(config=bart.config))
+    assert torch.equal(generated(bart, ids, cache), expected)
 
 
 def test_a_conversation_goes_on() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,27 @@ def test_twice_is_once() -> None:
     assert torch.equal(out(model, ids), before)
     assert list(model.state_dict()) == keys
     assert len(model._forward_pre_hooks) == 1
+
+
+def test_a_copy_is_converted_and_on_its_own() -> None:
+    model, ids = made("llama"), tokens(2, LENGTH)
+    before = out(model, ids)
+    hf.convert(model, **FEW)
+    after = out(model, ids)
+    other = copy.deepcopy(model)
+    hf.revert(model)
+    assert torch.equal(out(other, ids), after)
+    assert torch.equal(out(hf.revert(other), ids), before)
+    assert not other._forward_pre_hooks
+
+
+def test_by_default_only_rows_of_more_keys_than_are_drawn_sample() -> None:
+    options = {name: value for name, value in FEW.items() if name != "min_length"}
+    model, ids = hf.convert(made("llama"), **options), tokens(2, LENGTH)
+    assert model.model.layers[0].self_attn.smartbird.min_length == FEW["num_samples"]
+    actual = out(model, ids)
+    hf.convert(model, **FEW)
+    near(actual, out(model, ids))
 
 
 def test_sketches_survive_other_settings_and_not_another_size() -> None:
