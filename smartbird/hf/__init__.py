@@ -11,7 +11,7 @@ except ImportError as error:
 
 from smartbird.hf.attention import SketchedAttention
 from smartbird.hf.cache import SketchCache
-from smartbird.hf.convert import LayerReport, convert, dense, report, revert
+from smartbird.hf.conversion import LayerReport, convert, dense, report, revert
 
 __all__ = [
     "LayerReport",
