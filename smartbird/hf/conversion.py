@@ -58,11 +58,13 @@ class _Record:
     Attributes:
         before: its configurations, and the attention implementation that each had.
         layers: what :func:`report` says.
+        settings: the keywords of :func:`convert` but the last.
         hooks: to be removed.
     """
 
     before: list[tuple[Any, str]]
     layers: list[LayerReport]
+    settings: dict[str, Any]
     hooks: list[Any]
 
 
@@ -148,7 +150,6 @@ def convert(
     if num_sketches not in SKETCHES:
         raise ValueError(f"num_sketches must be one of {SKETCHES}, got {num_sketches!r}")
     sketch_dim = check_count("sketch_dim", sketch_dim, 1)
-    min_length = num_samples if min_length is None else check_count("min_length", min_length, 0)
     if layers is not None:
         layers = {check_count("layers", index, 0) for index in layers}
     sampling: dict[str, Any] = {
@@ -157,12 +158,22 @@ def convert(
         "correction": correction,
         "window": window,
         "num_sinks": num_sinks,
-        "distill": False,
     }
-    SampledAttention(1, is_causal=True, **sampling)  # which checks them
+    checked = SampledAttention(1, is_causal=True, **sampling)
+    sampling = {name: getattr(checked, name) for name in sampling}
+    if min_length is None:
+        min_length = checked.num_samples
+    min_length = check_count("min_length", min_length, 0)
     passage = _passage(model) if calibration is None else _check_passage(calibration)
 
-    old = dict(_children(model))
+    settings = {
+        **sampling,
+        "num_sketches": num_sketches,
+        "sketch_dim": sketch_dim,
+        "layers": None if layers is None else sorted(layers),
+        "min_length": min_length,
+    }
+    old = dict(children(model))
     old_record = getattr(model, RECORD, None)
     revert(model)
     before = [(config, config._attn_implementation) for config in _configs(model)]
@@ -172,7 +183,7 @@ def convert(
     try:
         seen = _observe(model, passage, num_sinks)
         _choose(seen, layers)
-        children = {
+        made = {
             name: SketchedAttention(
                 *_weights(one, sketch_dim, old.get(name) if calibration is None else None),
                 SampledAttention(
@@ -181,6 +192,7 @@ def convert(
                     is_causal=one.is_causal,
                     scale=one.scaling,
                     sketch_scale=one.scaling,  # sketches stand for q . k
+                    distill=False,
                     **sampling,
                 ),
                 sketch_per_head=num_sketches == "head",
@@ -189,8 +201,8 @@ def convert(
             for name, one in seen.items()
             if not one.reason
         }
-        reports = [LayerReport(name, name in children, one.reason) for name, one in seen.items()]
-        if not children:
+        reports = [LayerReport(name, name in made, one.reason) for name, one in seen.items()]
+        if not made:
             why = "; ".join(map(str, reports)) or (
                 f"the attention of {type(model).__name__} does not go through transformers' "
                 "attention interface"
@@ -200,14 +212,14 @@ def convert(
         if old_record is None:
             _restore(before)
         else:
-            _attach(model, old, before, old_record.layers)
+            _attach(model, old, before, old_record.layers, old_record.settings)
         raise
-    _attach(model, children, before, reports)
+    _attach(model, made, before, reports, settings)
     seed_evaluation(model, 0)  # or all layers would draw alike
     return model
 
 
-def _children(model: nn.Module) -> Iterator[tuple[str, SketchedAttention]]:
+def children(model: nn.Module) -> Iterator[tuple[str, SketchedAttention]]:
     """The names of converted modules, and what converts them."""
     for name, module in model.named_modules():
         if (child := sketched(module)) is not None:
@@ -216,12 +228,13 @@ def _children(model: nn.Module) -> Iterator[tuple[str, SketchedAttention]]:
 
 def _attach(
     model: nn.Module,
-    children: dict[str, SketchedAttention],
+    made: dict[str, SketchedAttention],
     before: list[tuple[Any, str]],
     reports: list[LayerReport],
+    settings: dict[str, Any],
 ) -> None:
     """Make a model whose configurations are set a converted one."""
-    for name, child in children.items():
+    for name, child in made.items():
         module = model.get_submodule(name)
         module.add_module(CHILD, child.train(module.training))
     hooks = [
@@ -229,7 +242,7 @@ def _attach(
         for part in model.modules()
         if isinstance(part, PreTrainedModel)
     ]
-    setattr(model, RECORD, _Record(before, reports, hooks))
+    setattr(model, RECORD, _Record(before, reports, settings, hooks))
 
 
 def revert(model: Model) -> Model:
@@ -243,7 +256,7 @@ def revert(model: Model) -> Model:
     record = getattr(model, RECORD, None)
     if record is None:
         return model
-    for name, _ in list(_children(model)):
+    for name, _ in list(children(model)):
         delattr(model.get_submodule(name), CHILD)
     for hook in record.hooks:
         hook.remove()
@@ -259,7 +272,7 @@ def dense(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: ``model`` is not converted.
     """
-    record = _record(model)
+    record = record_of(model)
     now = [(config, config._attn_implementation) for config, _ in record.before]
     _restore(record.before)
     try:
@@ -276,10 +289,11 @@ def report(model: nn.Module) -> list[LayerReport]:
     Raises:
         ValueError: ``model`` is not converted.
     """
-    return list(_record(model).layers)
+    return list(record_of(model).layers)
 
 
-def _record(model: nn.Module) -> _Record:
+def record_of(model: nn.Module) -> _Record:
+    """What a converted model remembers, which others do not."""
     record = getattr(model, RECORD, None)
     if not isinstance(record, _Record):
         raise ValueError(

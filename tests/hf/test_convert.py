@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hf_models import (
@@ -133,6 +134,11 @@ def test_by_default_only_rows_of_more_keys_than_are_drawn_sample() -> None:
     actual = out(model, ids)
     hf.convert(model, **FEW)
     near(actual, out(model, ids))
+
+
+def test_numbers_of_numpy_are_taken() -> None:
+    options = FEW | {"num_samples": np.int64(8), "min_length": np.int64(0), "layers": [np.int64(1)]}
+    assert sampled(hf.convert(made("llama"), **options)) == [False, True]
 
 
 def test_sketches_survive_other_settings_and_not_another_size() -> None:
