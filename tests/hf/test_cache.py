@@ -1,0 +1,234 @@
+"""SketchCache, and generation with it, with other caches and without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hf_models import CACHE, FEW, LENGTH, T, generated, made, made_bart, near, out, tokens
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
+
+from smartbird import hf
+from smartbird.hf.cache import FIRST_CAPACITY, SketchLayer
+
+PROMPT = 24
+SEARCHES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 2.0},
+    "beams": {"num_beams": 3},
+    "beam_sampling": {"num_beams": 3, "do_sample": True, "temperature": 2.0},
+    "several": {"do_sample": True, "temperature": 2.0, "num_return_sequences": 2},
+}
+
+
+def converted(name: str, **options: Any) -> Any:
+    return hf.convert(made(name), **(FEW | options))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("min_length", [0, PROMPT + 4])
+def test_generation_is_that_without_a_cache(name: str, search: str, min_length: int) -> None:
+    model, ids = converted(name, min_length=min_length), tokens(2, PROMPT)
+    options = SEARCHES[search]
+    expected = generated(model, ids, use_cache=False, **options)
+    assert torch.equal(generated(model, ids, hf.SketchCache(model), **options), expected)
+    assert expected[:, PROMPT:].unique().numel() > 3
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "qwen2_mixed", "bert_decoder"])
+def test_every_family_generates(name: str) -> None:
+    model, ids = converted(name), tokens(2, PROMPT)
+    expected = generated(model, ids, use_cache=False)
+    assert torch.equal(generated(model, ids, hf.SketchCache(model)), expected)
+    assert torch.equal(generated(model, ids), expected)
+
+
+@pytest.mark.parametrize("min_length", [0, PROMPT + 4])
+def test_assisted_generation_is_greedy(min_length: int) -> None:
+    model, ids = converted("llama", min_length=min_length), tokens(1, 8).repeat(1, 3)
+    expected = generated(model, ids, use_cache=False)
+    assert torch.equal(
+        generated(model, ids, hf.SketchCache(model), prompt_lookup_num_tokens=3), expected
+    )
+    helper = made("llama")  # whose guesses are right or wrong
+    assert torch.equal(
+        generated(model, ids, hf.SketchCache(model), assistant_model=helper), expected
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_mixed"])
+@pytest.mark.parametrize("min_length", [0, PROMPT + 4])
+def test_other_caches_give_the_same(name: str, min_length: int) -> None:
+    model, ids = converted(name, min_length=min_length), tokens(2, PROMPT)
+    expected = generated(model, ids, use_cache=False)
+    assert torch.equal(generated(model, ids), expected)
+    assert torch.equal(generated(model, ids, cache_implementation="static"), expected)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    expected = generated(model, ids, use_cache=False, attention_mask=mask)
+    static = {"cache_implementation": "static"}
+    for cache, options in ((None, {}), (None, static), (hf.SketchCache(model), {})):
+        actual = generated(model, ids, cache, attention_mask=mask, **options)
+        assert torch.equal(actual, expected)
+
+
+def test_dense_layers_beside_sampled_ones_see_no_empty_places() -> None:
+    """A static cache counts in a tensor that it changes before they ask for their mask."""
+    model, ids = converted("llama", layers=[1]), tokens(2, PROMPT)
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    expected = generated(model, ids, use_cache=False, **options).logits
+    static = generated(model, ids, cache_implementation="static", **options).logits
+    near(torch.stack(static), torch.stack(expected))
+
+
+def test_left_padding_generates_what_each_does_alone() -> None:
+    model, ids, pad = converted("llama"), tokens(2, PROMPT), 9
+    mask = torch.ones_like(ids)
+    mask[0, :pad] = 0
+    both = generated(model, ids, hf.SketchCache(model), attention_mask=mask)
+    alone = generated(model, ids[:1, pad:], hf.SketchCache(model))
+    assert torch.equal(both[0, PROMPT:], alone[0, PROMPT - pad :])
+
+
+@pytest.mark.skipif(
+    T.__version__.startswith("5.0."), reason="its chunks stand a place further than its cache says"
+)
+def test_prefill_in_chunks() -> None:
+    model, ids = converted("llama"), tokens(2, PROMPT)
+    expected = generated(model, ids, use_cache=False)
+    cache = hf.SketchCache(model)
+    assert torch.equal(generated(model, ids, cache, prefill_chunk_size=7), expected)
+
+
+def test_a_decoder_with_an_encoder() -> None:
+    bart, ids = hf.convert(made_bart(), **FEW), tokens(2, PROMPT)
+    expected = generated(bart, ids, use_cache=False)
+    cache = EncoderDecoderCache(hf.SketchCache(bart), DynamicCache(config=bart.config))
+    assert torch.equal(generated(bart, ids, cache), expected)
+
+
+def test_a_conversation_goes_on() -> None:
+    model, ids, more = converted("llama"), tokens(1, PROMPT), tokens(1, 6, seed=3)
+    cache = hf.SketchCache(model)
+    first = torch.cat([generated(model, ids, cache), more], dim=1)
+    expected = generated(model, first, use_cache=False)
+    assert torch.equal(generated(model, first, cache), expected)
+
+
+def test_dense_generation_takes_the_cache_too() -> None:
+    model, ids = made("llama"), tokens(2, PROMPT)
+    expected = generated(model, ids)
+    hf.convert(model, **FEW)
+    cache = hf.SketchCache(model)
+    with hf.dense(model):
+        assert torch.equal(generated(model, ids, cache), expected)
+    more = tokens(2, 3, seed=4)
+    sparse = out(model, more, **{CACHE: cache}, use_cache=True)
+    assert sparse.isfinite().all()
+
+
+# ---- what the cache does to its tensors ---------------------------------------------------------
+
+
+def filled(model: Any, ids: Tensor) -> tuple[hf.SketchCache, DynamicCache]:
+    """A SketchCache and a DynamicCache that have read the tokens."""
+    caches = hf.SketchCache(model), DynamicCache(config=model.config)
+    for cache in caches:
+        out(model, ids, **{CACHE: cache}, use_cache=True)
+    return caches
+
+
+def check_alike(model: Any, cache: hf.SketchCache, other: DynamicCache, ids: Tensor) -> None:
+    """Equal content, its sketches are those of its keys, and so is what the model goes on with."""
+    for index, (layer, expected) in enumerate(zip(cache.layers, other.layers, strict=True)):
+        near(layer.keys, expected.keys)
+        near(layer.values, expected.values)
+        assert layer.get_seq_length() == expected.get_seq_length()
+        child = model.model.layers[index].self_attn.smartbird
+        near(layer.sketches, child.sketch_keys(layer.keys))
+    ours = out(model, ids, **{CACHE: cache}, use_cache=True)
+    near(ours, out(model, ids, **{CACHE: other}, use_cache=True))
+
+
+OPERATIONS: dict[str, Any] = {
+    "crop": lambda cache: cache.crop(-7),
+    "reorder": lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])),
+    "repeat": lambda cache: cache.batch_repeat_interleave(2),
+    "select": lambda cache: cache.batch_select_indices(torch.tensor([2, 1])),
+    "select_by_mask": lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])),
+    "offload": lambda cache: [layer.offload() for layer in cache.layers],
+    "there_and_back": lambda cache: [
+        move() for layer in cache.layers for move in (layer.offload, layer.prefetch)
+    ],
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_sketches_go_with_their_keys(operation: str) -> None:
+    model = converted("llama")
+    cache, other = filled(model, tokens(3, LENGTH))
+    for each in (cache, other):
+        OPERATIONS[operation](each)
+    rows = other.layers[0].keys.shape[0]
+    check_alike(model, cache, other, tokens(rows, 5, seed=3))
+
+
+def test_reset_takes_another_batch() -> None:
+    model = converted("llama")
+    cache, _ = filled(model, tokens(3, LENGTH))
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    ids = tokens(1, LENGTH, seed=3)
+    near(out(model, ids, **{CACHE: cache}, use_cache=True), out(model, ids))
+
+
+def test_a_token_is_not_copied_for_each_that_follows() -> None:
+    layer = SketchLayer(converted("llama").model.layers[0].self_attn.smartbird)
+    places = set()
+    length = 40 * FIRST_CAPACITY
+    for _ in range(length):
+        keys, _ = layer.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))
+        places.add(keys.data_ptr())
+    assert keys.shape == (1, 2, length, 8)
+    assert len(places) <= 8  # twice as long each time, from FIRST_CAPACITY on
+
+
+def test_views_stay_what_they_were() -> None:
+    layer = SketchLayer(converted("llama").model.layers[0].self_attn.smartbird)
+    first, _ = layer.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8))
+    layer.update(torch.zeros(1, 2, 200, 8), torch.zeros(1, 2, 200, 8))
+    assert first.shape == (1, 2, 3, 8)
+    assert (first == 1).all()
+
+
+@pytest.mark.skipif(CACHE != "cache", reason="this transformers hands caches no keyword arguments")
+def test_sketches_are_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made_of = converted("llama"), []
+    cache = hf.SketchCache(model)
+    out(model, tokens(2, LENGTH), **{CACHE: cache}, use_cache=True)
+    sketch_keys = hf.SketchedAttention.sketch_keys
+
+    def count(self: hf.SketchedAttention, k: Tensor) -> Tensor:
+        made_of.append(k.shape[2])
+        return sketch_keys(self, k)
+
+    monkeypatch.setattr(hf.SketchedAttention, "sketch_keys", count)
+    out(model, tokens(2, 1), **{CACHE: cache}, use_cache=True)
+    assert made_of == [1, 1]
+
+
+def test_what_a_cache_cannot_do_is_an_error() -> None:
+    model, ids = converted("llama"), tokens(2, LENGTH)
+    cache, _ = filled(model, ids)
+    with pytest.raises(ValueError, match="the batch of a SketchCache must stay 2, got 1"):
+        out(model, ids[:1], **{CACHE: cache}, use_cache=True)
+    for tokens_to_remove in (-41, 41):
+        with pytest.raises(ValueError, match="tokens_to_remove must leave some of 40"):
+            cache.crop(tokens_to_remove)
+    with pytest.raises(ValueError, match=r"model must be converted .* and causal"):
+        hf.SketchCache(converted("bert"))
+    with pytest.raises(ValueError, match="SketchCache keeps no gradients"):
+        model(ids, **{CACHE: hf.SketchCache(model)}, use_cache=True)
