@@ -166,7 +166,8 @@ class SketchCache(Cache):  # type: ignore[misc]
 
     Beside keys and values it keeps their sketches, which other caches let be made anew for each
     token, and appends without copying what is there. ``generate`` gives what it gives with another
-    cache or without.
+    cache or without, as far as the model's own projections round alike: libraries round one row
+    otherwise than many, and where that changes a draw, what follows differs as after another draw.
 
     Args:
         model: a converted model. Layers that stayed as they were get the cache that transformers

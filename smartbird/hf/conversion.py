@@ -110,7 +110,8 @@ def convert(
     mask of pairs or with ``output_attentions``, is an error.
 
     A model in evaluation mode gives the same result for the same sequence however it is computed:
-    alone, padded, packed, in chunks or token by token. What a position does depends on the
+    alone, padded, packed, in chunks or token by token, but for the rounding of its projections: see
+    :class:`SketchCache`. What a position does depends on the
     position alone, so that a text that grows beyond ``min_length`` changes nothing before it. In
     training mode keys are drawn by PyTorch's generator. Packed sequences are told apart as
     transformers does, by ``position_ids`` that restart where there is neither a mask nor a cache

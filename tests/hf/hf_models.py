@@ -12,6 +12,8 @@ from torch import Tensor
 
 T: Any = pytest.importorskip("transformers")
 
+from smartbird import hf  # noqa: E402
+
 VOCABULARY, LENGTH = 97, 40
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -140,6 +142,11 @@ def tokens(*shape: int, seed: int = 1) -> Tensor:
     """Tokens without a special one."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(4, VOCABULARY, shape, generator=generator)
+
+
+def converted(name: str, **options: Any) -> Any:
+    """In float64: one draw that rounding changes changes all that follows it."""
+    return hf.convert(made(name).double(), **(FEW | options))
 
 
 @torch.no_grad()

@@ -6,7 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import CACHE, FEW, LENGTH, T, generated, made, made_bart, near, out, tokens
+from hf_models import (
+    CACHE,
+    FEW,
+    LENGTH,
+    T,
+    converted,
+    generated,
+    made,
+    made_bart,
+    near,
+    out,
+    tokens,
+)
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
@@ -21,10 +33,6 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "beam_sampling": {"num_beams": 3, "do_sample": True, "temperature": 2.0},
     "several": {"do_sample": True, "temperature": 2.0, "num_return_sequences": 2},
 }
-
-
-def converted(name: str, **options: Any) -> Any:
-    return hf.convert(made(name), **(FEW | options))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -53,7 +61,7 @@ def test_assisted_generation_is_greedy(min_length: int) -> None:
     assert torch.equal(
         generated(model, ids, hf.SketchCache(model), prompt_lookup_num_tokens=3), expected
     )
-    helper = made("llama")  # whose guesses are right or wrong
+    helper = made("llama").double()  # whose guesses are right or wrong
     assert torch.equal(
         generated(model, ids, hf.SketchCache(model), assistant_model=helper), expected
     )
@@ -104,7 +112,7 @@ def test_prefill_in_chunks() -> None:
 
 
 def test_a_decoder_with_an_encoder() -> None:
-    bart, ids = hf.convert(made_bart(), **FEW), tokens(2, PROMPT)
+    bart, ids = hf.convert(made_bart().double(), **FEW), tokens(2, PROMPT)
     expected = generated(bart, ids, use_cache=False)
     cache = EncoderDecoderCache(hf.SketchCache(bart), DynamicCache(config=bart.config))
     assert torch.equal(generated(bart, ids, cache), expected)
@@ -119,7 +127,7 @@ def test_a_conversation_goes_on() -> None:
 
 
 def test_dense_generation_takes_the_cache_too() -> None:
-    model, ids = made("llama"), tokens(2, PROMPT)
+    model, ids = made("llama").double(), tokens(2, PROMPT)
     expected = generated(model, ids)
     hf.convert(model, **FEW)
     cache = hf.SketchCache(model)

@@ -6,16 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import CACHE, FEW, LENGTH, made, near, out, tokens
+from hf_models import CACHE, LENGTH, converted, near, out, tokens
 from transformers import AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from smartbird import hf
 from smartbird.hf.mask import RowMask, row_mask
-
-
-def converted(name: str, **options: Any) -> Any:
-    return hf.convert(made(name), **(FEW | options))
 
 
 def restarting(*lengths: int) -> torch.Tensor:
