@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import AttentionMaskInterface, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from smartbird.hf import SketchCache, convert, dense
@@ -50,13 +49,12 @@ def attending(
         return
     function = {ORACLE: exact_topk, WINDOW: sinks_and_window}[attention]
     ALL_ATTENTION_FUNCTIONS[_RIVAL] = partial(function, num_samples=num_samples)
-    ALL_MASK_ATTENTION_FUNCTIONS[_RIVAL] = _no_mask
     try:
         with dense(model):
             model.set_attn_implementation(_RIVAL)
             yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS[_RIVAL], ALL_MASK_ATTENTION_FUNCTIONS[_RIVAL]
+        del ALL_ATTENTION_FUNCTIONS[_RIVAL]
 
 
 def new_cache(model: Any, attention: str) -> Any:
@@ -158,3 +156,6 @@ def _no_mask(**arguments: Any) -> None:
     mask = arguments.get("attention_mask")
     if mask is not None and not mask.all():
         raise ValueError("attention_mask must have no padding")
+
+
+AttentionMaskInterface.register(_RIVAL, _no_mask)

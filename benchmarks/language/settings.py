@@ -14,11 +14,12 @@ class Settings:
         length: N of passages.
         num_samples: K, of the table of perplexities.
         passages: of each kind of text.
-        rival_passages: of these, those that the rivals and other seeds read too.
-        seeds: of sampling, further ones.
-        long_length: N of long passages, of times and of the text that is written on. 0: none are
-            read for perplexity, and times end at ``length``.
-        haystacks: texts in which facts are planted; each has ``length`` tokens.
+        rival_passages: of these, how many the rivals and other seeds read too.
+        seeds: further ones of sampling.
+        long_length: N of long passages, of times and of the text that is written on.
+        long_samples: K, with long passages.
+        haystacks: texts in which facts are planted, each of ``length`` tokens; K is a sixteenth of
+            that, as it is for the times.
         repeats: of prefills of ``length`` tokens and of a token that is decoded.
         contexts: tokens before a token that is decoded.
         written: tokens that the model goes on with.
@@ -31,6 +32,7 @@ class Settings:
     rival_passages: int = 1
     seeds: tuple[int, ...] = (1, 2)
     long_length: int = 8192
+    long_samples: tuple[int, ...] = (256, 512)
     haystacks: int = 4
     repeats: int = 3
     contexts: tuple[int, ...] = (1024, 2048, 4096, 8192)
@@ -46,6 +48,7 @@ QUICK = Settings(
     passages=1,
     seeds=(1,),
     long_length=2048,
+    long_samples=(128,),
     haystacks=1,
     repeats=2,
     contexts=(1024, 2048),

@@ -19,7 +19,11 @@ from benchmarks.language.model import Passage, Tokenizer, forget_after, forward,
 
 PREFILL, STEP, ATTENTION = "prefill", "step", "attention"
 _PREFILL_SECONDS = 60.0  # no more repetitions of a prefill once all have taken so long
+_WARM_UP = 256  # tokens
 _TOKENS = 6  # decoded in a row, of which the first is left out: a cache may grow there
+
+
+How = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def measure_speed(
         passage: at least as long as the longest of ``lengths`` and ``contexts``.
         num_samples: K of ours.
         lengths: tokens of each prefill, ascending.
-        contexts: tokens in the cache before a token is decoded, at most the last of ``lengths``.
+        contexts: tokens in the cache of a step, at most the last of ``lengths``.
         repeats: of each prefill, fewer where it takes long, and of decoding.
         threads: numbers of threads, each of which is measured.
         written: tokens that are written behind the passage.
@@ -149,6 +153,7 @@ def measure_speed(
     times: list[Time] = []
     caches: list[CacheSize] = []
     kept: dict[str, Any] = {}
+    texts: dict[str, str] = {}
 
     def how(attention: str) -> AbstractContextManager[None]:
         return nullcontext() if attention == OURS else attending(model, attention)
@@ -161,65 +166,75 @@ def measure_speed(
         for number in threads:
             torch.set_num_threads(number)
             for length in lengths:
-                reads: dict[str, list[float]] = {DENSE: [], OURS: []}
-                for attention in reads:  # what the first call sets up
-                    with how(attention):
-                        forward(model, passage.tokens[:, : 2 * num_samples])
-                for _ in range(repeats):
-                    for attention, seconds in reads.items():
-                        with how(attention):
-                            kept[attention] = None  # so that there is one at a time
-                            kept[attention] = new_cache(model, attention)
-                            start = time.perf_counter()
-                            forward(model, passage.tokens[:, :length], kept[attention])
-                            seconds.append(time.perf_counter() - start)
-                    if sum(map(sum, reads.values())) > _PREFILL_SECONDS:
-                        break
-                for attention, seconds in reads.items():
+                tokens = passage.tokens[:, :length]
+                for attention, seconds in _read(model, tokens, how, kept, repeats).items():
                     add(PREFILL, attention, length, seconds)
-            for length in sorted(contexts, reverse=True):
-                steps: dict[str, list[float]] = {DENSE: [], OURS: []}
-                parts: dict[str, list[float]] = {DENSE: [], OURS: []}
-                for _ in range(repeats):
-                    for attention in steps:
-                        with how(attention):
-                            step, part = _decode(model, passage.tokens, kept[attention], length)
-                        steps[attention] += step
-                        parts[attention] += part
-                for attention in steps:
+            if number == threads[-1]:
+                for attention, one in kept.items():
+                    with how(attention):
+                        sizes = [_size(model, attention, one, length) for length in lengths]
+                        text = _write(model, tokenizer, passage.tokens, one, written)
+                    caches += sizes
+                    texts[attention] = text
+            for length in sorted(contexts, reverse=True):  # a cache only grows shorter
+                steps, parts = _decode(model, passage.tokens[:, :length], how, kept, repeats)
+                for attention in kept:
                     add(STEP, attention, length, steps[attention])
                     add(ATTENTION, attention, length, parts[attention])
-        for attention, one in kept.items():
-            with how(attention):
-                caches += [_size(model, attention, one, length) for length in lengths]
-        texts = {}
-        read = lengths[-1] - written
-        for attention, one in kept.items():
-            forget_after(one, read - 1)
-            last = passage.tokens[:, read - 1 : read]
-            with how(attention):
-                texts[attention] = tokenizer.decode(
-                    list(islice(greedy(model, last, one), written))
-                )
-    document = tokenizer.decode(passage.tokens[0, read : read + written].tolist())
+    read = lengths[-1] - written
+    document = tokenizer.decode(passage.tokens[0, read : lengths[-1]].tolist())
     writing = Writing(passage.name, read, {"document": document, **texts})
     return Speed(num_samples, times, caches, writing)
 
 
+def _read(
+    model: Any, tokens: Tensor, how: How, kept: dict[str, Any], repeats: int
+) -> dict[str, list[float]]:
+    """Seconds to read ``tokens`` [1, N] into new caches, which are left in ``kept``."""
+    seconds: dict[str, list[float]] = {DENSE: [], OURS: []}
+    for attention in seconds:  # what the first call sets up
+        with how(attention):
+            forward(model, tokens[:, :_WARM_UP])
+    for _ in range(repeats):
+        for attention in seconds:
+            with how(attention):
+                kept.pop(attention, None)  # so that there is one at a time
+                kept[attention] = new_cache(model, attention)
+                start = time.perf_counter()
+                forward(model, tokens, kept[attention])
+                seconds[attention].append(time.perf_counter() - start)
+        if sum(map(sum, seconds.values())) > _PREFILL_SECONDS:
+            break
+    return seconds
+
+
+def _write(model: Any, tokenizer: Tokenizer, tokens: Tensor, kept: Any, written: int) -> str:
+    """What the model writes in place of the last tokens that a cache has read."""
+    read = kept.get_seq_length() - written
+    forget_after(kept, read - 1)
+    writer = greedy(model, tokens[:, read - 1 : read], kept)
+    return tokenizer.decode(list(islice(writer, written)))
+
+
 def _decode(
-    model: Any, tokens: Tensor, kept: Any, length: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of whole steps and of their attention, with ``length`` tokens in the cache."""
-    forget_after(kept, length - 1)
-    steps, parts = [], []
-    token = tokens[:, length - 1 : length]
-    for _ in range(_TOKENS):
-        with attention_clock(model, kept) as spent:
-            start = time.perf_counter()
-            forward(model, token, kept)
-            steps.append(time.perf_counter() - start)
-        parts.append(spent[0])
-    return steps[1:], parts[1:]
+    model: Any, tokens: Tensor, how: How, kept: dict[str, Any], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of whole steps and of their attention, behind ``tokens`` [1, N]."""
+    steps: dict[str, list[float]] = {name: [] for name in kept}
+    parts: dict[str, list[float]] = {name: [] for name in kept}
+    for _ in range(repeats):
+        for attention, one in kept.items():
+            forget_after(one, tokens.shape[1] - 1)
+            with how(attention):
+                for place in range(_TOKENS):
+                    with attention_clock(model, one) as spent:
+                        start = time.perf_counter()
+                        forward(model, tokens[:, -1:], one)
+                        seconds = time.perf_counter() - start
+                    if place > 0:
+                        steps[attention].append(seconds)
+                        parts[attention].append(spent[0])
+    return steps, parts
 
 
 def _size(model: Any, attention: str, kept: Any, length: int) -> CacheSize:
