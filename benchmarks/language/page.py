@@ -38,20 +38,17 @@ def summary(results: Results) -> str:
             + "."
         )
     if results.speed is not None:
-        faster, slower = [], []
-        for what, name in (
-            (PREFILL, "prefill"),
-            (STEP, "a decoded token"),
-            (ATTENTION, "its attention"),
-        ):
+        told = {PREFILL: "prefill", STEP: "a decoded token", ATTENTION: "its attention"}
+        faster: list[str] = []
+        slower: list[str] = []
+        for what, name in told.items():
             for (threads, length), pair in _pairs(results.speed, what).items():
-                if threads != results.environments["speed"]["threads"]:
-                    continue
-                ratio = pair[DENSE] / pair[OURS]
-                which = faster if ratio > 1 else slower
-                which.append(f"{name} at {length} tokens ({ratio:.2f}x)")
+                if threads == results.environments["speed"]["threads"]:
+                    ratio = pair[DENSE] / pair[OURS]
+                    text = f"{name} at {length} tokens ({ratio:.2f}x)"
+                    (faster if ratio > 1 else slower).append(text)
         lines.append(f"Faster than SDPA: {', '.join(faster) or 'nothing'}.")
-        lines.append(f"Dense attention is faster: {', '.join(slower) or 'nowhere'}.")
+        lines.append(f"Slower than SDPA: {', '.join(slower) or 'nowhere'}.")
     return "".join(f"- {line}\n" for line in lines) or _NOT_RUN
 
 
