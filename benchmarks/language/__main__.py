@@ -28,7 +28,7 @@ from benchmarks.language.model import (
 )
 from benchmarks.language.settings import QUICK, STANDARD, Settings
 
-PARTS = ("perplexity", "needle", "speed")
+PARTS = ("perplexity", "long", "needle", "speed")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped; the parts that were finished are kept", file=sys.stderr)
+        print(f"{parser.prog}: stopped; what was measured is kept", file=sys.stderr)
         return 130
     return 0
 
@@ -84,23 +84,28 @@ def run(options: argparse.Namespace) -> None:
     )
 
     def perplexity() -> None:
-        kinds = len(available_kinds())
-        results.losses = measure_perplexity(
+        results.losses = []
+        for loss in measure_perplexity(
             model,
             held_out_passages(tokenizer, settings.length, settings.passages),
             settings.num_samples,
-            rival_passages=settings.rival_passages * kinds,
+            rival_passages=settings.rival_passages * len(available_kinds()),
             seeds=settings.seeds,
-            say=_say,
-        )
-        results.losses += measure_perplexity(
+        ):
+            results.losses.append(loss)
+            _say(loss)
+
+    def long() -> None:
+        results.long_losses = []
+        for loss in measure_perplexity(
             model,
             long_passages(tokenizer, settings.long_length),
             settings.long_samples,
             rival_passages=0,
             seeds=(),
-            say=_say,
-        )
+        ):
+            results.long_losses.append(loss)
+            _say(loss)
 
     def needle() -> None:
         names = KINDS["address"].held_out[: settings.haystacks]
@@ -127,17 +132,20 @@ def run(options: argparse.Namespace) -> None:
 
     measure: dict[str, Callable[[], None]] = {
         "perplexity": perplexity,
+        "long": long,
         "needle": needle,
         "speed": speed,
     }
     for part in options.only or PARTS:
         environment = _environment(settings, threads)
-        start = time.perf_counter()
-        measure[part]()
-        environment["seconds"] = time.perf_counter() - start
-        environment["load_after"] = os.getloadavg()
         results.environments[part] = environment
-        results.save(options.out)
+        start = time.perf_counter()
+        try:
+            measure[part]()
+        finally:
+            environment["seconds"] = time.perf_counter() - start
+            environment["load_after"] = os.getloadavg()
+            results.save(options.out)
     for name, make in TABLES.items():
         print(f"\n{name}\n\n{make(results)}", end="")
     print(f"\n{options.out} written")
@@ -155,7 +163,7 @@ def _settings(options: argparse.Namespace) -> Settings:
             raise ValueError(f"--passages must be 1 to {most}, got {options.passages}")
         changes["passages"] = options.passages
     if options.samples is not None:
-        changes["num_samples"] = tuple(sorted(options.samples))
+        changes["num_samples"] = tuple(options.samples)
     return dataclasses.replace(settings, **changes)
 
 

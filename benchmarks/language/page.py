@@ -24,7 +24,7 @@ _MIB = 2**20
 def summary(results: Results) -> str:
     """Where sampled attention wins and where dense attention is better, as a list."""
     lines = []
-    ours = _select(_lengths(results)[0], attention=OURS, seed=None) if results.losses else []
+    ours = _select(results.losses, attention=OURS, seed=None) if results.losses else []
     if ours:
         factors = [
             f"{mean_factor(some):.3f} at K = {keys}" for keys, some in _by_keys(ours).items()
@@ -72,7 +72,7 @@ def perplexity(results: Results) -> str:
     """Factors on dense perplexity by attention and K."""
     if not results.losses:
         return _NOT_RUN
-    losses = _lengths(results)[0]
+    losses = results.losses
     read_by_rivals = {loss.passage for loss in losses if loss.attention == ORACLE}
     few = [loss for loss in losses if loss.passage in read_by_rivals]
     ours = _select(losses, attention=OURS, seed=None)
@@ -99,7 +99,7 @@ def passages(results: Results) -> str:
     """Each passage: dense perplexity, and factors of ours by K."""
     if not results.losses:
         return _NOT_RUN
-    losses = _lengths(results)[0]
+    losses = results.losses
     keys = sorted(_by_keys(losses))
     rows = []
     for kind in KINDS:
@@ -117,9 +117,9 @@ def passages(results: Results) -> str:
 
 def long(results: Results) -> str:
     """Factors for the longer passages."""
-    if not results.losses or len(_lengths(results)) < 2:
+    if not results.long_losses:
         return _NOT_RUN
-    losses = _lengths(results)[1]
+    losses = results.long_losses
     keys = sorted(_by_keys(losses))
     rows = []
     for one in _select(losses, attention=DENSE):
@@ -254,12 +254,6 @@ def _select(losses: Iterable[Loss], **wanted: object) -> list[Loss]:
         for loss in losses
         if all(getattr(loss, name) == value for name, value in wanted.items())
     ]
-
-
-def _lengths(results: Results) -> list[list[Loss]]:
-    """Losses by length of the passages, the shortest first."""
-    lengths = sorted({loss.length for loss in results.losses})
-    return [_select(results.losses, length=length) for length in lengths]
 
 
 def _by_keys(losses: Iterable[Loss]) -> dict[int, list[Loss]]:

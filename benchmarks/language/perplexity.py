@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +81,7 @@ def measure_perplexity(
     *,
     rival_passages: int,
     seeds: Sequence[int],
-    say: Callable[[Loss], None] = lambda loss: None,
-) -> list[Loss]:
+) -> Iterator[Loss]:
     """Of every passage: dense, and ours for each K; of some also the rivals and further seeds.
 
     Args:
@@ -91,30 +90,24 @@ def measure_perplexity(
         num_samples: K, each below the length of the passages.
         rival_passages: the first so many are read by the rivals and with ``seeds`` too.
         seeds: of sampling.
-        say: told each loss.
     """
-    with attending(model, DENSE):
-        dense = {passage.name: second_half_loss(model, passage) for passage in passages}
-    losses: list[Loss] = []
+    dense: dict[str, float] = {}
 
-    def add(
-        passage: Passage, attention: str, keys: int | None, seed: int | None, loss: float
-    ) -> None:
-        where = passage.kind, passage.name, passage.tokens.shape[1]
-        losses.append(Loss(*where, attention, keys, seed, loss, dense[passage.name]))
-        say(losses[-1])
-
-    def read(some: Sequence[Passage], attention: str, keys: int, seed: int | None = None) -> None:
+    def read(
+        some: Sequence[Passage], attention: str, keys: int | None = None, seed: int | None = None
+    ) -> Iterator[Loss]:
         with attending(model, attention, keys, seed=seed):
             for passage in some:
-                add(passage, attention, keys, seed, second_half_loss(model, passage))
+                loss = second_half_loss(model, passage)
+                compared = dense.setdefault(passage.name, loss)
+                where = passage.kind, passage.name, passage.tokens.shape[1]
+                yield Loss(*where, attention, keys, seed, loss, compared)
 
-    for passage in passages:
-        add(passage, DENSE, None, None, dense[passage.name])
+    yield from read(passages, DENSE)
     for keys in num_samples:
-        read(passages, OURS, keys)
-        for seed in seeds:
-            read(passages[:rival_passages], OURS, keys, seed)
-        for rival in (ORACLE, WINDOW):
-            read(passages[:rival_passages], rival, keys)
-    return losses
+        yield from read(passages, OURS, keys)
+        if rival_passages > 0:
+            for rival in (ORACLE, WINDOW):
+                yield from read(passages[:rival_passages], rival, keys)
+            for seed in seeds:
+                yield from read(passages[:rival_passages], OURS, keys, seed)

@@ -18,14 +18,16 @@ class Results:
     """Parts that were measured; each has an environment of its own under its name.
 
     Attributes:
-        environments: by part (``perplexity``, ``needle``, ``speed``), on what and how it was run.
-        losses: of passages of ordinary and of greater length.
+        environments: by part of the program, on what and how it was run.
+        losses: of passages of ordinary length.
+        long_losses: of longer ones.
         answers: of the needle.
         speed: None: not measured.
     """
 
     environments: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     losses: list[Loss] = dataclasses.field(default_factory=list)
+    long_losses: list[Loss] = dataclasses.field(default_factory=list)
     answers: list[Answer] = dataclasses.field(default_factory=list)
     speed: Speed | None = None
 
@@ -43,6 +45,7 @@ class Results:
         return cls(
             environments=fields["environments"],
             losses=[Loss(**x) for x in fields["losses"]],
+            long_losses=[Loss(**x) for x in fields["long_losses"]],
             answers=[Answer(**x) for x in fields["answers"]],
             speed=speed
             and Speed(

@@ -164,7 +164,7 @@ def test_loss_is_of_the_second_half(model: Any) -> None:
 
 def make_losses(model: Any) -> list[Any]:
     some = [Passage("code", name, tokens(seed, 128)) for seed, name in enumerate("abc")]
-    return measure_perplexity(model, some, (40, 64), rival_passages=2, seeds=(1,))
+    return list(measure_perplexity(model, some, (40, 64), rival_passages=2, seeds=(1,)))
 
 
 def test_perplexities(model: Any) -> None:
@@ -273,9 +273,11 @@ def test_results_are_kept_and_make_a_page(model: Any, tmp_path: Path) -> None:
     passage = Passage("address", "x", tokens(length=1000))
     results = Results(
         environments={"perplexity": environment(), "speed": environment()},
-        losses=make_losses(model)
-        + measure_perplexity(
-            model, [Passage("code", "long", tokens(9, 256))], (40,), rival_passages=0, seeds=()
+        losses=make_losses(model),
+        long_losses=list(
+            measure_perplexity(
+                model, [Passage("code", "long", tokens(9, 256))], (40,), rival_passages=0, seeds=()
+            )
         ),
         answers=measure_needle(model, Characters(), [passage], 40),
         speed=make_speed(model),
