@@ -1,7 +1,8 @@
 """Pretrained Hugging Face models whose attention samples its keys: the extra ``smartbird[hf]``.
 
 :func:`convert` changes a model in place and :func:`revert` changes it back; :func:`dense` does so
-for a while, and :func:`report` says what was changed. :class:`SketchCache` makes ``generate`` fast.
+for a while, and :func:`report` says what was changed. :class:`SketchCache` makes ``generate`` fast;
+:func:`save` and :func:`load` keep sketches in files.
 """
 
 try:
@@ -11,7 +12,8 @@ except ImportError as error:
 
 from smartbird.hf.attention import SketchedAttention
 from smartbird.hf.cache import SketchCache
-from smartbird.hf.convert import LayerReport, convert, dense, report, revert
+from smartbird.hf.conversion import LayerReport, convert, dense, report, revert
+from smartbird.hf.files import load, save
 
 __all__ = [
     "LayerReport",
@@ -19,6 +21,8 @@ __all__ = [
     "SketchedAttention",
     "convert",
     "dense",
+    "load",
     "report",
     "revert",
+    "save",
 ]

@@ -119,9 +119,8 @@ class SketchedAttention(nn.Module):
         Returns:
             [B, N, H, Dv], zero in padding.
         """
-        k, v = k[:, :, : mask.num_keys], v[:, :, : mask.num_keys]
         if k_sketch is None:
-            k_sketch = self.sketch_keys(k)
+            k_sketch = self.sketch_keys(k[:, :, : mask.num_keys])
         q_sketch = self.sketch_queries(q)
         runs = mask.runs if cu_seqlens is None else mask.packed_runs(cu_seqlens)
         parts = []

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import CACHE, FEW, LENGTH, generated, made, made_bart, near, out, tokens
+from hf_models import CACHE, FEW, LENGTH, T, generated, made, made_bart, near, out, tokens
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
@@ -59,9 +59,10 @@ def test_assisted_generation_is_greedy(min_length: int) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2_mixed"])
 @pytest.mark.parametrize("min_length", [0, PROMPT + 4])
-def test_other_caches_give_the_same(min_length: int) -> None:
-    model, ids = converted("llama", min_length=min_length), tokens(2, PROMPT)
+def test_other_caches_give_the_same(name: str, min_length: int) -> None:
+    model, ids = converted(name, min_length=min_length), tokens(2, PROMPT)
     expected = generated(model, ids, use_cache=False)
     assert torch.equal(generated(model, ids), expected)
     assert torch.equal(generated(model, ids, cache_implementation="static"), expected)
@@ -74,6 +75,15 @@ def test_other_caches_give_the_same(min_length: int) -> None:
         assert torch.equal(actual, expected)
 
 
+def test_dense_layers_beside_sampled_ones_see_no_empty_places() -> None:
+    """A static cache counts in a tensor that it changes before they ask for their mask."""
+    model, ids = converted("llama", layers=[1]), tokens(2, PROMPT)
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    expected = generated(model, ids, use_cache=False, **options).logits
+    static = generated(model, ids, cache_implementation="static", **options).logits
+    near(torch.stack(static), torch.stack(expected))
+
+
 def test_left_padding_generates_what_each_does_alone() -> None:
     model, ids, pad = converted("llama"), tokens(2, PROMPT), 9
     mask = torch.ones_like(ids)
@@ -83,13 +93,18 @@ def test_left_padding_generates_what_each_does_alone() -> None:
     assert torch.equal(both[0, PROMPT:], alone[0, PROMPT - pad :])
 
 
-def test_prefill_in_chunks_and_decoders_with_an_encoder() -> None:
+@pytest.mark.skipif(
+    T.__version__.startswith("5.0."), reason="its chunks stand a place further than its cache says"
+)
+def test_prefill_in_chunks() -> None:
     model, ids = converted("llama"), tokens(2, PROMPT)
     expected = generated(model, ids, use_cache=False)
     cache = hf.SketchCache(model)
     assert torch.equal(generated(model, ids, cache, prefill_chunk_size=7), expected)
 
-    bart = hf.convert(made_bart(), **FEW)
+
+def test_a_decoder_with_an_encoder() -> None:
+    bart, ids = hf.convert(made_bart(), **FEW), tokens(2, PROMPT)
     expected = generated(bart, ids, use_cache=False)
     cache = EncoderDecoderCache(hf.SketchCache(bart), DynamicCache(config=bart.config))
     assert torch.equal(generated(bart, ids, cache), expected)
@@ -213,5 +228,7 @@ def test_what_a_cache_cannot_do_is_an_error() -> None:
     for tokens_to_remove in (-41, 41):
         with pytest.raises(ValueError, match="tokens_to_remove must leave some of 40"):
             cache.crop(tokens_to_remove)
+    with pytest.raises(ValueError, match=r"model must be converted .* and causal"):
+        hf.SketchCache(converted("bert"))
     with pytest.raises(ValueError, match="SketchCache keeps no gradients"):
         model(ids, **{CACHE: hf.SketchCache(model)}, use_cache=True)

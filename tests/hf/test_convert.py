@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hf_models import (
@@ -103,6 +104,17 @@ def test_twice_is_once() -> None:
     assert len(model._forward_pre_hooks) == 1
 
 
+def test_a_conversion_that_fails_changes_nothing() -> None:
+    model, ids = hf.convert(made("llama"), **FEW), tokens(2, LENGTH)
+    torch.nn.init.normal_(model.model.layers[0].self_attn.smartbird.q_weight)
+    before = out(model, ids)
+    with pytest.raises(ValueError, match="sketch_dim"):
+        hf.convert(model, **(FEW | {"sketch_dim": 3}))
+    assert torch.equal(out(model, ids), before)
+    assert len(model._forward_pre_hooks) == 1
+    assert hf.revert(model).config._attn_implementation == "sdpa"
+
+
 def test_a_copy_is_converted_and_on_its_own() -> None:
     model, ids = made("llama"), tokens(2, LENGTH)
     before = out(model, ids)
@@ -122,6 +134,11 @@ def test_by_default_only_rows_of_more_keys_than_are_drawn_sample() -> None:
     actual = out(model, ids)
     hf.convert(model, **FEW)
     near(actual, out(model, ids))
+
+
+def test_numbers_of_numpy_are_taken() -> None:
+    options = FEW | {"num_samples": np.int64(8), "min_length": np.int64(0), "layers": [np.int64(1)]}
+    assert sampled(hf.convert(made("llama"), **options)) == [False, True]
 
 
 def test_sketches_survive_other_settings_and_not_another_size() -> None:
@@ -229,7 +246,8 @@ def test_eager_models_keep_eager_layers() -> None:
         ({"num_sinks": -1}, ValueError, "num_sinks"),
         ({"min_length": -1}, ValueError, "min_length"),
         ({"layers": ["a"]}, TypeError, "layers"),
-        ({"layers": [7]}, ValueError, "not among the layers"),
+        ({"layers": [0, 7]}, ValueError, r"layers must be among \[0, 1\], got \[7\]"),
+        ({"layers": []}, ValueError, "not among the layers"),
         ({"calibration": [1, 2]}, TypeError, "calibration must be an int64 Tensor, got list"),
         ({"calibration": torch.zeros(1, 2)}, TypeError, "calibration"),
         ({"calibration": torch.zeros(2, dtype=torch.int64)}, ValueError, r"calibration .* \[2\]"),
@@ -302,6 +320,8 @@ def test_sketches_are_parameters() -> None:
 
 def test_evaluation_seed() -> None:
     model = hf.convert(made("llama"), **FEW)
+    layers = [x for x in model.modules() if isinstance(x, smartbird.SampledAttention)]
+    assert len({layer.eval_seed for layer in layers}) == 2
     ids = tokens(2, LENGTH)
     before = out(model, ids)
     smartbird.seed_evaluation(model, 7)

@@ -84,6 +84,15 @@ def test_other_patterns_are_refused(pattern: dict[str, Any]) -> None:
         out(model, tokens(1, 6), attention_mask=mask)
 
 
+@pytest.mark.parametrize("part", [{"local_size": 2}, {"kv_offset": 1}])
+def test_windows_are_refused(part: dict[str, int]) -> None:
+    sizes = {"batch_size": 1, "q_length": 3, "kv_length": 3, "q_offset": 0, "kv_offset": 0}
+    mask = row_mask(**(sizes | part), attention_mask=None)
+    assert mask.reason == "its rows see a window or a chunk of the keys"
+    with pytest.raises(ValueError, match="cannot serve this call: its rows see a window"):
+        out(converted("llama"), tokens(1, 3), attention_mask=mask)
+
+
 def test_a_mask_made_twice_is_made_once() -> None:
     sizes = {"batch_size": 1, "q_length": 3, "kv_length": 8, "q_offset": torch.tensor(2)}
     mask = row_mask(**sizes, attention_mask=None)

@@ -10,7 +10,7 @@ from hf_models import FEW, GQA, LENGTH, SMALL, T, made, out, tokens
 from torch import Tensor
 
 from smartbird import hf
-from smartbird.hf.convert import _partners
+from smartbird.hf.conversion import _partners
 from smartbird.hf.sketches import Moments, leading_directions, rotary_pairs
 
 HALVES = torch.tensor([4, 5, 6, 7, 0, 1, 2, 3])

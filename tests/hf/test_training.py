@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +94,21 @@ def test_autocast() -> None:
         assert out(model, ids).isfinite().all()
         model.train()
         loss(model, ids).backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.isfinite().all()
+
+
+def test_data_parallel_training(tmp_path: Path) -> None:
+    """The second step fails if a parameter waits for a gradient."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        model, ids = hf.convert(made("llama"), **FEW).train(), tokens(2, LENGTH)
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            parallel(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
     assert model.model.layers[0].self_attn.q_proj.weight.grad.isfinite().all()
 
 

@@ -24,7 +24,7 @@ from smartbird.hf.attention import (
 )
 from smartbird.hf.mask import RowMask
 from smartbird.hf.sketches import Moments, leading_directions, rotary_pairs
-from smartbird.nn import SampledAttention
+from smartbird.nn import SampledAttention, seed_evaluation
 
 RECORD = "_smartbird"  # the attribute of a converted model that remembers what it was
 SKETCHES = ("kv", "head")
@@ -56,15 +56,15 @@ class _Record:
     """What a converted model remembers.
 
     Attributes:
-        name: that it is registered by.
         before: its configurations, and the attention implementation that each had.
         layers: what :func:`report` says.
+        settings: the keywords of :func:`convert` but the last.
         hooks: to be removed.
     """
 
-    name: str
     before: list[tuple[Any, str]]
     layers: list[LayerReport]
+    settings: dict[str, Any]
     hooks: list[Any]
 
 
@@ -73,13 +73,15 @@ class _Seen:
     """What one attention module was seen to do with the passage."""
 
     module: nn.Module
-    like: Tensor  # q [B, H, N, D]
+    like: Tensor  # has the dtype and the device of q
+    heads: int
     kv_heads: int
+    width: int
     is_causal: bool
     scaling: float
     reason: str
     moments: Moments
-    rotates: Tensor | None  # cos of its rotary embedding, [B, N, R]
+    rotates: Tensor | None  # some of the cosines of its rotary embedding, [..., R]
 
 
 def convert(
@@ -115,8 +117,8 @@ def convert(
     (``use_cache=False``), and by ``cu_seq_lens_q``.
 
     Converted again, a model keeps sketches that have the size asked for, unless ``calibration`` is
-    given, and takes the other settings. After a change of its class or ``save_pretrained`` a model
-    is dense: the choice of an attention implementation is not part of its files.
+    given, and takes the other settings. If that fails, it stays as it was. A model that is saved by
+    ``save_pretrained`` and loaded is dense: files do not tell the attention implementation.
 
     Args:
         model: a ``transformers.PreTrainedModel``.
@@ -148,7 +150,6 @@ def convert(
     if num_sketches not in SKETCHES:
         raise ValueError(f"num_sketches must be one of {SKETCHES}, got {num_sketches!r}")
     sketch_dim = check_count("sketch_dim", sketch_dim, 1)
-    min_length = num_samples if min_length is None else check_count("min_length", min_length, 0)
     if layers is not None:
         layers = {check_count("layers", index, 0) for index in layers}
     sampling: dict[str, Any] = {
@@ -157,58 +158,83 @@ def convert(
         "correction": correction,
         "window": window,
         "num_sinks": num_sinks,
-        "distill": False,
     }
-    SampledAttention(1, is_causal=True, **sampling)  # which checks them
+    checked = SampledAttention(1, is_causal=True, **sampling)
+    sampling = {name: getattr(checked, name) for name in sampling}
+    if min_length is None:
+        min_length = checked.num_samples
+    min_length = check_count("min_length", min_length, 0)
     passage = _passage(model) if calibration is None else _check_passage(calibration)
 
-    kept: dict[str, SketchedAttention] = {}
-    if calibration is None:
-        found = ((name, sketched(module)) for name, module in model.named_modules())
-        kept = {name: child for name, child in found if child is not None}
+    settings = {
+        **sampling,
+        "num_sketches": num_sketches,
+        "sketch_dim": sketch_dim,
+        "layers": None if layers is None else sorted(layers),
+        "min_length": min_length,
+    }
+    old = dict(children(model))
+    old_record = getattr(model, RECORD, None)
     revert(model)
     before = [(config, config._attn_implementation) for config in _configs(model)]
-    dense_by = before[0][1]
-    native = "eager" if dense_by == "eager" or not model._supports_sdpa else "sdpa"
+    now = model.config._attn_implementation
+    native = "eager" if now == "eager" or not model._supports_sdpa else "sdpa"
     model.set_attn_implementation(NAMES[native])
     try:
         seen = _observe(model, passage, num_sinks)
-        children, reports = {}, []
-        for place, (name, one) in enumerate(seen.items()):
-            index = getattr(one.module, "layer_idx", None)
-            reason = one.reason
-            if (
-                not reason
-                and layers is not None
-                and (place if index is None else index) not in layers
-            ):
-                reason = "it is not among the layers to convert"
-            if not reason:
-                core = SampledAttention(
-                    one.like.shape[1],
+        _choose(seen, layers)
+        made = {
+            name: SketchedAttention(
+                *_weights(one, sketch_dim, old.get(name) if calibration is None else None),
+                SampledAttention(
+                    one.heads,
                     num_kv_heads=one.kv_heads,
                     is_causal=one.is_causal,
                     scale=one.scaling,
                     sketch_scale=one.scaling,  # sketches stand for q . k
+                    distill=False,
                     **sampling,
-                )
-                children[name] = SketchedAttention(
-                    *_weights(one, sketch_dim, kept.get(name)),
-                    core,
-                    sketch_per_head=num_sketches == "head",
-                    min_length=min_length,
-                )
-            reports.append(LayerReport(name, not reason, reason))
-        if not children:
+                ),
+                sketch_per_head=num_sketches == "head",
+                min_length=min_length,
+            )
+            for name, one in seen.items()
+            if not one.reason
+        }
+        reports = [LayerReport(name, name in made, one.reason) for name, one in seen.items()]
+        if not made:
             why = "; ".join(map(str, reports)) or (
                 f"the attention of {type(model).__name__} does not go through transformers' "
                 "attention interface"
             )
             raise ValueError(f"model must have attention that can be converted: {why}")
     except BaseException:
-        _restore(before)
+        if old_record is None:
+            _restore(before)
+        else:
+            _attach(model, old, before, old_record.layers, old_record.settings)
         raise
-    for name, child in children.items():
+    _attach(model, made, before, reports, settings)
+    seed_evaluation(model, 0)  # or all layers would draw alike
+    return model
+
+
+def children(model: nn.Module) -> Iterator[tuple[str, SketchedAttention]]:
+    """The names of converted modules, and what converts them."""
+    for name, module in model.named_modules():
+        if (child := sketched(module)) is not None:
+            yield name, child
+
+
+def _attach(
+    model: nn.Module,
+    made: dict[str, SketchedAttention],
+    before: list[tuple[Any, str]],
+    reports: list[LayerReport],
+    settings: dict[str, Any],
+) -> None:
+    """Make a model whose configurations are set a converted one."""
+    for name, child in made.items():
         module = model.get_submodule(name)
         module.add_module(CHILD, child.train(module.training))
     hooks = [
@@ -216,8 +242,7 @@ def convert(
         for part in model.modules()
         if isinstance(part, PreTrainedModel)
     ]
-    setattr(model, RECORD, _Record(NAMES[native], before, reports, hooks))
-    return model
+    setattr(model, RECORD, _Record(before, reports, settings, hooks))
 
 
 def revert(model: Model) -> Model:
@@ -231,9 +256,8 @@ def revert(model: Model) -> Model:
     record = getattr(model, RECORD, None)
     if record is None:
         return model
-    for module in list(model.modules()):
-        if sketched(module) is not None:
-            delattr(module, CHILD)
+    for name, _ in list(children(model)):
+        delattr(model.get_submodule(name), CHILD)
     for hook in record.hooks:
         hook.remove()
     _restore(record.before)
@@ -248,7 +272,7 @@ def dense(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: ``model`` is not converted.
     """
-    record = _record(model)
+    record = record_of(model)
     now = [(config, config._attn_implementation) for config, _ in record.before]
     _restore(record.before)
     try:
@@ -265,10 +289,11 @@ def report(model: nn.Module) -> list[LayerReport]:
     Raises:
         ValueError: ``model`` is not converted.
     """
-    return list(_record(model).layers)
+    return list(record_of(model).layers)
 
 
-def _record(model: nn.Module) -> _Record:
+def record_of(model: nn.Module) -> _Record:
+    """What a converted model remembers, which others do not."""
     record = getattr(model, RECORD, None)
     if not isinstance(record, _Record):
         raise ValueError(
@@ -343,19 +368,23 @@ def _observe(model: Any, passage: Tensor, num_sinks: int) -> dict[str, _Seen]:
     def observe(
         module: nn.Module, q: Tensor, k: Tensor, mask: Any, keywords: dict[str, Any]
     ) -> None:
+        if id(module) not in names:  # of another model, in another thread
+            return
         arguments = given.get(id(module), {})
         cos = (arguments.get("position_embeddings") or [None])[0]
         one = seen.setdefault(
             names[id(module)],
             _Seen(
                 module,
-                like=q,
+                like=q.new_empty(0),
+                heads=q.shape[1],
                 kv_heads=k.shape[1],
+                width=q.shape[3],
                 is_causal=isinstance(mask, RowMask) and mask.is_causal,
                 scaling=check_scale("scaling", keywords.pop("scaling"), q.shape[3]),
                 reason="",
                 moments=Moments(),
-                rotates=cos if isinstance(cos, Tensor) else None,
+                rotates=cos.flatten(0, -2)[:1] if isinstance(cos, Tensor) else None,
             ),
         )
         one.reason = one.reason or _reason(mask, arguments, keywords)
@@ -399,14 +428,32 @@ def _reason(mask: Any, arguments: dict[str, Any], keywords: dict[str, Any]) -> s
     return mask.reason or ""
 
 
+def _choose(seen: dict[str, _Seen], layers: Collection[int] | None) -> None:
+    """Leave out modules of other layers; those without a ``layer_idx`` are numbered in order.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    if layers is None:
+        return
+    number: list[int] = []
+    for place, one in enumerate(seen.values()):
+        index = getattr(one.module, "layer_idx", None)
+        number.append(place if index is None else index)
+    if missing := sorted(set(layers) - set(number)):
+        raise ValueError(f"layers must be among {sorted(set(number))}, got {missing}")
+    for one, index in zip(seen.values(), number, strict=True):
+        if index not in layers:
+            one.reason = one.reason or "it is not among the layers to convert"
+
+
 def _weights(one: _Seen, sketch_dim: int, old: SketchedAttention | None) -> tuple[Tensor, Tensor]:
     """q_weight [H, D, S] and k_weight [H_kv, D, S], those of ``old`` if they have this size."""
-    _, heads, _, width = one.like.shape
-    if sketch_dim > width:
-        raise ValueError(f"sketch_dim must be at most the head dim, {width}, got {sketch_dim}")
-    if old is not None and old.q_weight.shape == (heads, width, sketch_dim):
+    if sketch_dim > one.width:
+        raise ValueError(f"sketch_dim must be at most the head dim, {one.width}, got {sketch_dim}")
+    if old is not None and old.q_weight.shape == (one.heads, one.width, sketch_dim):
         return old.q_weight.detach(), old.k_weight.detach()
-    partner = None if one.rotates is None else _partners(one.module, width, one.rotates)
+    partner = None if one.rotates is None else _partners(one.module, one.width, one.rotates)
     if partner is None:
         weights = leading_directions(one.moments, sketch_dim)
     elif sketch_dim % 2:

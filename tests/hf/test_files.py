@@ -1,0 +1,69 @@
+"""save and load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import FEW, LENGTH, made, out, tokens
+
+from smartbird import hf
+
+
+def saved(folder: Path, name: str = "llama") -> torch.Tensor:
+    """What the model gives whose sketches are then in the folder, which no calibration makes."""
+    model = hf.convert(made(name), **FEW, num_sketches="kv")
+    for child in model.modules():
+        if isinstance(child, hf.SketchedAttention):
+            torch.nn.init.normal_(child.q_weight)
+    hf.save(model, folder)
+    return out(model, tokens(2, LENGTH))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_mixed", "gpt2", "bert"])
+def test_loaded_is_saved(tmp_path: Path, name: str) -> None:
+    expected = saved(tmp_path / "new" / "sketch", name)
+    model = made(name)
+    assert hf.load(model, tmp_path / "new" / "sketch") is model
+    assert torch.equal(out(model, tokens(2, LENGTH)), expected)
+    assert torch.equal(
+        out(hf.load(model, tmp_path / "new" / "sketch"), tokens(2, LENGTH)), expected
+    )
+
+
+def test_only_sketches_are_saved(tmp_path: Path) -> None:
+    saved(tmp_path)
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["sketches.safetensors", "smartbird.json"]
+    assert (tmp_path / "sketches.safetensors").stat().st_size < 4000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_another_dtype_is_the_same_model(tmp_path: Path, dtype: torch.dtype) -> None:
+    saved(tmp_path)
+    assert out(hf.load(made("llama").to(dtype), tmp_path), tokens(1, LENGTH)).isfinite().all()
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    other = made("llama")
+    torch.nn.init.normal_(other.model.layers[1].self_attn.k_proj.weight)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.k_proj\.weight differs"):
+        hf.load(other, tmp_path)
+    with pytest.raises(ValueError, match=r"model must have model\.layers\.0\.self_attn with"):
+        hf.load(made("gpt2"), tmp_path)
+    assert other.config._attn_implementation == "sdpa"
+
+
+def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model must be converted"):
+        hf.save(made("llama"), tmp_path)
+    with pytest.raises(FileNotFoundError):
+        hf.load(made("llama"), tmp_path)
+    saved(tmp_path)
+    file = tmp_path / "smartbird.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2}))
+    with pytest.raises(ValueError, match="must have format 1, got 2"):
+        hf.load(made("llama"), tmp_path)
