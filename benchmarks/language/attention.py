@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -94,8 +95,7 @@ def exact_topk(
         future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(before + rows.start + 1)
         scores.masked_fill_(future, -torch.inf)
         if num_samples < seen:
-            least = scores.topk(num_samples, sorted=False).values.amin(-1, keepdim=True)
-            scores.masked_fill_(scores < least, -torch.inf)
+            scores.masked_fill_(scores < _largest(scores, num_samples), -torch.inf)
         out = scores.softmax(-1).flatten(2, 3) @ v[:, :, :seen]
         parts.append(torch.unflatten(out, 2, (group, -1)).flatten(1, 2))
     return torch.cat(parts, dim=2).transpose(1, 2), None
@@ -144,6 +144,13 @@ def sinks_and_window(
         )
         parts.append(part)
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _largest(scores: Tensor, rank: int) -> Tensor:
+    """The ``rank``-th largest of each row of [..., M]: [..., 1]."""
+    place = scores.shape[-1] - rank
+    # Several times faster than torch.topk.
+    return torch.from_numpy(np.partition(scores.numpy(), place, axis=-1)[..., place : place + 1])
 
 
 def _blocks(length: int) -> Iterator[slice]:

@@ -25,12 +25,12 @@ class Settings:
         written: tokens that the model goes on with.
     """
 
-    calibration: int = 4096
+    calibration: int = 2048
     length: int = 4096
     num_samples: tuple[int, ...] = (64, 128, 256, 512)
-    passages: int = 4
+    passages: int = 2
     rival_passages: int = 1
-    seeds: tuple[int, ...] = (1, 2)
+    seeds: tuple[int, ...] = (1,)
     long_length: int = 8192
     long_samples: tuple[int, ...] = (256, 512)
     haystacks: int = 4
