@@ -109,12 +109,15 @@ def run(options: argparse.Namespace) -> None:
 
     def needle() -> None:
         names = KINDS["address"].held_out[: settings.haystacks]
-        results.answers = measure_needle(
+        results.answers = []
+        for answer in measure_needle(
             model,
             tokenizer,
             [read_passage(tokenizer, "address", name, settings.length) for name in names],
             settings.length // 16,
-        )
+        ):
+            results.answers.append(answer)
+            _say(answer)
 
     def speed() -> None:
         results.speed = measure_speed(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -64,6 +64,10 @@ class Answer:
     right: bool
     written: str
     answer: str
+
+    def __str__(self) -> str:
+        verdict = "right" if self.right else "wrong"
+        return f"{self.answer} at {self.depth:.0%}, {self.attention}: {verdict}, {self.written!r}"
 
 
 @dataclass(frozen=True)
@@ -126,12 +130,10 @@ def ask(
 
 def measure_needle(
     model: Any, tokenizer: Tokenizer, passages: Sequence[Passage], num_samples: int
-) -> list[Answer]:
+) -> Iterator[Answer]:
     """Answers of dense attention, ours, and sinks and window, to the same questions."""
-    answers = []
     for seed, passage in enumerate(passages):
         haystack = plant(tokenizer, passage, seed)
-        answers += ask(model, tokenizer, haystack, DENSE)
-        answers += ask(model, tokenizer, haystack, OURS, num_samples)
-        answers += ask(model, tokenizer, haystack, WINDOW, num_samples)
-    return answers
+        yield from ask(model, tokenizer, haystack, DENSE)
+        yield from ask(model, tokenizer, haystack, OURS, num_samples)
+        yield from ask(model, tokenizer, haystack, WINDOW, num_samples)

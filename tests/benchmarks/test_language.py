@@ -279,7 +279,7 @@ def test_results_are_kept_and_make_a_page(model: Any, tmp_path: Path) -> None:
                 model, [Passage("code", "long", tokens(9, 256))], (40,), rival_passages=0, seeds=()
             )
         ),
-        answers=measure_needle(model, Characters(), [passage], 40),
+        answers=list(measure_needle(model, Characters(), [passage], 40)),
         speed=make_speed(model),
     )
     path = tmp_path / "smollm2.json"
