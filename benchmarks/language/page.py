@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.common.markdown import table, update_tables
 from benchmarks.language.attention import DENSE, ORACLE, OURS, WINDOW
 from benchmarks.language.model import KINDS
+from benchmarks.language.needle import Answer
 from benchmarks.language.perplexity import Loss, mean_factor
 from benchmarks.language.results import Results
 from benchmarks.language.speed import ATTENTION, PREFILL, STEP, Speed
@@ -73,21 +74,22 @@ def perplexity(results: Results) -> str:
     if not results.losses:
         return _NOT_RUN
     losses = results.losses
-    read_by_rivals = {loss.passage for loss in losses if loss.attention == ORACLE}
-    few = [loss for loss in losses if loss.passage in read_by_rivals]
     ours = _select(losses, attention=OURS, seed=None)
     every = {loss.passage for loss in ours}
+    some = {loss.passage for loss in losses if loss.attention == ORACLE}
+    few = [loss for loss in losses if loss.passage in some]
     rows = []
-    if every != read_by_rivals:
-        rows.append((f"{OURS}, all passages", len(every), _cells(ours)))
-    seeds = sorted({loss.seed for loss in few if loss.seed is not None})
-    rows.append((OURS, len(read_by_rivals), _cells(_select(few, attention=OURS, seed=None))))
-    for seed in seeds:
-        cells = _cells(_select(few, attention=OURS, seed=seed))
-        rows.append((f"{OURS}, seed {seed} of sampling", len(read_by_rivals), cells))
+
+    def add(name: str, read: set[str], chosen: list[Loss]) -> None:
+        rows.append((name, len(read), _cells(chosen, len(read))))
+
+    if every != some:
+        add(f"{OURS}, all passages", every, ours)
+    add(OURS, some, _select(few, attention=OURS, seed=None))
+    for seed in sorted({loss.seed for loss in few if loss.seed is not None}):
+        add(f"{OURS}, seed {seed} of sampling", some, _select(few, attention=OURS, seed=seed))
     for rival in (ORACLE, WINDOW):
-        cells = _cells(_select(few, attention=rival, seed=None))
-        rows.append((rival, len(read_by_rivals), cells))
+        add(rival, some, _select(few, attention=rival))
     keys = sorted(_by_keys(ours))
     return table(
         ["perplexity over dense", "passages", *(f"K = {k}" for k in keys)],
@@ -200,17 +202,16 @@ def cache(results: Results) -> str:
 
 
 def writing(results: Results) -> str:
-    """What the model wrote, as quotations."""
+    """What the model wrote."""
     if results.speed is None:
         return _NOT_RUN
     one = results.speed.writing
-    titles = {"document": "The document goes on", DENSE: "Dense attention", OURS: "Sampled keys"}
-    parts = [f"Read: the first {one.read} tokens of {one.passage}.\n"]
+    titles = {"document": "The document", DENSE: "Dense attention", OURS: "Sampled keys"}
+    parts = [f"It read the first {one.read} tokens of {one.passage}. What follows them:\n"]
     for name, title in titles.items():
-        text = one.texts[name]
-        fence = "~~~~"
-        parts.append(f"{title}:\n\n{fence}text\n{text.strip(chr(10))}\n{fence}\n")
-    return "\n".join(parts)
+        text = " ".join(one.texts[name].split())
+        parts.append(f"- {title}: ... {text} ...\n")
+    return "".join([parts[0], "\n", *parts[1:]])
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
@@ -264,19 +265,20 @@ def _by_keys(losses: Iterable[Loss]) -> dict[int, list[Loss]]:
     return found
 
 
-def _cells(losses: Sequence[Loss]) -> dict[int, str]:
-    """Mean and range over passages for each K."""
+def _cells(losses: Sequence[Loss], passages: int) -> dict[int, str]:
+    """Mean and range over passages for each K that was read with all of them."""
     cells = {}
     for keys, some in _by_keys(losses).items():
-        factors = [loss.factor for loss in some]
-        cells[keys] = f"{mean_factor(some):.3f} [{min(factors):.3f}, {max(factors):.3f}]"
+        if len(some) == passages:
+            factors = [loss.factor for loss in some]
+            cells[keys] = f"{mean_factor(some):.3f} [{min(factors):.3f}, {max(factors):.3f}]"
     return cells
 
 
-def _name(answer: object) -> str:
-    keys = getattr(answer, "num_samples", None)
-    attention = str(getattr(answer, "attention", ""))
-    return attention if keys is None else f"{attention}, K = {keys}"
+def _name(answer: Answer) -> str:
+    """Of a row of the needle's table."""
+    keys = answer.num_samples
+    return answer.attention if keys is None else f"{answer.attention}, K = {keys}"
 
 
 def _counts(results: Results) -> dict[str, tuple[int, int]]:
