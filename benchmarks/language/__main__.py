@@ -83,6 +83,10 @@ def run(options: argparse.Namespace) -> None:
         f"{sum(layer.sampled for layer in layers)} of {len(layers)} layers sample their keys"
     )
 
+    def keep(measurement: object) -> None:
+        print(measurement, flush=True)
+        results.save(options.out)
+
     def perplexity() -> None:
         results.losses = []
         for loss in measure_perplexity(
@@ -93,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
             seeds=settings.seeds,
         ):
             results.losses.append(loss)
-            _say(loss)
+            keep(loss)
 
     def long() -> None:
         results.long_losses = []
@@ -105,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
             seeds=(),
         ):
             results.long_losses.append(loss)
-            _say(loss)
+            keep(loss)
 
     def needle() -> None:
         names = KINDS["address"].held_out[: settings.haystacks]
@@ -117,7 +121,7 @@ def run(options: argparse.Namespace) -> None:
             settings.length // 16,
         ):
             results.answers.append(answer)
-            _say(answer)
+            keep(answer)
 
     def speed() -> None:
         results.speed = measure_speed(
@@ -130,7 +134,7 @@ def run(options: argparse.Namespace) -> None:
             repeats=settings.repeats,
             threads=sorted({1, threads}),
             written=settings.written,
-            say=_say,
+            say=keep,
         )
 
     measure: dict[str, Callable[[], None]] = {
@@ -140,7 +144,7 @@ def run(options: argparse.Namespace) -> None:
         "speed": speed,
     }
     for part in options.only or PARTS:
-        environment = _environment(settings, threads)
+        environment = _environment(settings, threads) | {"seconds": 0.0}
         results.environments[part] = environment
         start = time.perf_counter()
         try:
@@ -202,10 +206,6 @@ def _commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _say(measurement: object) -> None:
-    print(measurement, flush=True)
 
 
 if __name__ == "__main__":
