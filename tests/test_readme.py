@@ -16,7 +16,7 @@ NAMES = ["function", "packed", "layer", "pretrained", "record"]
 @pytest.mark.parametrize("example", EXAMPLES, ids=NAMES)
 def test_example_runs(example: str) -> None:
     if "transformers" in example:
-        pytest.importorskip("transformers")
+        pytest.importorskip("transformers", reason="the extra `hf` is not installed")
     exec(compile(example, str(README), "exec"), {})
 
 

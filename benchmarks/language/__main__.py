@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.records import git
 from benchmarks.language.model import (
     KINDS,
     Unavailable,
@@ -196,16 +196,12 @@ def _environment(settings: Settings, threads: int) -> dict[str, Any]:
 def _commit() -> str:
     """Of the source tree, with a plus if it has changes; "unknown" without git."""
     folder = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(folder), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", "smartbird", "csrc")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changes else "")
-    except (OSError, subprocess.CalledProcessError):
+    head = git(folder, "rev-parse", "--short", "HEAD")
+    if head is None:
         return "unknown"
+    sources = [str(folder.parents[1] / name) for name in ("smartbird", "csrc")]
+    changes = git(folder, "status", "--porcelain", "--untracked-files=no", "--", *sources)
+    return f"{head}+" if changes else head
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.records import write_json
 from benchmarks.language.needle import Answer
 from benchmarks.language.perplexity import Loss
 from benchmarks.language.speed import CacheSize, Speed, Time, Writing
@@ -32,11 +32,7 @@ class Results:
     speed: Speed | None = None
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_rounded(dataclasses.asdict(self)), indent=1, ensure_ascii=False)
-        # Lists of numbers on one line.
-        text = re.sub(r"\[[\s\d.,e+-]+\]", lambda numbers: " ".join(numbers[0].split()), text)
-        path.write_text(f"{text}\n", encoding="utf-8")
+        write_json(path, self)
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -55,14 +51,3 @@ class Results:
                 writing=Writing(**speed["writing"]),
             ),
         )
-
-
-def _rounded(x: Any) -> Any:
-    """Floats to six digits, more than any of the measurements has."""
-    if isinstance(x, float):
-        return float(f"{x:.6g}")
-    if isinstance(x, dict):
-        return {key: _rounded(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [_rounded(value) for value in x]
-    return x

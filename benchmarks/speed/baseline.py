@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import smartbird
+from benchmarks.common.records import git
 from benchmarks.speed.contenders import Widths
 from benchmarks.speed.presets import Contenders, Preset
 from benchmarks.speed.results import Case, Results, Timing, timing_of
@@ -90,7 +91,10 @@ def time_both(preset: Preset, widths: Widths, baseline: Path, results: Results) 
                 results.timings.append(new)
                 results.baseline.append(old)
                 print(f"{new}; other version: {old.spread} ms", flush=True)
-    return {"commit": _commit(baseline), "smartbird": other.build}
+    return {
+        "commit": git(baseline, "rev-parse", "--short", "HEAD") or "unknown",
+        "smartbird": other.build,
+    }
 
 
 def _joined(before: list[Timing], after: list[Timing]) -> list[Timing]:
@@ -101,12 +105,3 @@ def _joined(before: list[Timing], after: list[Timing]) -> list[Timing]:
         for t in after
         if not t.missing
     ]
-
-
-def _commit(directory: Path) -> str:
-    command = ["git", "-C", str(directory), "rev-parse", "--short", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,26 +116,20 @@ def _no_fast_path() -> Iterator[None]:
 
 def _layer(attention: str, case: Case, widths: Widths) -> nn.Module:
     width = widths.heads * widths.head_dim
+    sizes = width, widths.heads, 4 * width
+    options: dict[str, Any] = {
+        "dropout": 0.0,
+        "activation": "gelu",
+        "batch_first": True,
+        "norm_first": True,
+    }
     if attention == SDPA:
-        return nn.TransformerEncoderLayer(
-            width,
-            widths.heads,
-            4 * width,
-            dropout=0.0,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-        )
+        return nn.TransformerEncoderLayer(*sizes, **options)
     if attention not in (GUMBEL, SYSTEMATIC):
         raise Unavailable("not an attention of the layers that are compared")
     layer = smartbird.SmartBirdEncoderLayer(
-        width,
-        widths.heads,
-        4 * width,
-        dropout=0.0,
-        activation="gelu",
-        batch_first=True,
-        norm_first=True,
+        *sizes,
+        **options,
         num_samples=widths.num_samples,
         sketch_dim=widths.sketch_dim,
         method=attention,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import statistics
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common.records import write_json
 
 ATTENTION, LAYER, MODEL = "attention", "layer", "model"
 
@@ -201,11 +202,7 @@ class Results:
     memory: list[Memory] = dataclasses.field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_rounded(dataclasses.asdict(self)), indent=1)
-        # The repetitions of a timing on one line.
-        text = re.sub(r"\[[\s\d.,e+-]+\]", lambda numbers: " ".join(numbers[0].split()), text)
-        path.write_text(f"{text}\n")
+        write_json(path, self)
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -250,14 +247,3 @@ def pass_name(backward: bool) -> str:
 
 def threads_name(n: int) -> str:
     return f"{n} thread{'s' if n > 1 else ''}"
-
-
-def _rounded(x: Any) -> Any:
-    """Floats to six digits, more than any of the measurements has."""
-    if isinstance(x, float):
-        return float(f"{x:.6g}")
-    if isinstance(x, dict):
-        return {key: _rounded(value) for key, value in x.items()}
-    if isinstance(x, list):
-        return [_rounded(value) for value in x]
-    return x

@@ -35,7 +35,6 @@ struct VecOf {
 template <typename T>
 using Vec = typename VecOf<T>::type;  // float or double
 using VecI = typename VecOf<int32_t>::type;
-typedef int32_t AliasedInt __attribute__((may_alias));  // the bits of a float where it lies
 using VecU = typename VecOf<uint32_t>::type;
 
 template <typename V>

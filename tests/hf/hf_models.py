@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-T: Any = pytest.importorskip("transformers")
+T: Any = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
 from smartbird import hf  # noqa: E402
 
