@@ -138,25 +138,17 @@ struct GatherBackwardParams {
   // has one slice, and dk_sum and dv_sum carry its sums from round to round.
   int64_t slice_begin, slice_end;
   int64_t head_begin, head_end;
+  void* dk_sum;      // acc [M, D], or null
+  void* dv_sum;      // acc [M, Dv], or null
+  void* slot_grads;  // acc [slices, heads of the round, N, 2, K] the dv weight and the score
+                     // gradient of each slot
+
   // CUDA has one round of everything. There, dk_sum [B, H_kv, M, D] and dv_sum [B, H_kv, M, Dv],
-  // zero at first, collect by atomic additions what dk and dv are then rounded from.
-  void* dk_sum;              // acc [M, D], or null
-  void* dv_sum;              // acc [M, Dv], or null
+  // zero at first, collect by atomic additions what dk and dv are then rounded from; or a second
+  // kernel sums over the inverse of the indices, with slot_grads [B, H, N, K, 2].
   const int64_t* key_start;  // [B, H_i, M + 1] where each key's entries begin within its index head
   const int32_t* entries;    // [B, H_i, N * K] inverse of indices: the slots i * K + j that hold a
                              // key, ascending
-  void* slot_grads;  // acc [slices, heads of the round, N * K, 2] per slot (dv weight, score
-                     // gradient)
-};
-
-// The inverse of indices, by counting sort: for each key the slots that hold it.
-struct InvertParams {
-  int64_t B, H_i, N, M, K;
-  const int32_t* indices;  // [B, H_i, N, K], -1 = no key
-  int64_t indices_stride[3];
-
-  int64_t* key_start;  // [B, H_i, M + 1] out
-  int32_t* entries;    // [B, H_i, N * K] out
 };
 
 // Streamed softmax attention over the free keys of each row (visible.h); no [N, M] tensor ever

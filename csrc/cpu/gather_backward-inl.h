@@ -1,6 +1,6 @@
 // Gradients of gather_attention and gather_scores in two passes without atomics, each parallel over
-// what it writes: over queries (dq, dbias, and two numbers per slot), then over keys (dk, dv),
-// which read those numbers through the inverse of the indices.
+// what it writes: over queries (dq, dbias, and two numbers per slot), then over features of keys
+// (dk, dv), to which all queries add, in order, by those numbers.
 #include "gather-inl.h"
 #include "vec.h"
 
@@ -8,41 +8,6 @@
 #define SMARTBIRD_GATHER_BACKWARD_INL_H_
 
 namespace smartbird::SMARTBIRD_ISA {
-
-// ---- inverse of the indices ---------------------------------------------------------------------
-
-inline int64_t invert_indices_num_tasks(const InvertParams& P) { return P.B * P.H_i; }
-
-inline int64_t invert_indices_scratch_bytes(const InvertParams&) { return 0; }
-
-// indices [N, K] -> key_start [M + 1], entries: the slots of each key, ascending, of one (batch,
-// index head).
-inline void invert_indices(const InvertParams& P, int64_t task, void*) {
-  const int32_t* indices =
-      P.indices + task / P.H_i * P.indices_stride[0] + task % P.H_i * P.indices_stride[1];
-  int64_t* start = P.key_start + task * (P.M + 1);
-  int32_t* entries = P.entries + task * P.N * P.K;
-  const auto for_each_key = [&](auto&& f) {
-    for (int64_t i = 0; i < P.N; ++i) {
-      const int32_t* row = indices + i * P.indices_stride[2];
-      for (int64_t j = 0; j < P.K; ++j)
-        if (row[j] >= 0 && row[j] < P.M) f(row[j], i * P.K + j);
-    }
-  };
-
-  for (int64_t m = 0; m <= P.M; ++m) start[m] = 0;
-  for_each_key([&](int32_t key, int64_t) { ++start[key + 1]; });
-  // start[m + 1] becomes the beginning of key m, and, advanced by each entry placed, its end: the
-  // beginning of m + 1.
-  int64_t total = 0;
-  for (int64_t m = 1; m <= P.M; ++m) {
-    const int64_t count = start[m];
-    start[m] = total;
-    total += count;
-  }
-  for_each_key(
-      [&](int32_t key, int64_t slot) { entries[start[key + 1]++] = static_cast<int32_t>(slot); });
-}
 
 // ---- pass 1: queries ----------------------------------------------------------------------------
 
@@ -130,7 +95,7 @@ inline void scores_slot_grads(const GatherBackwardParams& P, GatherRow at, int64
   }
 }
 
-// Writes what one query gives besides dq: dbias [K] and slot_grads [K, 2], zero from slot n on.
+// Writes what one query gives besides dq: dbias [K] and slot_grads [2, K], zero from slot n on.
 template <typename A>
 inline void store_slot_grads(const GatherBackwardParams& P, GatherRow at, int64_t n,
                              const A* weights, const A* dlogits) {
@@ -143,15 +108,14 @@ inline void store_slot_grads(const GatherBackwardParams& P, GatherRow at, int64_
   if (P.dk || P.dv) {
     const A scale = static_cast<A>(F.scale);
     A* slot_grads = slot_grads_at<A>(P, at);
-    for (int64_t j = 0; j < n; ++j) {
-      slot_grads[2 * j] = weights[j];
-      slot_grads[2 * j + 1] = dlogits[j] * scale;
-    }
-    fill(slot_grads + 2 * n, 2 * (F.K - n), A{0});
+    for (int64_t j = 0; j < n; ++j) slot_grads[j] = weights[j];
+    for (int64_t j = 0; j < n; ++j) slot_grads[F.K + j] = dlogits[j] * scale;
+    fill(slot_grads + n, F.K - n, A{0});
+    fill(slot_grads + F.K + n, F.K - n, A{0});
   }
 }
 
-// q [D], k [M, D], v [M, Dv], dout [Dv] -> dq [D], dbias [K], slot_grads [K, 2] of each query.
+// q [D], k [M, D], v [M, Dv], dout [Dv] -> dq [D], dbias [K], slot_grads [2, K] of each query.
 template <typename T>
 inline void gather_backward_queries_task(const GatherBackwardParams& P, const GatherTask& task,
                                          PhiloxKey dropout_key,
@@ -217,176 +181,170 @@ inline void gather_backward_queries(const GatherBackwardParams& P, int64_t task,
 
 // ---- pass 2: keys -------------------------------------------------------------------------------
 
-// Entries of a key gathered at once.
-constexpr int64_t kListEntries = 256;
-// How many entries ahead of its use a slot's gradients are fetched: half a typical key.
-constexpr int64_t kSlotGradsAhead = 32;
+// A task sums some features of all keys of a slice. A query adds to keys in no order, so their sums
+// stay within the second cache, of which this is a half ...
+constexpr int64_t kSumBytes = int64_t{512} << 10;
+// ... and what a query adds stays in registers: so many cache lines of a row.
+constexpr int64_t kLineBytes = 64, kMaxLines = 2;
 
-// Keys of a task. Where heads share a key the task goes through them one by one, so it takes enough
-// keys that bringing a head's rows into the cache weighs little.
-inline int64_t gather_keys_per_task(const GatherParams& P) {
-  const int64_t wanted = P.H == P.H_kv ? kMinLists : kReuse * P.M / max_of<int64_t>(P.K, 1);
-  return min_of(max_of(wanted, kMinLists), kMaxLists);
+// How many queries ahead of its use a row is fetched.
+constexpr int64_t kRowsAhead = 4;
+
+// The gradient of the keys or of the values of a slice: sums of rows of q or of dout.
+struct KeySums {
+  bool of_values;
+  int64_t size;     // D or Dv
+  const void* sum;  // acc [M, size] of earlier rounds, or null
+  void* out;        // acc [M, size] in rounds before the last, else [B, H_kv, M, size]
+};
+
+template <typename A>
+inline int64_t features_per_task(const GatherParams& P) {
+  const int64_t lines = kSumBytes / (max_of<int64_t>(P.M, 1) * kLineBytes);
+  return min_of(max_of<int64_t>(lines, 1), kMaxLines) * kLineBytes /
+         static_cast<int64_t>(sizeof(A));
 }
 
-// Exact quotients of 0 <= n < 2^31 by a constant without a division.
-class Divisor {
- public:
-  explicit Divisor(int64_t divisor) {
-    while ((int64_t{1} << shift_) < divisor) ++shift_;
-    shift_ += 31;
-    // With e = multiplier * divisor - 2^shift < divisor <= 2^(shift - 31), the error n * e /
-    // 2^shift is below 1.
-    multiplier_ = ((uint64_t{1} << shift_) + static_cast<uint64_t>(divisor) - 1) /
-                  static_cast<uint64_t>(divisor);
+// sums[keys[j]] [V vectors] += weights[g][j] * x[g] over the heads g and the slots j < n that hold
+// a key. An entry of weight zero must not count where skip_zeros says that a row is not finite.
+template <int G, int V, bool skip_zeros, typename A>
+SMARTBIRD_INLINE void add_to_keys(const A* const (&weights)[G], const Vec<A> (&x)[G][V],
+                                  const int32_t* keys, int64_t n, int64_t M, A* sums) {
+  constexpr int L = kLanes<A>;
+  const A* w[G];  // copies, which a store to sums cannot change
+  Vec<A> row[G][V];
+  for (int g = 0; g < G; ++g) w[g] = weights[g];
+  for (int g = 0; g < G; ++g)
+    for (int v = 0; v < V; ++v) row[g][v] = x[g][v];
+  for (int64_t j = 0; j < n; ++j) {
+    if (static_cast<uint32_t>(keys[j]) >= static_cast<uint32_t>(M)) continue;
+    if (skip_zeros && w[0][j] == 0) continue;
+    A* sum = sums + int64_t{keys[j]} * V * L;
+    Vec<A> total[V];
+    for (int v = 0; v < V; ++v) total[v] = load(sum + v * L);
+    for (int g = 0; g < G; ++g)
+      for (int v = 0; v < V; ++v) total[v] += row[g][v] * w[g][j];
+    for (int v = 0; v < V; ++v) store(sum + v * L, total[v]);
   }
-  int32_t quotient(int32_t n) const {
-    return static_cast<int32_t>(static_cast<uint64_t>(n) * multiplier_ >> shift_);
-  }
+}
 
- private:
-  int shift_ = 0;
-  uint64_t multiplier_;
-};
-
-// What one gradient of a key is summed from: the weights and the queries they belong to.
-template <typename A>
-struct EntryList {
-  A* weights;        // [kListEntries]
-  int32_t* queries;  // [kListEntries]
-  int64_t size;
-
-  void allocate(ScratchAllocator& scratch) {
-    weights = scratch.take<A>(kListEntries);
-    queries = scratch.take<int32_t>(kListEntries + kPrefetchAhead);
-  }
-  // The next one overwrites an entry of weight zero: its row must not count, NaN or not.
-  void append(A weight, int32_t query) {
-    weights[size] = weight;
-    queries[size] = query;
-    size += weight != 0;
-  }
-};
-
-template <typename A>
-struct KeyGradScratch {
-  A* dk;  // [keys, D]
-  A* dv;  // [keys, Dv]
-  EntryList<A> dk_list, dv_list;
-
-  KeyGradScratch(const GatherParams& P, ScratchAllocator& scratch) {
-    const int64_t keys = gather_keys_per_task(P);
-    dk = scratch.take<A>(keys * pad_to_vector<A>(P.D));
-    dv = scratch.take<A>(keys * pad_to_vector<A>(P.Dv));
-    dk_list.allocate(scratch);
-    dv_list.allocate(scratch);
-  }
-};
-
-// The keys [begin, end) of slice b * H_kv + h_kv.
-struct KeyBlock {
-  int64_t slice, begin, end;
-};
-
-// dk[m] += score gradient * q[query] and dv[m] += weight * dout[query] over the entries of each key
-// m of a block, for one head.
-template <typename T>
-inline void accumulate_entries(const GatherBackwardParams& P, KeyBlock keys, int64_t h,
-                               KeyGradScratch<acc_t<T>>& scratch) {
+// What query i of G heads that share a list adds to the features [d, d + V vectors) of its keys.
+template <int G, int V, typename T>
+SMARTBIRD_INLINE void add_query(const GatherBackwardParams& P, const KeySums& which, GatherRow at,
+                                int64_t d, acc_t<T>* sums) {
   using A = acc_t<T>;
+  constexpr int L = kLanes<A>;
   const GatherParams& F = P.fwd;
-  const int64_t b = keys.slice / F.H_kv, head = b * F.H + h,
-                index_head = b * F.H_i + h / (F.H / F.H_i);
-  const int64_t* key_start = P.key_start + index_head * (F.M + 1);
-  const int32_t* entries = P.entries + index_head * F.N * F.K;
-  const A* slot_grads = slot_grads_at<A>(P, {b, h, 0});
-  const auto q = head_rows<T>(F.q, F.q_stride, b, h, F.D);
-  const Rows<T> dout{static_cast<const T*>(P.dout) + head * F.N * F.Dv, F.Dv, F.Dv};
-  const int64_t D = pad_to_vector<A>(F.D), Dv = pad_to_vector<A>(F.Dv),
-                last = key_start[keys.end] - 1;
-  const Divisor slots_per_query(F.K);
-  EntryList<A>&dk_list = scratch.dk_list, &dv_list = scratch.dv_list;
-
-  for (int64_t m = keys.begin; m < keys.end; ++m) {
-    for (int64_t begin = key_start[m]; begin < key_start[m + 1]; begin += kListEntries) {
-      const int64_t end = min_of(begin + kListEntries, key_start[m + 1]);
-      dk_list.size = dv_list.size = 0;
-      for (int64_t e = begin; e < end; ++e) {
-        __builtin_prefetch(slot_grads + 2 * int64_t{entries[min_of(e + kSlotGradsAhead, last)]});
-        const A* slot_grad = slot_grads + 2 * int64_t{entries[e]};
-        const int32_t query = slots_per_query.quotient(entries[e]);
-        dv_list.append(slot_grad[0], query);
-        dk_list.append(slot_grad[1], query);
-      }
-      if (P.dk)
-        gather_accumulate(dk_list.weights, q, dk_list.queries, dk_list.size,
-                          scratch.dk + (m - keys.begin) * D);
-      if (P.dv)
-        gather_accumulate(dv_list.weights, dout, dv_list.queries, dv_list.size,
-                          scratch.dv + (m - keys.begin) * Dv);
+  const A* weights[G];
+  Vec<A> x[G][V], not_finite{};
+  for (int g = 0; g < G; ++g) {
+    const GatherRow row{at.b, at.h + g, at.i};
+    weights[g] = slot_grads_at<A>(P, row) + (which.of_values ? 0 : F.K);
+    const Rows<T> rows =
+        which.of_values
+            ? Rows<T>{static_cast<const T*>(P.dout) + (at.b * F.H + row.h) * F.N * F.Dv, F.Dv, F.Dv}
+            : head_rows<T>(F.q, F.q_stride, row.b, row.h, F.D);
+    const T *from = rows[at.i] + d, *later = rows[min_of(at.i + kRowsAhead, F.N - 1)] + d;
+    for (int v = 0; v < V; ++v) {
+      const int64_t left = which.size - d - v * L;
+      x[g][v] =
+          left >= L ? load(from + v * L) : (left > 0 ? load_partial(from + v * L, left) : Vec<A>{});
+      if (left > 0) __builtin_prefetch(later + v * L);
+      not_finite += x[g][v] - x[g][v];
+    }
+  }
+  const int32_t* keys = row_indices(F, at);
+  if (reduce_add(not_finite) == 0) {
+    add_to_keys<G, V, false>(weights, x, keys, F.K, F.M, sums);
+  } else {
+    for (int g = 0; g < G; ++g) {
+      const A* const one_weight[1] = {weights[g]};
+      Vec<A> one[1][V];
+      for (int v = 0; v < V; ++v) one[0][v] = x[g][v];
+      add_to_keys<1, V, true>(one_weight, one, keys, F.K, F.M, sums);
     }
   }
 }
 
-// Loads (where there is something to add to) or clears the sums of a block's keys; rows of
-// `sum` [M, size] are not padded, those of `x` are.
-template <typename A>
-inline void begin_sums(const void* sum, KeyBlock keys, int64_t size, A* x) {
-  const int64_t padded = pad_to_vector<A>(size);
-  fill(x, (keys.end - keys.begin) * padded, A{0});
-  if (sum == nullptr) return;
-  for (int64_t m = keys.begin; m < keys.end; ++m)
-    std::memcpy(x + (m - keys.begin) * padded, static_cast<const A*>(sum) + m * size,
-                static_cast<size_t>(size) * sizeof(A));
-}
-
-// The sums of a block's keys to the rows [first + begin, first + end) of out [., size].
-template <typename T>
-inline void store_sums(const acc_t<T>* x, KeyBlock keys, int64_t size, int64_t first, void* out) {
+// q [H, N, D], dout [H, N, Dv], slot_grads -> the features [d, d + V vectors) of dk or dv of all
+// keys of a slice, summed over the heads of the round.
+template <int V, typename T>
+inline void sum_keys(const GatherBackwardParams& P, const KeySums& which, int64_t slice, int64_t d,
+                     acc_t<T>* sums) {
   using A = acc_t<T>;
-  for (int64_t m = keys.begin; m < keys.end; ++m)
-    store_row(x + (m - keys.begin) * pad_to_vector<A>(size), size, A{1},
-              static_cast<T*>(out) + (first + m) * size);
-}
-
-// q [H, N, D], dout [H, N, Dv], slot_grads -> dk [D], dv [Dv] of each key, summed over the heads
-// that share it.
-template <typename T>
-inline void gather_backward_keys_task(const GatherBackwardParams& P, KeyBlock keys,
-                                      KeyGradScratch<acc_t<T>>& scratch) {
-  using A = acc_t<T>;
+  constexpr int64_t width = V * kLanes<A>;
   const GatherParams& F = P.fwd;
-  const int64_t group = heads_per_slice(F), first_head = keys.slice % F.H_kv * group;
-  const bool is_first = P.head_begin == 0, is_last = P.head_end == group;
-  begin_sums(is_first ? nullptr : P.dk_sum, keys, F.D, scratch.dk);
-  begin_sums(is_first ? nullptr : P.dv_sum, keys, F.Dv, scratch.dv);
-  for (int64_t h = first_head + P.head_begin; h < first_head + P.head_end; ++h)
-    accumulate_entries<T>(P, keys, h, scratch);
-  if (is_last) {
-    if (P.dk) store_sums<T>(scratch.dk, keys, F.D, keys.slice * F.M, P.dk);
-    if (P.dv) store_sums<T>(scratch.dv, keys, F.Dv, keys.slice * F.M, P.dv);
-  } else {
-    if (P.dk) store_sums<A>(scratch.dk, keys, F.D, 0, P.dk_sum);
-    if (P.dv) store_sums<A>(scratch.dv, keys, F.Dv, 0, P.dv_sum);
+  const int64_t features = min_of(width, which.size - d), sharing = F.H / F.H_i,
+                first_head = slice % F.H_kv * heads_per_slice(F), end = first_head + P.head_end;
+  fill(sums, F.M * width, A{0});
+  if (which.sum)
+    for (int64_t m = 0; m < F.M; ++m)
+      std::memcpy(sums + m * width, static_cast<const A*>(which.sum) + m * which.size + d,
+                  static_cast<size_t>(features) * sizeof(A));
+  for (int64_t i = 0; i < F.N; ++i)
+    for (int64_t h = first_head + P.head_begin; h < end;) {
+      const GatherRow at{slice / F.H_kv, h, i};
+      const int64_t together = min_of(min_of(end, (h / sharing + 1) * sharing) - h, int64_t{4});
+      switch (together) {
+        case 1:
+          add_query<1, V, T>(P, which, at, d, sums);
+          break;
+        case 2:
+          add_query<2, V, T>(P, which, at, d, sums);
+          break;
+        case 3:
+          add_query<3, V, T>(P, which, at, d, sums);
+          break;
+        default:
+          add_query<4, V, T>(P, which, at, d, sums);
+      }
+      h += together;
+    }
+  const bool is_last = P.head_end == heads_per_slice(F);
+  for (int64_t m = 0; m < F.M; ++m) {
+    if (is_last)
+      store_row(sums + m * width, features, A{1},
+                static_cast<T*>(which.out) + (slice * F.M + m) * which.size + d);
+    else
+      store_row(sums + m * width, features, A{1}, static_cast<A*>(which.out) + m * which.size + d);
   }
 }
 
+// Tasks of one slice: pieces of dk, then of dv.
+template <typename A>
+inline int64_t key_pieces(const GatherBackwardParams& P, bool of_values) {
+  if ((of_values ? P.dv : P.dk) == nullptr) return 0;
+  return ceil_div(of_values ? P.fwd.Dv : P.fwd.D, features_per_task<A>(P.fwd));
+}
+
 inline int64_t gather_backward_keys_num_tasks(const GatherBackwardParams& P) {
-  return (P.slice_end - P.slice_begin) * ceil_div(P.fwd.M, gather_keys_per_task(P.fwd));
+  int64_t pieces = 0;
+  dispatch_dtype(P.fwd.dtype, [&](auto type) {
+    using A = acc_t<decltype(type)>;
+    pieces = key_pieces<A>(P, false) + key_pieces<A>(P, true);
+  });
+  return (P.slice_end - P.slice_begin) * pieces;
 }
 
 inline void gather_backward_keys(const GatherBackwardParams& P, int64_t task, void* scratch) {
   const GatherParams& F = P.fwd;
-  const int64_t step = gather_keys_per_task(F), blocks = ceil_div(F.M, step);
-  const int64_t begin = task % blocks * step;
-  const KeyBlock keys{P.slice_begin + task / blocks, begin, min_of(begin + step, F.M)};
   dispatch_dtype(F.dtype, [&](auto type) {
     using T = decltype(type);
-    ScratchAllocator allocator(scratch);
-    KeyGradScratch<acc_t<T>> task_scratch(F, allocator);
-    fill(task_scratch.dk_list.queries, kListEntries + kPrefetchAhead, 0);
-    fill(task_scratch.dv_list.queries, kListEntries + kPrefetchAhead, 0);
-    gather_backward_keys_task<T>(P, keys, task_scratch);
+    using A = acc_t<T>;
+    constexpr int L = kLanes<A>, line = kLineBytes / static_cast<int>(sizeof(A)) / L;
+    const int64_t of_keys = key_pieces<A>(P, false), pieces = of_keys + key_pieces<A>(P, true),
+                  piece = task % pieces, slice = P.slice_begin + task / pieces;
+    const bool of_values = piece >= of_keys, is_first = P.head_begin == 0,
+               is_last = P.head_end == heads_per_slice(F);
+    void* const sum = of_values ? P.dv_sum : P.dk_sum;
+    const KeySums which{of_values, of_values ? F.Dv : F.D, is_first ? nullptr : sum,
+                        is_last ? (of_values ? P.dv : P.dk) : sum};
+    const int64_t width = features_per_task<A>(F), d = (piece - (of_values ? of_keys : 0)) * width;
+    A* sums = static_cast<A*>(scratch);
+    if (min_of(width, which.size - d) > line * L)
+      sum_keys<kMaxLines * line, T>(P, which, slice, d, sums);
+    else
+      sum_keys<line, T>(P, which, slice, d, sums);
   });
 }
 
@@ -394,9 +352,10 @@ inline int64_t gather_backward_scratch_bytes(const GatherBackwardParams& P) {
   int64_t bytes = 0;
   dispatch_dtype(P.fwd.dtype, [&](auto type) {
     using T = decltype(type);
+    using A = acc_t<T>;
     ScratchAllocator queries(nullptr), keys(nullptr);
-    QueryGradScratch<acc_t<T>>(P, queries);
-    KeyGradScratch<acc_t<T>>(P.fwd, keys);
+    QueryGradScratch<A>(P, queries);
+    keys.take<A>(P.fwd.M * features_per_task<A>(P.fwd));
     bytes = max_of(queries.bytes(), keys.bytes());
   });
   return bytes;

@@ -19,7 +19,6 @@ const Kernels kernels{
     .sketch_sample = {sketch_sample_num_tasks, sketch_sample_scratch_bytes, sketch_sample},
     .gather_scores = {gather_num_tasks, gather_scratch_bytes, gather_scores},
     .gather_attention = {gather_num_tasks, gather_scratch_bytes, gather_attention},
-    .invert_indices = {invert_indices_num_tasks, invert_indices_scratch_bytes, invert_indices},
     .gather_backward_queries = {gather_backward_queries_num_tasks, gather_backward_scratch_bytes,
                                 gather_backward_queries},
     .gather_backward_keys = {gather_backward_keys_num_tasks, gather_backward_scratch_bytes,

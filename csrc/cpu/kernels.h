@@ -24,7 +24,6 @@ struct Kernels {
   TaskKernel<SketchSampleParams> sketch_sample;
   TaskKernel<GatherParams> gather_scores;
   TaskKernel<GatherParams> gather_attention;
-  TaskKernel<InvertParams> invert_indices;
   TaskKernel<GatherBackwardParams> gather_backward_queries;
   TaskKernel<GatherBackwardParams> gather_backward_keys;
   TaskKernel<DenseParams> dense_lse;

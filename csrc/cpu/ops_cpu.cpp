@@ -356,30 +356,15 @@ void run_gather_backward(GatherBackwardParams* p, const Tensor& like) {
   const int64_t round_heads = std::max<int64_t>(1, kSlotGradBytes / head_bytes);
   const int64_t head_step = std::min(group, round_heads);
   const int64_t slice_step = std::max<int64_t>(1, std::min(slices, round_heads / group));
-  Tensor key_start, entries, slot_grads, dk_sum, dv_sum;
+  Tensor slot_grads, dk_sum, dv_sum;
   if (need_keys) {
-    key_start = new_tensor(like, {f.B, f.H_i, f.M + 1}, ScalarType::Long);
-    entries = new_tensor(like, {f.B, f.H_i, slots}, ScalarType::Int);
-    slot_grads = new_tensor(like, {slice_step, head_step, slots, 2}, acc_type(f.dtype));
+    slot_grads = new_tensor(like, {slice_step, head_step, f.N, 2, f.K}, acc_type(f.dtype));
     if (head_step < group) {
       dk_sum = new_tensor(like, {f.M, f.D}, acc_type(f.dtype));
       dv_sum = new_tensor(like, {f.M, f.Dv}, acc_type(f.dtype));
       p->dk_sum = dk_sum.mutable_data_ptr();
       p->dv_sum = dv_sum.mutable_data_ptr();
     }
-    InvertParams invert{};
-    invert.B = f.B;
-    invert.H_i = f.H_i;
-    invert.N = f.N;
-    invert.M = f.M;
-    invert.K = f.K;
-    invert.indices = f.indices;
-    for (int d = 0; d < 3; ++d) invert.indices_stride[d] = f.indices_stride[d];
-    invert.key_start = key_start.mutable_data_ptr<int64_t>();
-    invert.entries = entries.mutable_data_ptr<int32_t>();
-    run(kernels.invert_indices, invert);
-    p->key_start = invert.key_start;
-    p->entries = invert.entries;
     p->slot_grads = slot_grads.mutable_data_ptr();
   }
   for (p->slice_begin = 0; p->slice_begin < slices; p->slice_begin = p->slice_end) {

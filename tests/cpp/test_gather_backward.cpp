@@ -1,5 +1,5 @@
 // The gradients of gather_scores and gather_attention against loops over the drawn keys in double
-// precision, and the inverse of the indices that they are computed from.
+// precision.
 #include <algorithm>
 #include <vector>
 
@@ -7,48 +7,6 @@
 
 namespace smartbird::testing {
 namespace {
-
-struct Inverse {
-  std::vector<int64_t> key_start;
-  std::vector<int32_t> entries;
-};
-
-Inverse invert(const Kernels& kernels, const Problem& problem, const GatherParams& forward) {
-  const Shape& s = problem.shape;
-  Inverse inverse{std::vector<int64_t>(static_cast<size_t>(s.B * s.H_i * (s.M + 1))),
-                  std::vector<int32_t>(problem.indices.size())};
-  const InvertParams p{
-      .B = s.B,
-      .H_i = s.H_i,
-      .N = s.N,
-      .M = s.M,
-      .K = s.K,
-      .indices = problem.indices.data(),
-      .indices_stride = {forward.indices_stride[0], forward.indices_stride[1],
-                         forward.indices_stride[2]},
-      .key_start = inverse.key_start.data(),
-      .entries = inverse.entries.data(),
-  };
-  run(kernels.invert_indices, p);
-  return inverse;
-}
-
-void test_invert(const Kernels& kernels, const Shape& s) {
-  Problem problem(s, DType::kFloat32);
-  const Inverse inverse = invert(kernels, problem, problem.params(false));
-  for (int64_t head = 0; head < s.B * s.H_i; ++head) {
-    const int64_t* key_start = inverse.key_start.data() + head * (s.M + 1);
-    const int32_t* entries = inverse.entries.data() + head * s.N * s.K;
-    const int32_t* indices = problem.indices.data() + head * s.N * s.K;
-    int64_t next = 0;
-    for (int64_t key = 0; key < s.M; ++key) {
-      CHECK(key_start[key] == next);
-      for (int64_t slot = 0; slot < s.N * s.K; ++slot)
-        if (indices[slot] == key) CHECK(entries[next++] == slot);
-    }
-    CHECK(key_start[s.M] == next);
-  }
-}
 
 // The gradients, as the loops compute them.
 struct Expected {
@@ -80,15 +38,12 @@ struct Rounds {
 constexpr int64_t kAll = INT64_MAX;
 constexpr Rounds kRounds[] = {{kAll, kAll}, {2, kAll}, {1, 2}, {1, 1}};
 
-void run_backward(const Kernels& kernels, GatherBackwardParams p, const Inverse& inverse,
-                  Rounds step) {
+void run_backward(const Kernels& kernels, GatherBackwardParams p, Rounds step) {
   const GatherParams& f = p.fwd;
   const int64_t slices = f.B * f.H_kv, group = f.H / f.H_kv;
   const int64_t slice_step = std::min(step.slices, slices), head_step = std::min(step.heads, group);
   Array slot_grads(acc_dtype(f.dtype), slice_step * head_step * f.N * f.K * 2);
   Array dk_sum(acc_dtype(f.dtype), f.M * f.D), dv_sum(acc_dtype(f.dtype), f.M * f.Dv);
-  p.key_start = inverse.key_start.data();
-  p.entries = inverse.entries.data();
   p.slot_grads = slot_grads.data();
   p.dk_sum = dk_sum.data(), p.dv_sum = dv_sum.data();
   for (p.slice_begin = 0; p.slice_begin < slices; p.slice_begin = p.slice_end) {
@@ -130,7 +85,7 @@ void test_scores(const Kernels& kernels, const Shape& s, DType dtype, Rounds rou
   });
   p.dout = dout.data();
   p.dq = dq.data(), p.dk = dk.data();
-  run_backward(kernels, p, invert(kernels, problem, p.fwd), rounds);
+  run_backward(kernels, p, rounds);
   check_all(dq, want.dq, 2 * epsilon(dtype), sum_tolerance(s, dtype));
   check_all(dk, want.dk, 2 * epsilon(dtype), sum_tolerance(s, dtype));
 }
@@ -159,7 +114,7 @@ void test_attention(const Kernels& kernels, const Shape& s, DType dtype, Rounds 
   p.dk = needed.dk ? dk.data() : nullptr;
   p.dv = needed.dv ? dv.data() : nullptr;
   p.dbias = needed.dbias ? dbias.data() : nullptr;
-  run_backward(kernels, p, invert(kernels, problem, p.fwd), rounds);
+  run_backward(kernels, p, rounds);
 
   Expected want(s);
   for_each_query(problem, [&](int64_t b, int64_t h, int64_t i, int64_t row, const int32_t* keys) {
@@ -197,7 +152,6 @@ void test_attention(const Kernels& kernels, const Shape& s, DType dtype, Rounds 
 
 void test(const Kernels& kernels) {
   for (const Shape& s : kShapes) {
-    test_invert(kernels, s);
     for (const DType dtype : kAllDTypes)
       for (const Rounds rounds : kRounds) {
         test_scores(kernels, s, dtype, rounds);

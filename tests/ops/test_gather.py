@@ -441,7 +441,8 @@ def test_heads_that_share_a_list_are_as_on_their_own(
     # Long enough for several parts of a list; a few slots are empty, and a few weights are 0.
     case = Case("", B=2, N=5, M=400, H=H, H_kv=H_kv, H_i=H_i, D=D, Dv=Dv, K=150)
     x = make_inputs(case, dtype, backend.device)
-    indices = torch.randint(0, 400, (2, H_i, 5, 150), dtype=torch.int32).sort(-1)[0]
+    # Sums over keys are in the order of slots: a key that a list held twice would change it.
+    indices = torch.rand(2, H_i, 5, 400).topk(150).indices.sort(-1)[0].int()
     indices[0, :, 1, 140:] = -1
     bias = torch.zeros(2, H, 5, 150, dtype=torch.promote_types(dtype, torch.float32))
     bias[:, 1, 2, 30:50] = -torch.inf
