@@ -33,7 +33,7 @@ def test_finetune_pretrained_learns_and_writes_what_it_trained(tmp_path: Path) -
     pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
     from smartbird import hf
 
-    told = run("finetune_pretrained.py", "--steps", "20", "--out", str(tmp_path))
+    told = run("finetune_pretrained.py", "--steps", "20", "--length", "64", "--out", str(tmp_path))
     pattern = r"perplexity before (\S+), after (\S+), with dense attention (\S+)"
     before, after, dense = map(float, re.findall(pattern, told)[0])
     # By chance, 256 tokens; the least is 2.
