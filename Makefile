@@ -6,6 +6,7 @@ PYTHON        ?= python3
 TORCH_INDEX   ?= https://download.pytorch.org/whl/cpu
 DEMO_FLAGS    ?=
 LM_FLAGS      ?= --out docs/language/smollm2.json --page docs/language.md
+EMBED_FLAGS   ?= --out docs/language/minilm.json --page docs/language.md
 BENCH_ISA     ?= native
 BASELINE      ?=
 GPU_PYTHON    ?= python3
@@ -42,7 +43,7 @@ GPU_BUILD = $(GPU_PYTHON) -c 'import torch; torch.cuda.is_available() or exit("e
     SMARTBIRD_CUDA=1 $(GPU_PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 
 .PHONY: help setup build test test-quick test-isa test-slow nightly test-versions test-emulated cpp-test \
-        race-test cuda lint test-gpu bench-gpu format demo demo-lm bench bench-gains bench-quick study \
+        race-test cuda lint test-gpu bench-gpu format demo demo-lm demo-embed bench bench-gains bench-quick study \
         study-quick wheel clean
 
 help:  ## list the targets
@@ -154,6 +155,9 @@ demo: $(BUILT)  ## train Smart Bird beside dense attention on real text; report 
 # LM_FLAGS=--quick takes three minutes and writes to build/language only.
 demo-lm: $(BUILT) $(LANGUAGE)  ## a real model reads 8192 tokens and writes on, dense and sampled; page docs/language.md
 	$(BIN)/python -m benchmarks.language $(LM_FLAGS)
+
+demo-embed: $(BUILT) $(LANGUAGE)  ## a real encoder embeds passages, dense and sampled; part of docs/language.md
+	$(BIN)/python -m benchmarks.language.embeddings $(EMBED_FLAGS)
 
 bench-quick: $(BUILT)  ## time attention against its rivals in under a minute: one line per ratio
 	$(BIN)/python -m benchmarks.speed.attention --preset quick

@@ -28,6 +28,22 @@ def test_rotary_gqa_decoder_tells_what_it_has_read() -> None:
     assert float(told) > 80
 
 
+def test_finetune_pretrained_learns_and_writes_what_it_trained(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    from smartbird import hf
+
+    told = run("finetune_pretrained.py", "--steps", "20", "--length", "64", "--out", str(tmp_path))
+    pattern = r"perplexity before (\S+), after (\S+), with dense attention (\S+)"
+    before, after, dense = map(float, re.findall(pattern, told)[0])
+    # By chance, 256 tokens; the least is 2.
+    assert before > 100
+    assert after < 8
+    assert dense < 8
+    model = hf.load(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path)
+    assert all(layer.sampled for layer in hf.report(model))
+
+
 def test_plot_draws(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pictures need the extra smartbird[plot]")
     run("plot_draws.py", str(tmp_path))

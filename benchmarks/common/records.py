@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["git", "write_json"]
+__all__ = ["commit", "git", "write_json"]
 
 
 def write_json(path: Path, record: DataclassInstance) -> None:
@@ -31,6 +31,17 @@ def git(directory: Path, *words: str) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def commit() -> str:
+    """Of this source tree, with a plus if the library has changes; "unknown" without git."""
+    root = Path(__file__).parents[2]
+    head = git(root, "rev-parse", "--short", "HEAD")
+    if head is None:
+        return "unknown"
+    sources = [str(root / name) for name in ("smartbird", "csrc")]
+    changes = git(root, "status", "--porcelain", "--untracked-files=no", "--", *sources)
+    return f"{head}+" if changes else head
 
 
 def _rounded(x: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.records import git
+from benchmarks.common.records import commit
 from benchmarks.language.model import (
     KINDS,
     Unavailable,
@@ -188,20 +188,9 @@ def _environment(settings: Settings, threads: int) -> dict[str, Any]:
         **describe(),
         **packages,
         "threads": threads,
-        "commit": _commit(),
+        "commit": commit(),
         "settings": dataclasses.asdict(settings),
     }
-
-
-def _commit() -> str:
-    """Of the source tree, with a plus if it has changes; "unknown" without git."""
-    folder = Path(__file__).parent
-    head = git(folder, "rev-parse", "--short", "HEAD")
-    if head is None:
-        return "unknown"
-    sources = [str(folder.parents[1] / name) for name in ("smartbird", "csrc")]
-    changes = git(folder, "status", "--porcelain", "--untracked-files=no", "--", *sources)
-    return f"{head}+" if changes else head
 
 
 if __name__ == "__main__":

