@@ -111,13 +111,13 @@ call = calls[{name!r}]
 with torch.inference_mode():
     for step in range({calls}):
         call()
-        if step == 500:
+        if step == 300:
             gc.collect()
             before = mallinfo2().uordblks
 gc.collect()
 print(mallinfo2().uordblks - before)
 """
-LEAK_CALLS = 2500
+LEAK_CALLS = 1200
 
 
 @pytest.mark.skipif(
