@@ -182,75 +182,79 @@ inline void gather_accumulate(const acc_t<T>* __restrict weights, const Rows<T>&
   });
 }
 
-// gather_dots for kGroup heads that gather the same keys: each row is read once for all of them.
-// The sums are those of gather_dots to the last bit. Out of line, as its twin below: inlined, they
-// made the loop of a head on its own, beside them, take a third longer.
-template <typename T>
+// gather_dots for H heads that gather the same keys: each row is read once for all of them. The
+// sums are those of gather_dots to the last bit. Out of line, as its twin below: inlined, they made
+// the loop of a head on its own, beside them, take a third longer.
+template <int H, typename T>
 __attribute__((noinline)) void gather_dots_together(const T* const (&x)[kGroup<acc_t<T>>],
                                                     const Rows<T>& rows,
                                                     const int32_t* __restrict keys, int64_t n,
                                                     acc_t<T>* const (&dots)[kGroup<acc_t<T>>]) {
   using A = acc_t<T>;
-  constexpr int G = kGroup<A>;
-  if constexpr (G == 4) {
-    for (int g = 0; g < G && rows.size == 0; ++g) fill(dots[g], n, A{0});
-    for_each_chunk<A>(rows.size, [&](auto vectors, int64_t d) {
-      using RowChunk = Chunk<decltype(vectors)::value, T>;
-      RowChunk part[G];
-      for (int g = 0; g < G; ++g) part[g] = RowChunk::load(x[g] + d, rows.size - d);
-      for (int64_t j = 0; j < n; ++j) {
-        RowChunk::prefetch(rows[keys[j + kPrefetchAhead]] + d);
-        const auto row = RowChunk::load(rows[keys[j]] + d, rows.size - d);
-        Vec<A> sum[G];
-        for (int g = 0; g < G; ++g) {
-          sum[g] = part[g].v[0] * row.v[0];
-          for (int c = 1; c < row.kSize; ++c) sum[g] += part[g].v[c] * row.v[c];
-        }
-        const Vec<A> all = sum_groups<G>(fold<2>(fold<1>(sum[0], sum[1]), fold<1>(sum[2], sum[3])));
-        for (int g = 0; g < G; ++g) dots[g][j] = d == 0 ? all[g] : dots[g][j] + all[g];
+  static_assert(H <= 4 && kGroup<A> == 4);
+  for (int g = 0; g < H && rows.size == 0; ++g) fill(dots[g], n, A{0});
+  for_each_chunk<A>(rows.size, [&](auto vectors, int64_t d) {
+    using RowChunk = Chunk<decltype(vectors)::value, T>;
+    RowChunk part[H];
+    for (int g = 0; g < H; ++g) part[g] = RowChunk::load(x[g] + d, rows.size - d);
+    for (int64_t j = 0; j < n; ++j) {
+      RowChunk::prefetch(rows[keys[j + kPrefetchAhead]] + d);
+      const auto row = RowChunk::load(rows[keys[j]] + d, rows.size - d);
+      Vec<A> sum[4] = {};
+      for (int g = 0; g < H; ++g) {
+        sum[g] = part[g].v[0] * row.v[0];
+        for (int c = 1; c < row.kSize; ++c) sum[g] += part[g].v[c] * row.v[c];
       }
-    });
-  } else {
-    for (int g = 0; g < G; ++g) gather_dots(x[g], rows, keys, n, dots[g]);
-  }
+      const Vec<A> all = sum_groups<4>(fold<2>(fold<1>(sum[0], sum[1]), fold<1>(sum[2], sum[3])));
+      for (int g = 0; g < H; ++g) dots[g][j] = d == 0 ? all[g] : dots[g][j] + all[g];
+    }
+  });
 }
 
-// gather_accumulate for kGroup heads that gather the same keys, likewise.
-template <typename T>
+// gather_accumulate for H heads that gather the same keys, likewise.
+template <int H, typename T>
 __attribute__((noinline)) void gather_accumulate_together(
     const acc_t<T>* const (&weights)[kGroup<acc_t<T>>], const Rows<T>& rows,
     const int32_t* __restrict keys, int64_t n, acc_t<T>* const (&out)[kGroup<acc_t<T>>]) {
   using A = acc_t<T>;
-  constexpr int G = kGroup<A>, L = kLanes<A>;
-  if constexpr (G == 4) {
-    for_each_chunk<A>(rows.size, [&](auto vectors, int64_t d) {
-      using RowChunk = Chunk<decltype(vectors)::value, T>;
-      constexpr int V = RowChunk::kSize;
-      constexpr int U = parallel_sums(V);
-      using Part = Chunk<V % 2 == 0 ? 2 : decltype(vectors)::value, T>;  // what registers hold
-      for (int c = 0; c < V; c += Part::kSize) {
-        const int64_t at = d + c * L;
-        Part sum[G][U];
-        const auto add = [&](int u, int64_t j) {
-          const auto row = Part::load(rows[keys[j]] + at, rows.size - at);
-          if (c == 0) RowChunk::prefetch(rows[keys[j + kPrefetchAhead]] + d);
-          for (int g = 0; g < G; ++g)
-            for (int i = 0; i < Part::kSize; ++i) sum[g][u].v[i] += row.v[i] * weights[g][j];
-        };
-        int64_t j = 0;
-        for (; j + U <= n; j += U)
-          for (int u = 0; u < U; ++u) add(u, j + u);
-        for (; j < n; ++j) add(0, j);
-        for (int g = 0; g < G; ++g) {
-          for (int u = 1; u < U; ++u)
-            for (int i = 0; i < Part::kSize; ++i) sum[g][0].v[i] += sum[g][u].v[i];
-          sum[g][0].add_to(out[g] + at);
-        }
+  constexpr int L = kLanes<A>;
+  for_each_chunk<A>(rows.size, [&](auto vectors, int64_t d) {
+    using RowChunk = Chunk<decltype(vectors)::value, T>;
+    constexpr int V = RowChunk::kSize;
+    constexpr int U = parallel_sums(V);
+    using Part = Chunk<V % 2 == 0 ? 2 : decltype(vectors)::value, T>;  // what registers hold
+    for (int c = 0; c < V; c += Part::kSize) {
+      const int64_t at = d + c * L;
+      Part sum[H][U];
+      const auto add = [&](int u, int64_t j) {
+        const auto row = Part::load(rows[keys[j]] + at, rows.size - at);
+        if (c == 0) RowChunk::prefetch(rows[keys[j + kPrefetchAhead]] + d);
+        for (int g = 0; g < H; ++g)
+          for (int i = 0; i < Part::kSize; ++i) sum[g][u].v[i] += row.v[i] * weights[g][j];
+      };
+      int64_t j = 0;
+      for (; j + U <= n; j += U)
+        for (int u = 0; u < U; ++u) add(u, j + u);
+      for (; j < n; ++j) add(0, j);
+      for (int g = 0; g < H; ++g) {
+        for (int u = 1; u < U; ++u)
+          for (int i = 0; i < Part::kSize; ++i) sum[g][0].v[i] += sum[g][u].v[i];
+        sum[g][0].add_to(out[g] + at);
       }
-    });
-  } else {
-    for (int g = 0; g < G; ++g) gather_accumulate(weights[g], rows, keys, n, out[g]);
+    }
+  });
+}
+
+// Calls f(integral_constant H) for the heads of a part. Where vectors hold fewer than four elements
+// every head goes alone.
+template <typename A, typename F>
+SMARTBIRD_INLINE void dispatch_heads(int64_t heads, F&& f) {
+  if constexpr (kGroup<A> == 4) {
+    if (heads == 4) return f(std::integral_constant<int, 4>{});
+    if (heads == 3) return f(std::integral_constant<int, 3>{});
+    if (heads == 2) return f(std::integral_constant<int, 2>{});
   }
+  f(std::integral_constant<int, 1>{});
 }
 
 // Takes the entries of weight zero out of a list: whatever they point at, NaN too, must not count.
@@ -465,8 +469,8 @@ struct GatherLists {
   }
 };
 
-// The slots [j, j + n) of one row or of kGroup rows: those of neighbouring heads that hold the same
-// keys there.
+// The slots [j, j + n) of one row or of up to kGroup rows: those of neighbouring heads that hold
+// the same keys there.
 struct GatherPart {
   GatherRow first;
   int64_t first_row, first_member, queries, heads, j, n;
@@ -513,9 +517,8 @@ inline void for_each_part(const GatherParams& P, const GatherTask& task, const G
                                static_cast<size_t>(part.n) * sizeof(int32_t)) == 0;
           };
           if (j == 0 || j < size) {
-            bool together = G == 4 && h + G <= end;
-            for (int64_t g = 1; g < G && together; ++g) together = same(row(h + g));
-            if (together) part.heads = G;
+            while (G == 4 && part.heads < G && h + part.heads < end && same(row(h + part.heads)))
+              ++part.heads;
             f(part);
           }
           h += part.heads;
@@ -536,10 +539,13 @@ inline void gather_all_dots(const GatherParams& P, const GatherTask& task, const
       to[g] = dots + part.row(g) * lists.capacity + part.j;
     }
     const int32_t* keys = lists.keys + part.first_row * lists.capacity + part.j;
-    if (part.heads == 1)
-      gather_dots(x[0], rows, keys, part.n, to[0]);
-    else
-      gather_dots_together(x, rows, keys, part.n, to);
+    dispatch_heads<A>(part.heads, [&](auto heads) {
+      constexpr int H = decltype(heads)::value;
+      if constexpr (H == 1)
+        gather_dots(x[0], rows, keys, part.n, to[0]);
+      else
+        gather_dots_together<H>(x, rows, keys, part.n, to);
+    });
   });
 }
 
@@ -560,10 +566,13 @@ inline void gather_all_sums(const GatherParams& P, const GatherTask& task, const
       if (part.j == 0) fill(to[g], padded, A{0});
     }
     const int32_t* keys = lists.keys + part.first_row * lists.capacity + part.j;
-    if (part.heads == 1)
-      gather_accumulate(from[0], rows, keys, part.n, to[0]);
-    else
-      gather_accumulate_together(from, rows, keys, part.n, to);
+    dispatch_heads<A>(part.heads, [&](auto heads) {
+      constexpr int H = decltype(heads)::value;
+      if constexpr (H == 1)
+        gather_accumulate(from[0], rows, keys, part.n, to[0]);
+      else
+        gather_accumulate_together<H>(from, rows, keys, part.n, to);
+    });
     if (part.j + part.n < lists.size[part.first_row]) return;
     for (int64_t g = 0; g < part.heads; ++g) take(part.row(g), part.at(g), to[g]);
   });

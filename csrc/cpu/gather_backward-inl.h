@@ -284,20 +284,11 @@ inline void sum_keys(const GatherBackwardParams& P, const KeySums& which, int64_
   for (int64_t i = 0; i < F.N; ++i)
     for (int64_t h = first_head + P.head_begin; h < end;) {
       const GatherRow at{slice / F.H_kv, h, i};
-      const int64_t together = min_of(min_of(end, (h / sharing + 1) * sharing) - h, int64_t{4});
-      switch (together) {
-        case 1:
-          add_query<1, V, T>(P, which, at, d, sums);
-          break;
-        case 2:
-          add_query<2, V, T>(P, which, at, d, sums);
-          break;
-        case 3:
-          add_query<3, V, T>(P, which, at, d, sums);
-          break;
-        default:
-          add_query<4, V, T>(P, which, at, d, sums);
-      }
+      const int64_t sharing_end = min_of(end, (h / sharing + 1) * sharing),
+                    together = min_of<int64_t>(sharing_end - h, kGroup<A>);
+      dispatch_heads<A>(together, [&](auto heads) {
+        add_query<decltype(heads)::value, V, T>(P, which, at, d, sums);
+      });
       h += together;
     }
   const bool is_last = P.head_end == heads_per_slice(F);
