@@ -12,6 +12,7 @@ from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -40,8 +41,8 @@ def distil(
     *,
     steps: int,
     lr: float = 1e-2,
-    rows: int = 64,
-    updates: int = 4,
+    rows: int = 32,
+    updates: int = 8,
     dense_steps: int | None = None,
     seed: int = 0,
     checkpoint: str | PathLike[str] | None = None,
@@ -259,7 +260,9 @@ class _Teaching:
         os.replace(part, path)
 
     def _load(self, path: Path) -> None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = None
+        if is_zipfile(path):  # as files of torch are
+            state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError(f"checkpoint must be a file that distil wrote, got {path}")
         check_base(self.model, state["base"])
