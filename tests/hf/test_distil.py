@@ -144,10 +144,10 @@ def test_another_training_is_refused(tmp_path: Path) -> None:
 def test_small_steps_count_in_half_precision() -> None:
     model = hf.convert(made("llama").bfloat16(), **FEW)
     before = weights(model)
-    hf.distil(model, BATCHES, steps=8, lr=2e-3)
+    hf.distil(model, BATCHES, steps=8, lr=5e-4)
     for name, x in weights(model).items():
         assert x.dtype == torch.bfloat16
-        # The step of a weight of 1 that bfloat16 can take is 4e-3.
+        # Below 1 bfloat16 takes steps of 4e-3.
         assert (x != before[name])[before[name] == 1].any()
 
 
