@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -191,7 +190,7 @@ def convert(
     if min_length is None:
         min_length = checked.num_samples
     min_length = check_count("min_length", min_length, 0)
-    passage = _passage(model) if calibration is None else _check_passage(calibration)
+    passage = _passage(model) if calibration is None else _check_tokens("calibration", calibration)
 
     settings = {
         **sampling,
@@ -268,8 +267,8 @@ def _attach(
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     hooks = [part.register_forward_pre_hook(_refuse_weights, with_kwargs=True) for part in parts]
     for part in parts:
-        # A method of the instance, which a copy of the model takes for its own.
-        object.__setattr__(part, "save_pretrained", MethodType(_save_pretrained, part))
+        # Of the instance. A copy of the model, by pickle too, has one of its own.
+        vars(part)["save_pretrained"] = partial(_save_pretrained, part)
     setattr(model, RECORD, _Record(before, reports, settings, hooks))
 
 
@@ -443,15 +442,13 @@ def _passage(model: nn.Module) -> Tensor:
     return torch.randint(vocabulary, (1, length), generator=generator)
 
 
-def _check_passage(calibration: Tensor) -> Tensor:
-    if not isinstance(calibration, Tensor) or calibration.dtype != torch.int64:
-        kind = calibration.dtype if isinstance(calibration, Tensor) else type(calibration).__name__
-        raise TypeError(f"calibration must be an int64 Tensor, got {kind}")
-    if calibration.dim() != 2 or calibration.numel() == 0:
-        raise ValueError(
-            f"calibration must be [B, N] with at least one token, got {list(calibration.shape)}"
-        )
-    return calibration
+def _check_tokens(name: str, tokens: Tensor) -> Tensor:
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"{name} must be an int64 Tensor, got {kind}")
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise ValueError(f"{name} must be [B, N] with at least one token, got {list(tokens.shape)}")
+    return tokens
 
 
 def _observe(model: Any, passage: Tensor, num_sinks: int) -> dict[str, _Seen]:
@@ -509,11 +506,7 @@ def _observe(model: Any, passage: Tensor, num_sinks: int) -> dict[str, _Seen]:
 @torch.no_grad()
 def read(model: Any, batch: Batch) -> None:
     """Let a model read a batch in evaluation mode, without its head and without a cache."""
-    if not isinstance(batch, Mapping | Tensor):
-        raise TypeError(
-            f"a batch must be an int64 Tensor [B, N] or a mapping, got {type(batch).__name__}"
-        )
-    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    inputs = batch if isinstance(batch, Mapping) else {"input_ids": _check_tokens("batch", batch)}
     device = model.get_input_embeddings().weight.device
     given = {
         name: x.to(device) if isinstance(x, Tensor) else x

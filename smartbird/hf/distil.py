@@ -101,7 +101,8 @@ def distil(
     }
     sketches = dict(children(model))
     before = {
-        name: (child.q_weight.dtype, child.attention.dense) for name, child in sketches.items()
+        name: (child.q_weight.dtype, child.q_weight.requires_grad, child.attention.dense)
+        for name, child in sketches.items()
     }
     path = None if checkpoint is None else Path(checkpoint)
     try:
@@ -110,8 +111,8 @@ def distil(
         last = _Teaching(model, sketches, settings, path).run(_endless(batches))
     finally:
         for name, child in sketches.items():
-            dtype, child.attention.dense = before[name]
-            child.to(dtype).requires_grad_(False)
+            dtype, requires_grad, child.attention.dense = before[name]
+            child.to(dtype).requires_grad_(requires_grad)
             child.zero_grad()
     return report(model, last)
 
@@ -143,6 +144,7 @@ class _Teaching:
             self.base = fingerprints(model)
             if path.exists():
                 self._load(path)
+            self.finished = self._state()
 
     def run(self, batches: Iterator[Batch]) -> Batch:
         """Take the steps that are left, and return the last batch."""
@@ -163,7 +165,7 @@ class _Teaching:
                         written = time.monotonic()
         finally:
             bar.close()
-            if self.path is not None and self.finished:
+            if self.path is not None:
                 self._save(self.path)
         return batch
 
@@ -277,7 +279,6 @@ class _Teaching:
             self.optimizers[name].load_state_dict(state["optimizers"][name])
         self.generator.set_state(state["generator"])
         self.step = state["step"]
-        self.finished = self._state()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import warnings
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def test_save_pretrained_writes_the_model_without_sketches(tmp_path: Path, name:
     ids = tokens(2, LENGTH)
     expected = out(model, ids)
     other = copy.deepcopy(hf.convert(model, **FEW))
-    for number, one in enumerate((model, other)):
+    for number, one in enumerate((model, other, pickle.loads(pickle.dumps(model)))):
         folder = tmp_path / str(number)
         with pytest.warns(UserWarning, match=r"smartbird\.hf\.save"):
             one.save_pretrained(folder)
