@@ -148,7 +148,7 @@ def run(options: argparse.Namespace) -> None:
         )
 
     def distil() -> None:
-        passages = training_passages(tokenizer, settings.distil_length)
+        passages = training_passages(tokenizer, settings.length)
         steps = distil_for(model, passages, options.distil, calibration)
         results.environments["distil"] |= {"minutes": options.distil, "steps": steps}
         results.distilled = []

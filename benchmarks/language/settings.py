@@ -11,10 +11,9 @@ class Settings:
 
     Attributes:
         calibration: tokens of each passage that sketches begin with.
-        length: N of passages.
+        length: N of passages, those that train sketches among them.
         num_samples: K, of the table of perplexities.
         passages: of each kind of text.
-        distil_length: tokens of a passage that trains sketches, where they are trained.
         rival_passages: of these, how many the rivals and other seeds read too.
         seeds: further ones of sampling.
         long_length: N of long passages, of times and of the text that is written on.
@@ -30,7 +29,6 @@ class Settings:
     length: int = 4096
     num_samples: tuple[int, ...] = (64, 128, 256, 512)
     passages: int = 2
-    distil_length: int = 2048
     rival_passages: int = 1
     seeds: tuple[int, ...] = (1,)
     long_length: int = 8192
@@ -48,7 +46,6 @@ QUICK = Settings(
     length=1024,
     num_samples=(64, 128),
     passages=1,
-    distil_length=512,
     seeds=(1,),
     long_length=2048,
     long_samples=(128,),

@@ -68,9 +68,10 @@ def distil(
     Args:
         model: converted by :func:`smartbird.hf.convert`, whose settings stay.
         batches: tokens, int64 [B, N], or what else the base model takes by name, such as
-            ``{"input_ids": ..., "attention_mask": ...}`` (``labels`` are left out), in sequences
-            longer than ``min_length``. They are gone through again where they end before
-            ``steps``.
+            ``{"input_ids": ..., "attention_mask": ...}`` (``labels`` are left out). Sequences must
+            be longer than ``min_length`` and should be as long as those that the model is for: what
+            sketches learn of 1024 tokens helps little beyond. They are gone through again where
+            they end before ``steps``.
         steps: batches to read, at least 1.
         lr: learning rate of the first step.
         rows: queries of a sequence that an update judges, drawn at random.
