@@ -5,7 +5,8 @@
 PYTHON        ?= python3
 TORCH_INDEX   ?= https://download.pytorch.org/whl/cpu
 DEMO_FLAGS    ?=
-LM_FLAGS      ?= --out docs/language/smollm2.json --page docs/language.md
+DISTIL        ?= 0
+LM_FLAGS      ?= --out docs/language/smollm2.json --page docs/language.md --distil $(DISTIL)
 EMBED_FLAGS   ?= --out docs/language/minilm.json --page docs/language.md
 BENCH_ISA     ?= native
 BASELINE      ?=
@@ -154,7 +155,7 @@ format: $(READY)  ## rewrite the sources as lint wants them
 demo: $(BUILT)  ## train Smart Bird beside dense attention on real text; report in build/demo
 	$(BIN)/python -m benchmarks.learning.demo $(DEMO_FLAGS)
 
-# LM_FLAGS=--quick takes three minutes and writes to build/language only.
+# LM_FLAGS=--quick takes three minutes and writes to build/language only; DISTIL is in minutes.
 demo-lm: $(BUILT) $(LANGUAGE)  ## a real model reads 8192 tokens and writes on, dense and sampled; page docs/language.md
 	$(BIN)/python -m benchmarks.language $(LM_FLAGS)
 

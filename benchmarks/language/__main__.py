@@ -25,10 +25,11 @@ from benchmarks.language.model import (
     long_passages,
     read_passage,
     require,
+    training_passages,
 )
 from benchmarks.language.settings import QUICK, STANDARD, Settings
 
-PARTS = ("perplexity", "long", "needle", "speed")
+PARTS = ("perplexity", "long", "needle", "speed", "distil")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,6 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="short texts, few of them")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="parts (default: all)")
     parser.add_argument("--passages", type=int, help="of each kind of text, at most 4")
+    parser.add_argument(
+        "--distil",
+        type=float,
+        default=0.0,
+        metavar="MINUTES",
+        help="train sketches so long and read the passages again (default: do not)",
+    )
     parser.add_argument("--samples", type=int, nargs="+", help="K of the table of perplexities")
     options = parser.parse_args(arguments)
     try:
@@ -60,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     # They need transformers, of which main has made sure.
+    from benchmarks.language.distillation import distil_for
     from benchmarks.language.needle import measure_needle
     from benchmarks.language.page import TABLES, update_page
     from benchmarks.language.perplexity import measure_perplexity
@@ -76,7 +85,8 @@ def run(options: argparse.Namespace) -> None:
         packages = ", ".join(KINDS[name].packages)
         print(f"without texts of the kind {name}: {packages} is not installed")
     start = time.perf_counter()
-    convert(model, calibration=calibration_tokens(tokenizer, settings.calibration))
+    calibration = calibration_tokens(tokenizer, settings.calibration)
+    convert(model, calibration=calibration)
     layers = report(model)
     print(
         f"converted in {time.perf_counter() - start:.1f} s: "
@@ -137,13 +147,31 @@ def run(options: argparse.Namespace) -> None:
             say=keep,
         )
 
+    def distil() -> None:
+        passages = training_passages(tokenizer, settings.length)
+        steps = distil_for(model, passages, options.distil, calibration)
+        results.environments["distil"] |= {"minutes": options.distil, "steps": steps}
+        results.distilled = []
+        for loss in measure_perplexity(
+            model,
+            held_out_passages(tokenizer, settings.length, settings.passages),
+            settings.num_samples,
+            rival_passages=0,
+            seeds=(),
+        ):
+            results.distilled.append(loss)
+            keep(loss)
+
     measure: dict[str, Callable[[], None]] = {
         "perplexity": perplexity,
         "long": long,
         "needle": needle,
         "speed": speed,
+        "distil": distil,
     }
     for part in options.only or PARTS:
+        if part == "distil" and options.distil <= 0:
+            continue
         environment = _environment(settings, threads) | {"seconds": 0.0}
         results.environments[part] = environment
         start = time.perf_counter()

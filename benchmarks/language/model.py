@@ -6,8 +6,10 @@ import inspect
 import json
 import sysconfig
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -210,6 +212,27 @@ def calibration_tokens(tokenizer: Tokenizer, length: int) -> Tensor:
         if KINDS[kind].calibration is not None
     ]
     return torch.cat(rows)
+
+
+def training_passages(tokenizer: Tokenizer, length: int) -> Iterator[Tensor]:
+    """Documents that are in no measurement, addresses and modules in turn: int64 [1, length]."""
+    measured = {name for kind in KINDS.values() for name in (*kind.held_out, kind.long)}
+    modules = sorted(path.name for path in Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    streams = [
+        _long_enough(tokenizer, kind, [name for name in names if name not in measured], length)
+        for kind, names in (("address", list(_addresses())), ("code", modules))
+    ]
+    for passages in zip(*streams, strict=False):
+        yield from passages
+
+
+def _long_enough(
+    tokenizer: Tokenizer, kind: str, names: list[str], length: int
+) -> Iterator[Tensor]:
+    """Passages of documents in an order that mixes years and names."""
+    for name in sorted(names, key=lambda name: sha256(name.encode()).digest()):
+        with suppress(ValueError):
+            yield read_passage(tokenizer, kind, name, length).tokens
 
 
 def forward(model: nn.Module, tokens: Tensor, kept: Any = None) -> Tensor:

@@ -31,6 +31,11 @@ def summary(results: Results) -> str:
             f"{mean_factor(some):.3f} at K = {keys}" for keys, some in _by_keys(ours).items()
         ]
         lines.append(f"Perplexity, as a multiple of dense attention's: {', '.join(factors)}.")
+    trained = _by_keys(_select(results.distilled, attention=OURS))
+    if trained:
+        factors = [f"{mean_factor(some):.3f} at K = {keys}" for keys, some in trained.items()]
+        minutes = results.environments["distil"]["minutes"]
+        lines.append(f"After {minutes:g} minutes of distil: {', '.join(factors)}.")
     if results.answers:
         counts = _counts(results)
         lines.append(
@@ -85,6 +90,10 @@ def perplexity(results: Results) -> str:
 
     if every != some:
         add(f"{OURS}, all passages", every, ours)
+    trained = _select(results.distilled, attention=OURS)
+    if trained:
+        steps = results.environments["distil"]["steps"]
+        add(f"{OURS}, after {steps} steps of distil", {x.passage for x in trained}, trained)
     add(OURS, some, _select(few, attention=OURS, seed=None))
     for seed in sorted({loss.seed for loss in few if loss.seed is not None}):
         add(f"{OURS}, seed {seed} of sampling", some, _select(few, attention=OURS, seed=seed))

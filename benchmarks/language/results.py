@@ -20,6 +20,7 @@ class Results:
     Attributes:
         environments: by part of the program, on what and how it was run.
         losses: of passages of ordinary length.
+        distilled: of them, dense and by sketches that were trained.
         long_losses: of longer ones.
         answers: of the needle.
         speed: None: not measured.
@@ -27,6 +28,7 @@ class Results:
 
     environments: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     losses: list[Loss] = dataclasses.field(default_factory=list)
+    distilled: list[Loss] = dataclasses.field(default_factory=list)
     long_losses: list[Loss] = dataclasses.field(default_factory=list)
     answers: list[Answer] = dataclasses.field(default_factory=list)
     speed: Speed | None = None
@@ -41,6 +43,7 @@ class Results:
         return cls(
             environments=fields["environments"],
             losses=[Loss(**x) for x in fields["losses"]],
+            distilled=[Loss(**x) for x in fields.get("distilled", [])],  # older files have none
             long_losses=[Loss(**x) for x in fields["long_losses"]],
             answers=[Answer(**x) for x in fields["answers"]],
             speed=speed

@@ -11,7 +11,7 @@ class Settings:
 
     Attributes:
         calibration: tokens of each passage that sketches begin with.
-        length: N of passages.
+        length: N of passages, those that train sketches among them.
         num_samples: K, of the table of perplexities.
         passages: of each kind of text.
         rival_passages: of these, how many the rivals and other seeds read too.

@@ -1,8 +1,9 @@
 """Pretrained Hugging Face models whose attention samples its keys: the extra ``smartbird[hf]``.
 
 :func:`convert` changes a model in place and :func:`revert` changes it back; :func:`dense` does so
-for a while, and :func:`report` says what was changed. :class:`SketchCache` makes ``generate`` fast;
-:func:`save` and :func:`load` keep sketches in files.
+for a while, and :func:`report` says what was changed and how near dense attention it is.
+:func:`distil` teaches the sketches. :class:`SketchCache` makes ``generate`` fast; :func:`save` and
+:func:`load` keep sketches in files.
 """
 
 try:
@@ -13,6 +14,7 @@ except ImportError as error:
 from smartbird.hf.attention import SketchedAttention
 from smartbird.hf.cache import SketchCache
 from smartbird.hf.conversion import LayerReport, convert, dense, report, revert
+from smartbird.hf.distil import distil
 from smartbird.hf.files import load, save
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "SketchedAttention",
     "convert",
     "dense",
+    "distil",
     "load",
     "report",
     "revert",

@@ -125,8 +125,8 @@ class SketchedAttention(nn.Module):
         runs = mask.runs if cu_seqlens is None else mask.packed_runs(cu_seqlens)
         parts = []
         for run in runs:
-            queries = [_rows(x[run.batch], run.queries) for x in (q, q_sketch)]
-            keys = [_rows(x[run.batch], run.keys) for x in (k, v, k_sketch)]
+            queries = [select_rows(x[run.batch], run.queries) for x in (q, q_sketch)]
+            keys = [select_rows(x[run.batch], run.keys) for x in (k, v, k_sketch)]
             parts.append(self._attend(*queries, *keys, is_causal=mask.is_causal).transpose(1, 2))
         if len(parts) == 1 and parts[0].shape[:2] == (q.shape[0], q.shape[2]):
             return parts[0].contiguous()
@@ -151,6 +151,8 @@ class SketchedAttention(nn.Module):
         num_dense = num_queries if num_keys < self.min_length else 0
         if is_causal:
             num_dense = min(max(self.min_length - before, 0), num_queries)
+        if self.attention.dense:
+            num_dense = 0  # the rest would be dense as well, and all in one call is faster
         parts = []
         if num_dense > 0:
             attention = self.attention
@@ -177,7 +179,7 @@ class SketchedAttention(nn.Module):
         )
 
 
-def _rows(x: Tensor, rows: Rows) -> Tensor:
+def select_rows(x: Tensor, rows: Rows) -> Tensor:
     """Some rows of x [B, H, N, D]."""
     return x[:, :, rows] if isinstance(rows, slice) else x.index_select(2, rows)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator
+import math
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smartbird._checks import check_count, check_scale
+from smartbird.functional import attend_densely
 from smartbird.hf.attention import (
     CHILD,
     NAMES,
@@ -24,31 +28,52 @@ from smartbird.hf.attention import (
 )
 from smartbird.hf.mask import RowMask
 from smartbird.hf.sketches import Moments, leading_directions, rotary_pairs
-from smartbird.nn import SampledAttention, seed_evaluation
+from smartbird.nn import SampledAttention, SketchStats, seed_evaluation, sketch_stats
 
 RECORD = "_smartbird"  # the attribute of a converted model that remembers what it was
 SKETCHES = ("kv", "head")
 PASSAGE = 256  # tokens of the passage that is made where none is given
+JUDGED = 64  # queries of a sequence that a report is about
 
 Model = TypeVar("Model", bound=nn.Module)
+Batch = Tensor | Mapping[str, Any]  # tokens, or keywords of the base model
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """What became of one attention module.
 
+    The numbers are of a batch, where :func:`report` was given one, and of its queries that sample
+    their keys: 64 of each sequence, spread evenly. Without a batch they are None.
+
     Attributes:
         name: of the module in the model.
         sampled: it samples its keys.
         reason: why it does not; empty if it does.
+        mass: of dense attention that the keys of a query hold, the mean of heads and queries.
+        error: of the output against dense attention of the same q, k and v: the norm of the
+            difference over the norm of the dense output.
+        loss: of the sketches, see :func:`smartbird.ops.distill_loss`.
+        floor: the least that the loss can be.
     """
 
     name: str
     sampled: bool
     reason: str = ""
+    mass: float | None = None
+    error: float | None = None
+    loss: float | None = None
+    floor: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}: " + ("sampled" if self.sampled else f"dense, {self.reason}")
+        if not self.sampled:
+            return f"{self.name}: dense, {self.reason}"
+        if self.mass is None or self.loss is None or self.floor is None:
+            return f"{self.name}: sampled"
+        return (
+            f"{self.name}: sampled, mass {self.mass:.3f}, error {self.error:.3f}, "
+            f"loss {self.loss - self.floor:.3f} above its floor"
+        )
 
 
 @dataclass(frozen=True)
@@ -118,8 +143,8 @@ def convert(
     (``use_cache=False``), and by ``cu_seq_lens_q``.
 
     Converted again, a model keeps sketches that have the size asked for, unless ``calibration`` is
-    given, and takes the other settings. If that fails, it stays as it was. A model that is saved by
-    ``save_pretrained`` and loaded is dense: files do not tell the attention implementation.
+    given, and takes the other settings. If that fails, it stays as it was. ``save_pretrained``
+    writes the model without its sketches, and warns: :func:`smartbird.hf.save` writes them.
 
     Args:
         model: a ``transformers.PreTrainedModel``.
@@ -165,7 +190,7 @@ def convert(
     if min_length is None:
         min_length = checked.num_samples
     min_length = check_count("min_length", min_length, 0)
-    passage = _passage(model) if calibration is None else _check_passage(calibration)
+    passage = _passage(model) if calibration is None else _check_tokens("calibration", calibration)
 
     settings = {
         **sampling,
@@ -194,6 +219,7 @@ def convert(
                     scale=one.scaling,
                     sketch_scale=one.scaling,  # sketches stand for q . k
                     distill=False,
+                    distill_temperature=1.0,
                     **sampling,
                 ),
                 sketch_per_head=num_sketches == "head",
@@ -238,11 +264,11 @@ def _attach(
     for name, child in made.items():
         module = model.get_submodule(name)
         module.add_module(CHILD, child.train(module.training))
-    hooks = [
-        part.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
-        for part in model.modules()
-        if isinstance(part, PreTrainedModel)
-    ]
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    hooks = [part.register_forward_pre_hook(_refuse_weights, with_kwargs=True) for part in parts]
+    for part in parts:
+        # Of the instance. A copy of the model, by pickle too, has one of its own.
+        vars(part)["save_pretrained"] = partial(_save_pretrained, part)
     setattr(model, RECORD, _Record(before, reports, settings, hooks))
 
 
@@ -261,6 +287,8 @@ def revert(model: Model) -> Model:
         delattr(model.get_submodule(name), CHILD)
     for hook in record.hooks:
         hook.remove()
+    for part in model.modules():
+        vars(part).pop("save_pretrained", None)
     _restore(record.before)
     delattr(model, RECORD)
     return model
@@ -282,15 +310,66 @@ def dense(model: nn.Module) -> Iterator[None]:
         _restore(now)
 
 
-def report(model: nn.Module) -> list[LayerReport]:
+def report(model: nn.Module, batch: Batch | None = None) -> list[LayerReport]:
     """Which attention modules of a converted model sample their keys, and why others do not.
 
-    Modules that the passage of :func:`convert` did not come by are not told.
+    With a batch the model reads it as it is, in evaluation mode, and each module that samples is
+    compared with dense attention of the queries, keys and values that it meets. Modules that the
+    passage of :func:`convert` did not come by are not told.
+
+    Args:
+        model: converted.
+        batch: int64 [B, N], or a mapping to what the base model takes by name, as
+            :func:`smartbird.hf.distil` reads. None: nothing is measured.
+
+    Returns:
+        One of each module. Where no query of the batch samples its keys, as sequences are shorter
+        than ``min_length``, they hold all: mass 1, error, loss and floor 0.
 
     Raises:
         ValueError: ``model`` is not converted.
+        TypeError: ``batch`` is neither.
     """
-    return list(record_of(model).layers)
+    layers = record_of(model).layers
+    if batch is None:
+        return list(layers)
+    errors: dict[str, list[float]] = {}
+    cores = {name: child.attention for name, child in children(model)}
+    hooks = [
+        core.register_forward_hook(
+            partial(_compare, errors.setdefault(name, [0.0, 0.0])), with_kwargs=True
+        )
+        for name, core in cores.items()
+    ]
+    try:
+        with sketch_stats(model, rows=JUDGED) as stats:
+            read(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    measured: dict[str, dict[str, Any]] = {}
+    for name, (difference, norm) in errors.items():
+        one = stats.get(f"{name}.{CHILD}.attention", SketchStats(mass=1.0))
+        error = math.sqrt(difference / norm) if norm > 0 else 0.0
+        measured[name] = {"mass": one.mass, "error": error, "loss": one.loss, "floor": one.floor}
+    return [replace(layer, **measured.get(layer.name, {})) for layer in layers]
+
+
+@torch.no_grad()
+def _compare(
+    sums: list[float],
+    core: SampledAttention,
+    args: tuple[Tensor, ...],
+    keywords: dict[str, Any],
+    out: Tensor,
+) -> None:
+    """Add the squared norms of what a call misses of dense attention, and of that, to ``sums``."""
+    q, k, v = (x.float() for x in args[:3])
+    rows = torch.linspace(0, q.shape[2] - 1, min(JUDGED, q.shape[2]), device=q.device).long()
+    visible = core.visible(q.shape[0], q.shape[2], k.shape[2], q.device, **keywords).at_rows(rows)
+    dense = attend_densely(q.index_select(2, rows), k, v, visible, scale=core.scale)
+    sums[0] += float((out.index_select(2, rows) - dense).square().sum())
+    sums[1] += float(dense.square().sum())
 
 
 def record_of(model: nn.Module) -> _Record:
@@ -333,6 +412,24 @@ def _refuse_weights(module: nn.Module, args: tuple[Any, ...], keywords: dict[str
         )
 
 
+def _save_pretrained(model: Any, *args: Any, **keywords: Any) -> None:
+    """``save_pretrained`` of a converted model: what it was before, which loads as such."""
+    warnings.warn(
+        "save_pretrained writes the model without its sketches, so that from_pretrained loads a "
+        "dense one: keep them by smartbird.hf.save and bring them back by smartbird.hf.load",
+        stacklevel=2,
+    )
+    ignored = model._keys_to_ignore_on_save
+    sketches = {
+        f"{name}.{CHILD}.{part}" for name, child in children(model) for part in child.state_dict()
+    }
+    model._keys_to_ignore_on_save = sketches | set(ignored or ())
+    try:
+        type(model).save_pretrained(model, *args, **keywords)
+    finally:
+        model._keys_to_ignore_on_save = ignored
+
+
 # ---- the passage --------------------------------------------------------------------------------
 
 
@@ -345,15 +442,13 @@ def _passage(model: nn.Module) -> Tensor:
     return torch.randint(vocabulary, (1, length), generator=generator)
 
 
-def _check_passage(calibration: Tensor) -> Tensor:
-    if not isinstance(calibration, Tensor) or calibration.dtype != torch.int64:
-        kind = calibration.dtype if isinstance(calibration, Tensor) else type(calibration).__name__
-        raise TypeError(f"calibration must be an int64 Tensor, got {kind}")
-    if calibration.dim() != 2 or calibration.numel() == 0:
-        raise ValueError(
-            f"calibration must be [B, N] with at least one token, got {list(calibration.shape)}"
-        )
-    return calibration
+def _check_tokens(name: str, tokens: Tensor) -> Tensor:
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"{name} must be an int64 Tensor, got {kind}")
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise ValueError(f"{name} must be [B, N] with at least one token, got {list(tokens.shape)}")
+    return tokens
 
 
 def _observe(model: Any, passage: Tensor, num_sinks: int) -> dict[str, _Seen]:
@@ -398,23 +493,37 @@ def _observe(model: Any, passage: Tensor, num_sinks: int) -> dict[str, _Seen]:
         for module in model.modules()
         if hasattr(module, "config") and not isinstance(module, PreTrainedModel)
     ]
-    training = [module for module in model.modules() if module.training]
-    passage = passage.to(model.get_input_embeddings().weight.device)
-    inputs = {"input_ids": passage}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = passage
     observers.append(observe)
     try:
-        model.eval()
-        with torch.no_grad():
-            model.base_model(**inputs)
+        read(model, passage)
     finally:
         observers.remove(observe)
         for hook in hooks:
             hook.remove()
+    return seen
+
+
+@torch.no_grad()
+def read(model: Any, batch: Batch) -> None:
+    """Let a model read a batch in evaluation mode, without its head and without a cache."""
+    inputs = batch if isinstance(batch, Mapping) else {"input_ids": _check_tokens("batch", batch)}
+    device = model.get_input_embeddings().weight.device
+    given = {
+        name: x.to(device) if isinstance(x, Tensor) else x
+        for name, x in inputs.items()
+        if name != "labels"
+    }
+    if model.config.is_encoder_decoder:
+        given.setdefault("decoder_input_ids", given["input_ids"])
+    if "use_cache" in inspect.signature(model.base_model.forward).parameters:
+        given["use_cache"] = False
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        model.base_model(**given)
+    finally:
         for module in training:
             module.training = True
-    return seen
 
 
 def _reason(mask: Any, arguments: dict[str, Any], keywords: dict[str, Any]) -> str:

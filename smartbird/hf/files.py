@@ -34,7 +34,7 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     settings = {
         "format": FORMAT,
         "settings": record_of(model).settings,
-        "base": {name: _fingerprint(model, name) for name, _ in children(model)},
+        "base": fingerprints(model),
     }
     tensors = {
         f"{name}.{part}": tensor.detach().cpu().contiguous()
@@ -68,12 +68,17 @@ def load(model: Model, path: str | PathLike[str]) -> Model:
             f"{folder / SETTINGS} must have format {FORMAT}, got {written.get('format')}"
         )
     tensors = load_file(folder / WEIGHTS)
-    _check_base(model, written["base"])
+    check_base(model, written["base"])
     convert(model, **written["settings"])
     for name, child in children(model):
         own = {part: tensors[f"{name}.{part}"] for part in child.state_dict()}
         child.load_state_dict(own)
     return model
+
+
+def fingerprints(model: nn.Module) -> dict[str, dict[str, float]]:
+    """By which :func:`check_base` knows the converted modules of a model."""
+    return {name: _fingerprint(model, name) for name, _ in children(model)}
 
 
 def _fingerprint(model: nn.Module, name: str) -> dict[str, float]:
@@ -94,7 +99,7 @@ def _fingerprint(model: nn.Module, name: str) -> dict[str, float]:
     return numbers
 
 
-def _check_base(model: nn.Module, base: dict[str, dict[str, float]]) -> None:
+def check_base(model: nn.Module, base: dict[str, dict[str, float]]) -> None:
     """Refuse a model with other numbers."""
     for name, expected in base.items():
         numbers = _fingerprint(model, name)

