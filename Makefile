@@ -81,7 +81,7 @@ nightly: test-slow test-versions  ## the slow tests, other versions, all op test
 	$(MAKE) test-isa ISAS="scalar avx2 avx512" SKIP_ISA=slow
 
 # VERSION_FLAGS=--large lets it download builds of some GB where there is no other.
-test-versions: wheel  ## one wheel with the oldest and newest torch and Python that this machine can have
+test-versions: wheel  ## one wheel with the oldest and newest torch, Python and transformers that this machine can have
 	$(BIN)/python -m tools.test_versions dist/*.whl --index $(TORCH_INDEX) $(VERSION_FLAGS)
 
 cpp-test: $(CPP_DIR)/compile_commands.json  ## the torch-free kernels and their C++ tests under ASan and UBSan

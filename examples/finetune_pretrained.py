@@ -133,8 +133,7 @@ def main() -> None:
     print(f"perplexity before {before:.2f}, after {after:.2f}, with dense attention {dense:.2f}")
 
     if options.out:
-        smartbird.hf.save(model, options.out)
-        smartbird.hf.revert(model).save_pretrained(options.out)
+        model.save_pretrained(options.out)
         print(
             f"wrote {options.out}: from_pretrained reads the model, smartbird.hf.load its sketches"
         )

@@ -18,12 +18,14 @@ class Packing:
     Attributes:
         order: int64 [T], the place in the flattened [B * N] of each packed token: first the real
             ones, in order, then the padding, if any is carried along.
+        begin: int64 [T], where the batch element of each begins in that.
         cu_seqlens: int32 [B + 1], where each batch element begins in the pack.
         batch, length: B and N.
         carries_padding: whether any is carried along.
     """
 
     order: Tensor
+    begin: Tensor
     cu_seqlens: Tensor
     batch: int
     length: int
@@ -34,9 +36,8 @@ class Packing:
         if not x.is_contiguous():  # tokens lie side by side, as projections leave them
             rows = x.transpose(1, 2).flatten(0, 1).index_select(0, self.order)
             return rows.transpose(0, 1).contiguous().unsqueeze(0)
-        channels = torch.arange(x.shape[1], device=x.device).unsqueeze(-1)
-        first = (self.order // self.length) * x.shape[1] + channels  # [C, T], in units of N rows
-        place = first * self.length + self.order % self.length
+        before = torch.arange(x.shape[1], device=x.device).unsqueeze(-1) * self.length  # [C, 1]
+        place = self.order + self.begin * (x.shape[1] - 1) + before  # [C, T]
         rows = x.flatten(0, 2).index_select(0, place.flatten())
         return rows.view(1, x.shape[1], *self.order.shape, *x.shape[3:])
 
@@ -58,7 +59,7 @@ class Packing:
         """Packed keys int32 (-1 is none) as their places in their own batch element."""
         if self.order.shape[0] == 0:
             return indices
-        place = self.order.remainder(self.length).int()
+        place = (self.order - self.begin).int()
         return torch.where(indices < 0, indices, place[indices.long().clamp(min=0)])
 
 
@@ -74,4 +75,5 @@ def packing(mask: Tensor) -> Packing:
     real = mask.flatten()
     looks = can_look(mask)
     order = real.nonzero().squeeze(-1) if looks else (~real).sort(stable=True).indices
-    return Packing(order, cu_seqlens, batch, length, carries_padding=not looks)
+    begin = order - order % length
+    return Packing(order, begin, cu_seqlens, batch, length, carries_padding=not looks)

@@ -1,9 +1,9 @@
-"""Tests one wheel with the oldest and the newest PyTorch and Python that it is for.
+"""Tests one wheel with the oldest and the newest PyTorch, Python and transformers that it is for.
 
-``make test-versions`` builds the wheel and runs this. Each pair of versions gets an environment of
+``make test-versions`` builds the wheel and runs this. Each set of versions gets an environment of
 its own below build/versions, which is kept for the next time, and runs the tests of the ops, the
-layers and torch.compile there. What this machine cannot run is left out, and said; it fails where a
-test does or where nothing could be run.
+layers, torch.compile and pretrained models there. What this machine cannot run is left out, and
+said; it fails where a test does or where nothing could be run.
 
 Of torch the CPU build is taken where pip finds one, else what PyPI has, which for Linux is a CUDA
 build of some GB, downloaded only if asked for.
@@ -19,16 +19,17 @@ import sys
 import time
 from pathlib import Path
 
-# Python, torch, numpy: the least that pyproject.toml allows, and the newest known to be good.
-PAIRS = (("3.10", "2.10.0", "1.26.4"), ("3.13", "2.14.1", "2.4.6"))
+# Python, torch, numpy, transformers: the least that pyproject.toml allows, and the newest known to
+# be good.
+SETS = (("3.10", "2.10.0", "1.26.4", "5.0.0"), ("3.13", "2.14.1", "2.4.6", "5.24.0"))
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "versions"
-TESTS = ("tests/ops", "tests/nn")
+TESTS = ("tests/ops", "tests/nn", "tests/hf")
 MARKERS = "not slow and not reference"
 
 
 class LeftOut(Exception):
-    """Why a pair of versions cannot be tested here."""
+    """Why a set of versions cannot be tested here."""
 
 
 def find_python(version: str) -> str:
@@ -48,7 +49,9 @@ def find_python(version: str) -> str:
     raise LeftOut(f"there is no python{version} with venv, neither on PATH nor of pyenv")
 
 
-def install(python: Path, wheel: Path, torch: str, numpy: str, index: str, large: bool) -> None:
+def install(
+    python: Path, wheel: Path, torch: str, numpy: str, transformers: str, index: str, large: bool
+) -> None:
     """Torch, the wheel and what its tests need."""
     # A machine's constraints would pin the very packages that are to vary.
     free = {**os.environ, "PIP_CONSTRAINT": os.devnull}
@@ -65,11 +68,8 @@ def install(python: Path, wheel: Path, torch: str, numpy: str, index: str, large
         reason = (said.stderr.strip().splitlines() or ["pip says nothing"])[-1]
         hint = "" if large else "; --large takes PyPI's CUDA build, some GB"
         raise LeftOut(f"torch {torch} for it cannot be had ({reason}){hint}")
-    subprocess.run(
-        [*pip, f"torch=={torch}", f"numpy=={numpy}", f"{wheel}[test]", "pytest-xdist"],
-        check=True,
-        env=free,
-    )
+    pins = [f"torch=={torch}", f"numpy=={numpy}", f"transformers=={transformers}"]
+    subprocess.run([*pip, *pins, f"{wheel}[test,hf]", "pytest-xdist"], check=True, env=free)
     subprocess.run(
         [*pip, "--force-reinstall", "--no-deps", str(wheel)], check=True, env=free
     )  # a wheel of the same version may have been there
@@ -93,16 +93,16 @@ def main() -> int:
     )
     parser.add_argument("wheel", type=Path, help="the wheel to test")
     parser.add_argument(
-        "--pair",
+        "--set",
         action="append",
-        metavar="PYTHON,TORCH,NUMPY",
-        help=f"versions to test; default: {' and '.join(','.join(pair) for pair in PAIRS)}",
+        metavar="PYTHON,TORCH,NUMPY,TRANSFORMERS",
+        help=f"versions to test; default: {' and '.join(','.join(one) for one in SETS)}",
     )
     parser.add_argument("--index", default="https://download.pytorch.org/whl/cpu", metavar="URL")
     parser.add_argument("--large", action="store_true", help="download a CUDA build if need be")
     parser.add_argument("--jobs", default="auto", help="of pytest-xdist; default: %(default)s")
     args = parser.parse_args()
-    pairs = [tuple(pair.split(",")) for pair in args.pair] if args.pair else PAIRS
+    sets = [tuple(one.split(",")) for one in args.set] if args.set else SETS
 
     tree = WORK / "tree"
     shutil.rmtree(tree, ignore_errors=True)
@@ -111,8 +111,8 @@ def main() -> int:
     shutil.copy(ROOT / "pyproject.toml", tree)
 
     results = []
-    for version, torch, numpy in pairs:
-        name = f"Python {version}, torch {torch}, numpy {numpy}"
+    for version, torch, numpy, transformers in sets:
+        name = f"Python {version}, torch {torch}, numpy {numpy}, transformers {transformers}"
         print(f"== {name}", flush=True)
         begin = time.perf_counter()
         try:
@@ -121,7 +121,8 @@ def main() -> int:
             python = place / "bin" / "python"
             if not python.exists():
                 subprocess.run([interpreter, "-m", "venv", str(place)], check=True)
-            install(python, args.wheel.resolve(), torch, numpy, args.index, args.large)
+            wheel = args.wheel.resolve()
+            install(python, wheel, torch, numpy, transformers, args.index, args.large)
             passed = run_tests(python, tree, args.jobs)
             results.append((name, "passed" if passed else "FAILED"))
         except LeftOut as reason:

@@ -34,7 +34,7 @@ def attending(
             this number of samples.
         attention: ``DENSE``, ``OURS``, ``ORACLE`` or ``WINDOW``.
         num_samples: K, keys per query; ``DENSE`` takes none.
-        seed: of the draws of ``OURS``. None: as ``convert`` leaves them.
+        seed: of the draws of ``OURS``. None: 0, which ``convert`` begins with.
     """
     if attention == DENSE:
         with dense(model):
@@ -44,8 +44,7 @@ def attending(
         raise ValueError(f"{attention} must have a num_samples, got None")
     if attention == OURS:
         convert(model, num_samples=num_samples)
-        if seed is not None:
-            seed_evaluation(model, seed)
+        seed_evaluation(model, seed or 0)
         yield
         return
     function = {ORACLE: exact_topk, WINDOW: sinks_and_window}[attention]

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -85,6 +86,25 @@ class SketchedAttention(nn.Module):
         self.sketch_per_head = sketch_per_head
         self.min_length = min_length
 
+    def set_sampling(
+        self, sampling: dict[str, Any], *, sketch_per_head: bool, min_length: int
+    ) -> None:
+        """Attend by other settings of :class:`smartbird.nn.SampledAttention`, by the same seed."""
+        before = self.attention
+        self.attention = SampledAttention(
+            before.num_heads,
+            num_kv_heads=before.num_kv_heads,
+            is_causal=before.is_causal,
+            dropout=before.dropout,
+            scale=before.scale,
+            sketch_scale=before.sketch_scale,
+            distill=before.distill,
+            **sampling,
+        ).train(before.training)
+        self.attention.eval_seed = before.eval_seed
+        self.sketch_per_head = sketch_per_head
+        self.min_length = min_length
+
     def sketch_queries(self, q: Tensor) -> Tensor:
         """q [B, H, N, D] to [B, H_s, N, S]; the gradient of the sketch does not reach q."""
         sketch = q.detach() @ self.q_weight.to(q.dtype)
@@ -119,14 +139,16 @@ class SketchedAttention(nn.Module):
         Returns:
             [B, N, H, Dv], zero in padding.
         """
+        if mask.start is not None and cu_seqlens is None and torch.compiler.is_compiling():
+            return self._attend_in_graph(q, k, v, mask, mask.start).transpose(1, 2).contiguous()
         if k_sketch is None:
             k_sketch = self.sketch_keys(k[:, :, : mask.num_keys])
         q_sketch = self.sketch_queries(q)
         runs = mask.runs if cu_seqlens is None else mask.packed_runs(cu_seqlens)
         parts = []
         for run in runs:
-            queries = [select_rows(x[run.batch], run.queries) for x in (q, q_sketch)]
-            keys = [select_rows(x[run.batch], run.keys) for x in (k, v, k_sketch)]
+            queries = [select_rows(x, run.batch, run.queries) for x in (q, q_sketch)]
+            keys = [select_rows(x, run.batch, run.keys) for x in (k, v, k_sketch)]
             parts.append(self._attend(*queries, *keys, is_causal=mask.is_causal).transpose(1, 2))
         if len(parts) == 1 and parts[0].shape[:2] == (q.shape[0], q.shape[2]):
             return parts[0].contiguous()
@@ -153,23 +175,48 @@ class SketchedAttention(nn.Module):
             num_dense = min(max(self.min_length - before, 0), num_queries)
         if self.attention.dense:
             num_dense = 0  # the rest would be dense as well, and all in one call is faster
-        parts = []
-        if num_dense > 0:
-            attention = self.attention
-            seen = before + num_dense
-            part = dense_attention(
-                q[:, :, :num_dense],
-                k[:, :, :seen],
-                v[:, :, :seen],
-                is_causal=is_causal,
-                dropout_p=attention.dropout if self.training else 0.0,
-                scale=attention.scale,
-            )
-            parts.append(part)
-        if num_dense < num_queries:
-            rest = q[:, :, num_dense:], k, v, q_sketch[:, :, num_dense:], k_sketch
-            parts.append(self.attention(*rest, is_causal=is_causal))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        if num_dense == 0:
+            out: Tensor = self.attention(q, k, v, q_sketch, k_sketch, is_causal=is_causal)
+            return out
+        seen = before + num_dense
+        full = self._attend_densely(
+            q[:, :, :num_dense], k[:, :, :seen], v[:, :, :seen], is_causal=is_causal
+        )
+        if num_dense == num_queries:
+            return full
+        rest = q[:, :, num_dense:], k, v, q_sketch[:, :, num_dense:], k_sketch
+        return torch.cat([full, self.attention(*rest, is_causal=is_causal)], dim=2)
+
+    def _attend_densely(self, q: Tensor, k: Tensor, v: Tensor, **rows: Any) -> Tensor:
+        dropout_p = self.attention.dropout if self.training else 0.0
+        scale = self.attention.scale
+        return dense_attention(q, k, v, dropout_p=dropout_p, scale=scale, **rows)
+
+    def _attend_in_graph(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: RowMask, start: Tensor
+    ) -> Tensor:
+        """Where no data may decide shapes: of all places of a cache, [B, H, N, Dv].
+
+        Causality hides the empty ones. A batch with padding is packed, which copies all of the
+        cache; where rows may sample and not hold all they see, both are computed for all of them.
+        """
+        batch, length = k.shape[0], k.shape[2]
+        rows = start + torch.arange(q.shape[2], device=q.device)
+        visible: dict[str, Any] = {"query_offset": start.expand(batch)}
+        position = rows.expand(batch, -1)
+        if mask.key_mask is not None:
+            real = F.pad(mask.key_mask, (0, length - mask.key_mask.shape[1]))
+            real = real & (torch.arange(length, device=q.device) <= rows[-1])
+            # Not of the padded one: a mask that is too short must not hide queries.
+            visible = {"query_mask": mask.key_mask.index_select(1, rows), "key_mask": real}
+            position = real.cumsum(1).index_select(1, rows) - 1
+        sketches = self.sketch_queries(q), self.sketch_keys(k)
+        out: Tensor = self.attention(q, k, v, *sketches, is_causal=True, **visible)
+        if self.min_length <= self.attention.num_samples:
+            return out  # rows below it hold all their keys anyhow
+        key_mask, offset = visible.get("key_mask"), start.expand(batch)
+        full = self._attend_densely(q, k, v, is_causal=True, key_mask=key_mask, query_offset=offset)
+        return torch.where((position < self.min_length)[:, None, :, None], full, out)
 
     def extra_repr(self) -> str:
         heads, width, features = self.q_weight.shape
@@ -179,9 +226,12 @@ class SketchedAttention(nn.Module):
         )
 
 
-def select_rows(x: Tensor, rows: Rows) -> Tensor:
-    """Some rows of x [B, H, N, D]."""
-    return x[:, :, rows] if isinstance(rows, slice) else x.index_select(2, rows)
+def select_rows(x: Tensor, batch: slice, rows: Rows) -> Tensor:
+    """Some elements and rows of x [B, H, N, D], itself where they are all."""
+    if isinstance(rows, Tensor):
+        return x[batch].index_select(2, rows)
+    every = batch.stop - batch.start == x.shape[0] and rows.stop - rows.start == x.shape[2]
+    return x if every else x[batch, :, rows]
 
 
 def sketched(module: nn.Module) -> SketchedAttention | None:

@@ -9,19 +9,21 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
+from smartbird._checks import check_count
 from smartbird.hf.attention import SketchedAttention, sketched
 
-FIRST_CAPACITY = 64
+LEAST_ROOM = 64  # tokens
 
 
 class SketchLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys, values and sketches of keys of one converted attention module.
 
-    They lie in buffers that are twice as long whenever they are full, so that a token is copied
-    a bounded number of times, however many follow.
+    They lie in buffers that get room for a quarter more than they must hold whenever they are full,
+    so that the copies of a token are bounded in the mean, however many follow.
 
     Args:
         module: makes the sketches.
+        max_length: tokens that there is room for from the first update on.
 
     Attributes:
         keys: [B, H_kv, M, D], a view; None while empty.
@@ -35,9 +37,10 @@ class SketchLayer(CacheLayerMixin):  # type: ignore[misc]
     keys: Tensor | None
     values: Tensor | None
 
-    def __init__(self, module: SketchedAttention) -> None:
+    def __init__(self, module: SketchedAttention, max_length: int = 0) -> None:
         super().__init__()
         self.module = module
+        self.max_length = max_length
         self.sketches: Tensor | None = None
         self._length = 0
         self._buffers: list[Tensor] = []
@@ -80,10 +83,11 @@ class SketchLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _reserve(self, new: list[Tensor], length: int) -> None:
         """Room for ``length`` tokens in buffers like ``new``."""
-        capacity = self._buffers[0].shape[2] if self._buffers else 0
-        if length <= capacity:
+        if self._buffers and length <= self._buffers[0].shape[2]:
             return
-        capacity = max(length, 2 * capacity, FIRST_CAPACITY)
+        capacity = self.max_length
+        if capacity < length:
+            capacity = length + max(LEAST_ROOM, length // 4)
         grown = [x.new_empty((*x.shape[:2], capacity, x.shape[3])) for x in new]
         for buffer, old in zip(grown, self._buffers, strict=False):
             buffer[:, :, : self._length] = old[:, :, : self._length]
@@ -168,16 +172,22 @@ class SketchCache(Cache):  # type: ignore[misc]
     token, and appends without copying what is there. ``generate`` gives what it gives with another
     cache or without, as far as the model's own projections round alike: libraries round one row
     otherwise than many, and where that changes a draw, what follows differs as after another draw.
+    A quantised cache is another matter: keys, and so their sketches and draws, are those it rounds.
 
     Args:
         model: a converted model. Layers that stayed as they were get the cache that transformers
             gives them.
+        max_length: make room for so many tokens at once; a text may grow beyond. None: room grows
+            with the text, by a quarter, and is copied to.
 
     Raises:
-        ValueError: the model has no converted module that is causal, or it has no ``layer_idx``.
+        TypeError: ``max_length`` is no int.
+        ValueError: the model has no converted module that is causal, or it has no ``layer_idx``;
+            ``max_length`` is not positive.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, max_length: int | None = None) -> None:
+        reserved = 0 if max_length is None else check_count("max_length", max_length, 1)
         layers = list(DynamicCache(config=model.config).layers)
         found = False
         for name, module in model.named_modules():
@@ -190,7 +200,7 @@ class SketchCache(Cache):  # type: ignore[misc]
                     f"model must have attention modules with a layer_idx below {len(layers)} to be "
                     f"cached, {name} has {index}"
                 )
-            layers[index] = SketchLayer(converted)
+            layers[index] = SketchLayer(converted, reserved)
             found = True
         if not found:
             raise ValueError(

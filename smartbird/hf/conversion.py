@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from os import PathLike
 from typing import Any, TypeVar
 
 import torch
@@ -85,12 +86,14 @@ class _Record:
         layers: what :func:`report` says.
         settings: the keywords of :func:`convert` but the last.
         hooks: to be removed.
+        in_dense: within :func:`dense`.
     """
 
     before: list[tuple[Any, str]]
     layers: list[LayerReport]
     settings: dict[str, Any]
     hooks: list[Any]
+    in_dense: bool = False
 
 
 @dataclass
@@ -142,9 +145,15 @@ def convert(
     transformers does, by ``position_ids`` that restart where there is neither a mask nor a cache
     (``use_cache=False``), and by ``cu_seq_lens_q``.
 
-    Converted again, a model keeps sketches that have the size asked for, unless ``calibration`` is
-    given, and takes the other settings. If that fails, it stays as it was. ``save_pretrained``
-    writes the model without its sketches, and warns: :func:`smartbird.hf.save` writes them.
+    Decoding with a ``StaticCache`` is one graph under ``torch.compile``, as ``generate`` does by
+    itself on a GPU. A batch with padding copies the cache there, and sketches of all its places are
+    made for each token: :class:`SketchCache` keeps them, in eager mode.
+
+    Converted again, a model takes the settings of the last call, where an argument that is not
+    given is its default. Sketches of the size asked for stay unless ``calibration`` is given, and a
+    passage is read only for that or for another ``sketch_dim`` or ``layers``. If that fails, the
+    model stays as it was. ``save_pretrained`` writes the model that it was before, and beside it
+    the sketches, as :func:`smartbird.hf.save` does.
 
     Args:
         model: a ``transformers.PreTrainedModel``.
@@ -190,7 +199,7 @@ def convert(
     if min_length is None:
         min_length = checked.num_samples
     min_length = check_count("min_length", min_length, 0)
-    passage = _passage(model) if calibration is None else _check_tokens("calibration", calibration)
+    per_head = num_sketches == "head"
 
     settings = {
         **sampling,
@@ -200,7 +209,17 @@ def convert(
         "min_length": min_length,
     }
     old = dict(children(model))
-    old_record = getattr(model, RECORD, None)
+    old_record: _Record | None = getattr(model, RECORD, None)
+    now = model.config._attn_implementation  # which the caller may have set since
+    in_use = old_record is not None and (old_record.in_dense or now in NAMES.values())
+    if old_record is not None and in_use and calibration is None:
+        changed = {name for name in settings if settings[name] != old_record.settings[name]}
+        if not changed & {"sketch_dim", "layers"}:
+            for child in old.values() if changed else ():
+                child.set_sampling(sampling, sketch_per_head=per_head, min_length=min_length)
+            setattr(model, RECORD, replace(old_record, settings=settings))
+            return model
+    passage = _passage(model) if calibration is None else _check_tokens("calibration", calibration)
     revert(model)
     before = [(config, config._attn_implementation) for config in _configs(model)]
     now = model.config._attn_implementation
@@ -222,7 +241,7 @@ def convert(
                     distill_temperature=1.0,
                     **sampling,
                 ),
-                sketch_per_head=num_sketches == "head",
+                sketch_per_head=per_head,
                 min_length=min_length,
             )
             for name, one in seen.items()
@@ -303,11 +322,14 @@ def dense(model: nn.Module) -> Iterator[None]:
     """
     record = record_of(model)
     now = [(config, config._attn_implementation) for config, _ in record.before]
+    outer, record.in_dense = record.in_dense, True
     _restore(record.before)
     try:
         yield
     finally:
         _restore(now)
+        if (record := getattr(model, RECORD, None)) is not None:  # another one, if converted again
+            record.in_dense = outer
 
 
 def report(model: nn.Module, batch: Batch | None = None) -> list[LayerReport]:
@@ -412,11 +434,22 @@ def _refuse_weights(module: nn.Module, args: tuple[Any, ...], keywords: dict[str
         )
 
 
-def _save_pretrained(model: Any, *args: Any, **keywords: Any) -> None:
-    """``save_pretrained`` of a converted model: what it was before, which loads as such."""
+def _save_pretrained(
+    model: Any, save_directory: str | PathLike[str], *args: Any, **keywords: Any
+) -> None:
+    """``save_pretrained`` of a converted model: what it was before, and its sketches beside it."""
+    from smartbird.hf.files import save  # which needs this module
+
+    whole = hasattr(model, RECORD)  # and not a part of the model that was converted
+    if whole and keywords.get("is_main_process", True):
+        save(model, save_directory)
     warnings.warn(
-        "save_pretrained writes the model without its sketches, so that from_pretrained loads a "
-        "dense one: keep them by smartbird.hf.save and bring them back by smartbird.hf.load",
+        "from_pretrained loads what save_pretrained writes as a dense model: "
+        + (
+            "smartbird.hf.load brings back the sketches, which are beside it"
+            if whole
+            else "the sketches of this part are not written, smartbird.hf.save writes them"
+        ),
         stacklevel=2,
     )
     ignored = model._keys_to_ignore_on_save
@@ -425,7 +458,7 @@ def _save_pretrained(model: Any, *args: Any, **keywords: Any) -> None:
     }
     model._keys_to_ignore_on_save = sketches | set(ignored or ())
     try:
-        type(model).save_pretrained(model, *args, **keywords)
+        type(model).save_pretrained(model, save_directory, *args, **keywords)
     finally:
         model._keys_to_ignore_on_save = ignored
 
@@ -507,7 +540,9 @@ def _observe(model: Any, passage: Tensor, num_sinks: int) -> dict[str, _Seen]:
 def read(model: Any, batch: Batch) -> None:
     """Let a model read a batch in evaluation mode, without its head and without a cache."""
     inputs = batch if isinstance(batch, Mapping) else {"input_ids": _check_tokens("batch", batch)}
-    device = model.get_input_embeddings().weight.device
+    embedding = model.get_input_embeddings().weight
+    # Where it is offloaded, what brings it back moves the inputs too.
+    device = None if embedding.is_meta else embedding.device
     given = {
         name: x.to(device) if isinstance(x, Tensor) else x
         for name, x in inputs.items()

@@ -306,7 +306,7 @@ def _sequences(
     found = []
     for run in runs:
         one_q, one_k = (
-            select_rows(x[run.batch], rows).to(child.q_weight.dtype)
+            select_rows(x, run.batch, rows).to(child.q_weight.dtype)
             for x, rows in ((q, run.queries), (k, run.keys))
         )
         sizes = one_q.shape[0], one_q.shape[2], one_k.shape[2]

@@ -88,10 +88,18 @@ def _fingerprint(model: nn.Module, name: str) -> dict[str, float]:
     change it little, other weights as much as chance does.
     """
     direction = torch.randn(SAMPLE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    module = dict(model.named_modules()).get(name)
-    numbers = {}
-    for part, tensor in module.named_parameters() if module is not None else ():
+    numbers: dict[str, float] = {}
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return numbers
+    for part, tensor in module.named_parameters():
         if not part.startswith(f"{CHILD}."):
+            if tensor.is_meta:
+                raise ValueError(
+                    f"model must hold its weights, but {name}.{part} is offloaded or was never "
+                    "loaded: save and load sketches without offloading"
+                )
             values = tensor.detach().flatten()
             values = values[:: -(-values.numel() // SAMPLE)].double().cpu()
             norm = values.norm().clamp(min=torch.finfo(torch.float64).tiny)

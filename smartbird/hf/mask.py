@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -39,21 +41,41 @@ class RowMask:
 
     Attributes:
         is_causal: a row sees the keys up to its position.
-        num_queries, num_keys: N, and the keys that exist; a static cache holds more.
+        num_queries: N.
+        start: int64 [], the key that query 0 stands at, where causality needs it and a cache counts
+            in a tensor; None: what data say is known.
+        key_mask: bool [B, L], False in padding; None: there is none.
+        packed: the sequences of a pack; empty: each element of the batch is one.
         reason: why attention over sampled keys cannot honour it; None: it can.
-        runs: the sequences, empty where there is a reason.
     """
 
     ndim = 4  # transformers takes what has two dimensions for a mask of padding
 
-    def __init__(
-        self, arguments: dict[str, Any], num_queries: int, num_keys: int, is_causal: bool
-    ) -> None:
+    def __init__(self, arguments: dict[str, Any], num_queries: int, offset: int | Tensor) -> None:
         self._arguments = arguments
         self._native: dict[str, Any] = {}
-        self.num_queries, self.num_keys, self.is_causal = num_queries, num_keys, is_causal
+        self._offset = offset
+        self.packed: list[Run] = []
+        self.num_queries = num_queries
+        self.is_causal = arguments.get("mask_function") is not bidirectional_mask_function
+        self.start = offset if isinstance(offset, Tensor) and self.is_causal else None
+        self.key_mask: Tensor | None = None
         self.reason: str | None = None
-        self.runs: list[Run] = []
+
+    @cached_property
+    def num_keys(self) -> int:
+        """The keys that exist; a static cache holds more."""
+        return int(self._offset) + self.num_queries
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The sequences of a mask without a reason."""
+        if self.packed:
+            return self.packed
+        if self.key_mask is None:
+            batch = self._arguments["batch_size"]
+            return [Run(slice(0, batch), slice(0, self.num_queries), slice(0, self.num_keys))]
+        return _padded(self.key_mask[:, : self.num_keys], self.num_keys - self.num_queries)
 
     def native(self, implementation: str) -> Any:
         """The mask that another attention implementation of transformers takes, made once."""
@@ -91,59 +113,71 @@ class RowMask:
         return _pack(0, bounds)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def row_mask(**arguments: Any) -> RowMask:
-    """The mask function "smartbird" of transformers' AttentionMaskInterface."""
+    """The mask function "smartbird" of transformers' AttentionMaskInterface.
+
+    A graph can hold it where the cache counts its tokens in a tensor, as StaticCache does; what
+    else depends on data breaks the graph.
+    """
     given = arguments.get("attention_mask")
     if isinstance(given, RowMask):  # made before the forward pass, as generate() does
         return given
     if "cache_position" in arguments:  # what transformers 5.0 has in place of the next
         rows = arguments["cache_position"]
-        offset, queries, device = int(rows[0]), rows.shape[0], rows.device
+        offset, queries = rows[0].clone(), rows.shape[0]
     else:
-        # A static cache counts in a tensor, which its first layer changes.
-        offset = arguments["q_offset"] = int(arguments["q_offset"])
-        queries, device = arguments["q_length"], arguments.get("device", "cpu")
-    batch, allocated = arguments["batch_size"], arguments["kv_length"]
+        offset, queries = arguments["q_offset"], arguments["q_length"]
+        if isinstance(offset, Tensor):
+            # A static cache counts in a tensor, which its first layer changes.
+            offset = arguments["q_offset"] = offset.clone()
+    mask = RowMask(arguments, queries, offset)
+    looks = mask.start is None or not torch.compiler.is_compiling()
+    allocated = arguments["kv_length"]
     pattern = arguments.get("mask_function", causal_mask_function)
-    is_causal = pattern is not bidirectional_mask_function
-    keys = offset + queries
-    mask = RowMask(arguments, queries, keys, is_causal)
 
-    starts = None
     if arguments.get("local_size") is not None or arguments.get("kv_offset", 0) != 0:
         mask.reason = "its rows see a window or a chunk of the keys"
     elif arguments.get("use_vmap", False):
         mask.reason = "its mask is a pattern of the model's own"
-    elif not is_causal and allocated != queries:
+    elif not mask.is_causal and allocated != queries:
         mask.reason = "it attends to another sequence"
-    elif allocated < keys:
-        mask.reason = f"its cache holds {allocated} of {keys} keys"
-    elif is_causal and pattern is not causal_mask_function:
-        starts = None if keys != queries else _starts(pattern, batch, queries, device)
-        if starts is None:
+    elif looks and allocated < mask.num_keys:
+        mask.reason = f"its cache holds {allocated} of {mask.num_keys} keys"
+    elif mask.is_causal and pattern is not causal_mask_function:
+        if looks and mask.num_keys == queries:
+            _look_at_pack(mask, pattern, arguments)
+        else:
             mask.reason = "its mask is a pattern of the model's own"
-    if mask.reason is not None:
-        return mask
-
-    if starts is not None:
-        for element, begins in enumerate(starts):
-            bounds = begins.nonzero().squeeze(-1).tolist()
-            mask.runs += _pack(element, [*bounds, queries])
-    elif given is None:
-        mask.runs = _all(batch, queries, keys)
-    else:
-        if given.shape[0] != batch or given.shape[1] < keys:
-            raise ValueError(
-                f"attention_mask must be [B, M] = {[batch, keys]}, of cached and new tokens, got "
-                f"{list(given.shape)}"
-            )
-        mask.runs = _padded(given[:, :keys].bool(), offset)
+    elif given is not None:
+        mask.key_mask = _look_at_padding(mask, given, arguments) if looks else given.bool()
     return mask
 
 
-def _all(batch: int, queries: int, keys: int) -> list[Run]:
-    return [Run(slice(0, batch), slice(0, queries), slice(0, keys))]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _look_at_pack(mask: RowMask, pattern: Any, arguments: dict[str, Any]) -> None:
+    """Find the sequences of a causal pack, or a reason."""
+    rows = arguments.get("cache_position")
+    device = arguments.get("device", "cpu") if rows is None else rows.device
+    starts = _starts(pattern, arguments["batch_size"], mask.num_queries, device)
+    if starts is None:
+        mask.reason = "its mask is a pattern of the model's own"
+        return
+    for element, begins in enumerate(starts):
+        bounds = begins.nonzero().squeeze(-1).tolist()
+        mask.packed += _pack(element, [*bounds, mask.num_queries])
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _look_at_padding(mask: RowMask, given: Tensor, arguments: dict[str, Any]) -> Tensor | None:
+    """Of all allocated keys, bool [B, M], those that exist and are real; None: all that exist."""
+    batch, keys = arguments["batch_size"], mask.num_keys
+    if given.shape[0] != batch or given.shape[1] < keys:
+        raise ValueError(
+            f"attention_mask must be [B, M] = {[batch, keys]}, of cached and new tokens, got "
+            f"{list(given.shape)}"
+        )
+    real = given[:, :keys].bool()
+    return None if real.all() else F.pad(real, (0, arguments["kv_length"] - keys))
 
 
 def _pack(element: int, bounds: list[int]) -> list[Run]:
@@ -153,13 +187,7 @@ def _pack(element: int, bounds: list[int]) -> list[Run]:
 
 
 def _padded(key_mask: Tensor, offset: int) -> list[Run]:
-    """Of bool [B, M], where query 0 is key ``offset``: one run for each sequence, or one for all.
-
-    Rows without a query are left out.
-    """
-    batch, keys = key_mask.shape
-    if key_mask.all():
-        return _all(batch, keys - offset, keys)
+    """Of bool [B, M], where query 0 is key ``offset``: one for each element that has a query."""
     runs = []
     for element, valid in enumerate(key_mask):
         index = valid.nonzero().squeeze(-1)

@@ -430,6 +430,8 @@ class SampledAttention(nn.Module):
             return visible
         cu_seqlens = visible.cu_seqlens_q
         sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if sequences == 1:
+            return visible  # the only one has number 0
         return replace(
             visible, sequence_ids=torch.zeros(sequences, dtype=torch.int64, device=device)
         )

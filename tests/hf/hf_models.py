@@ -60,6 +60,15 @@ DECODERS: dict[str, Callable[[], Any]] = {
         T.Qwen2Config(**GQA, use_sliding_window=True, sliding_window=8, max_window_layers=1)
     ),
     "qwen3": lambda: T.Qwen3ForCausalLM(T.Qwen3Config(**GQA, head_dim=16)),
+    "gemma2": lambda: T.Gemma2ForCausalLM(  # scales by other than the width of a head
+        T.Gemma2Config(
+            **GQA,
+            head_dim=8,
+            sliding_window=8,
+            query_pre_attn_scalar=3,
+            attn_logit_softcapping=None,
+        )
+    ),
     "granite": lambda: T.GraniteForCausalLM(T.GraniteConfig(**GQA, attention_multiplier=0.7)),
     "gpt2": lambda: T.GPT2LMHeadModel(gpt2_config(scale_attn_by_inverse_layer_idx=True)),
     "neox": lambda: T.GPTNeoXForCausalLM(T.GPTNeoXConfig(**SMALL)),

@@ -20,10 +20,10 @@ from hf_models import (
     tokens,
 )
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache
 
 from smartbird import hf
-from smartbird.hf.cache import FIRST_CAPACITY, SketchLayer
+from smartbird.hf.cache import LEAST_ROOM, SketchLayer
 
 PROMPT = 24
 SEARCHES: dict[str, dict[str, Any]] = {
@@ -81,6 +81,43 @@ def test_other_caches_give_the_same(name: str, min_length: int) -> None:
     for cache, options in ((None, {}), (None, static), (hf.SketchCache(model), {})):
         actual = generated(model, ids, cache, attention_mask=mask, **options)
         assert torch.equal(actual, expected)
+
+
+class OneStream:
+    """Stands for a CUDA stream, where all is done in order."""
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
+    def wait_stream(self, other: OneStream) -> None: ...
+
+
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_offloaded_caches_give_the_same(
+    monkeypatch: pytest.MonkeyPatch, implementation: str
+) -> None:
+    model, ids = converted("llama"), tokens(2, PROMPT)
+    expected = generated(model, ids, use_cache=False)
+    monkeypatch.setattr(torch, "Stream", OneStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: OneStream())
+    assert torch.equal(generated(model, ids, cache_implementation=implementation), expected)
+
+
+@pytest.mark.parametrize("search", ["greedy", "beams"])
+def test_quantised_caches_give_what_they_give_dense_attention(search: str) -> None:
+    """Sketches are of the keys that it gives, as rounded as they are."""
+    model, ids = converted("llama", num_samples=64), tokens(2, PROMPT)
+
+    def quantised() -> Tensor:
+        try:
+            cache = QuantizedCache("fp8", model.config)
+        except ValueError:
+            pytest.skip("this transformers rounds by packages that are not installed only")
+        return generated(model, ids, cache, **SEARCHES[search])
+
+    actual = quantised()
+    assert not torch.equal(actual, generated(model, ids, **SEARCHES[search]))
+    with hf.dense(model):
+        assert torch.equal(actual, quantised())
 
 
 def test_dense_layers_beside_sampled_ones_see_no_empty_places() -> None:
@@ -193,19 +230,56 @@ def test_reset_takes_another_batch() -> None:
     near(out(model, ids, **{CACHE: cache}, use_cache=True), out(model, ids))
 
 
-def test_a_token_is_not_copied_for_each_that_follows() -> None:
-    layer = SketchLayer(converted("llama").model.layers[0].self_attn.smartbird)
-    places = set()
-    length = 40 * FIRST_CAPACITY
-    for _ in range(length):
-        keys, _ = layer.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))
-        places.add(keys.data_ptr())
-    assert keys.shape == (1, 2, length, 8)
-    assert len(places) <= 8  # twice as long each time, from FIRST_CAPACITY on
+def a_layer(max_length: int = 0) -> SketchLayer:
+    return SketchLayer(converted("llama").model.layers[0].self_attn.smartbird, max_length)
+
+
+def states(length: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(1, 2, length, 8), torch.zeros(1, 2, length, 8)
+
+
+def copied(layer: SketchLayer, length: int) -> int:
+    """How many tokens are copied to new buffers while so many are appended, one by one."""
+    total = 0
+    place = None
+    for count in range(length):
+        keys, _ = layer.update(*states(1))
+        if keys.data_ptr() != place:
+            total, place = total + count, keys.data_ptr()
+    assert layer.get_seq_length() == length
+    return total
+
+
+def test_the_copies_of_a_token_are_bounded_in_the_mean() -> None:
+    """So the time of a token does not grow with those before it, but for reading them."""
+    for length in (10 * LEAST_ROOM, 40 * LEAST_ROOM):
+        assert copied(a_layer(), length) <= 5 * length
+
+
+def test_room_for_all_is_made_once() -> None:
+    layer = a_layer(10 * LEAST_ROOM)
+    assert copied(layer, 10 * LEAST_ROOM) == 0
+    place = layer.update(*states(1))[0].data_ptr()  # there is no more, so it grows as others do
+    assert layer.update(*states(LEAST_ROOM))[0].data_ptr() == place
+    cache = hf.SketchCache(converted("llama"), max_length=7)
+    assert [layer.max_length for layer in cache.layers] == [7, 7]
+
+
+@pytest.mark.parametrize("length", [1024, 1000, 300])
+def test_room_is_little_more_than_what_is_held(length: int) -> None:
+    layer = a_layer()
+    layer.update(*states(length))
+    for _ in range(100):
+        keys, values = layer.update(*states(1))
+        assert layer.sketches is not None
+        parts = (keys, values, layer.sketches)
+        held = sum(x.nbytes for x in parts)
+        allocated = sum(x.untyped_storage().nbytes() for x in parts)
+        assert held <= allocated < 1.5 * held
 
 
 def test_views_stay_what_they_were() -> None:
-    layer = SketchLayer(converted("llama").model.layers[0].self_attn.smartbird)
+    layer = a_layer()
     first, _ = layer.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8))
     layer.update(torch.zeros(1, 2, 200, 8), torch.zeros(1, 2, 200, 8))
     assert first.shape == (1, 2, 3, 8)
@@ -238,5 +312,7 @@ def test_what_a_cache_cannot_do_is_an_error() -> None:
             cache.crop(tokens_to_remove)
     with pytest.raises(ValueError, match=r"model must be converted .* and causal"):
         hf.SketchCache(converted("bert"))
+    with pytest.raises(ValueError, match="max_length must be at least 1"):
+        hf.SketchCache(model, max_length=0)
     with pytest.raises(ValueError, match="SketchCache keeps no gradients"):
         model(ids, **{CACHE: hf.SketchCache(model)}, use_cache=True)

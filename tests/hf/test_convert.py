@@ -104,6 +104,64 @@ def test_twice_is_once() -> None:
     assert len(model._forward_pre_hooks) == 1
 
 
+def test_once_more_after_another_attention_was_set() -> None:
+    model, ids = hf.convert(made("llama"), **FEW), tokens(2, LENGTH)
+    expected = out(model, ids)
+    model.set_attn_implementation("sdpa")
+    assert not torch.equal(out(model, ids), expected)
+    assert torch.equal(out(hf.convert(model, **FEW), ids), expected)
+
+
+@pytest.fixture
+def converted_once(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A converted model of a seed of its own, which is to read no other passage."""
+    model = hf.convert(made("llama"), **FEW)
+    smartbird.seed_evaluation(model, 7)
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("it reads a passage")
+
+    monkeypatch.setattr("smartbird.hf.conversion._observe", refuse)
+    return model
+
+
+def test_the_same_settings_change_nothing(converted_once: Any) -> None:
+    before = list(converted_once.modules())
+    assert hf.convert(converted_once, **FEW) is converted_once
+    assert list(converted_once.modules()) == before
+    with hf.dense(converted_once):
+        hf.convert(converted_once, **FEW)
+        assert converted_once.config._attn_implementation == "sdpa"
+    with pytest.raises(AssertionError, match="it reads a passage"):
+        hf.convert(converted_once, **FEW, calibration=tokens(1, LENGTH))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_samples": 20},
+        {"method": "gumbel"},
+        {"correction": False},
+        {"window": 4},
+        {"min_length": 20},
+        {"num_sketches": "kv"},
+        {"num_samples": None, "window": None},  # then these are the defaults
+    ],
+    ids=str,
+)
+def test_other_settings_take_no_passage(
+    converted_once: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """And give what they give a model that is converted by them at first."""
+    settings = {name: x for name, x in (FEW | options).items() if x is not None}
+    hf.convert(converted_once, **settings)
+    monkeypatch.undo()
+    model, ids = hf.convert(made("llama"), **settings), tokens(2, LENGTH)
+    smartbird.seed_evaluation(model, 7)
+    assert torch.equal(out(converted_once, ids), out(model, ids))
+    assert str(converted_once) == str(model)
+
+
 def test_a_conversion_that_fails_changes_nothing() -> None:
     model, ids = hf.convert(made("llama"), **FEW), tokens(2, LENGTH)
     torch.nn.init.normal_(model.model.layers[0].self_attn.smartbird.q_weight)
@@ -292,6 +350,13 @@ def test_another_scaling_is_refused() -> None:
     model.model.layers[0].self_attn.scaling = 2.0
     with pytest.raises(ValueError, match="scaling must be"):
         out(model, tokens(1, LENGTH))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "gpt2"])
+def test_sketches_are_scaled_as_the_heads_are(name: str) -> None:
+    children = [x for x in hf.convert(made(name), **FEW).modules() if hasattr(x, "sketch_scale")]
+    assert children[-1].scale != 8**-0.5
+    assert all(child.sketch_scale == child.scale for child in children)
 
 
 def test_contradicting_causality_is_refused() -> None:

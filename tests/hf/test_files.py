@@ -60,6 +60,20 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     assert other.config._attn_implementation == "sdpa"
 
 
+def test_offloaded_weights(tmp_path: Path) -> None:
+    """As ``device_map`` leaves them where a device is too small."""
+    accelerate = pytest.importorskip("accelerate")
+    parts = ["embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb"]
+    places = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu"}
+    places |= {"model.embed_tokens": "disk", "model.layers.1": "disk"}
+    options = {"main_device": "cpu", "offload_dir": tmp_path, "force_hooks": True}
+    model = hf.convert(accelerate.dispatch_model(made("llama"), places, **options), **FEW)
+    ids = tokens(2, LENGTH)
+    assert torch.equal(out(model, ids), out(hf.convert(made("llama"), **FEW), ids))
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj\.weight is offloaded"):
+        hf.save(model, tmp_path / "sketch")
+
+
 def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model must be converted"):
         hf.save(made("llama"), tmp_path)
@@ -73,21 +87,32 @@ def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_save_pretrained_writes_the_model_without_sketches(tmp_path: Path, name: str) -> None:
+def test_save_pretrained_writes_the_model_and_its_sketches_beside_it(
+    tmp_path: Path, name: str
+) -> None:
     model = made(name)
     ids = tokens(2, LENGTH)
     expected = out(model, ids)
     other = copy.deepcopy(hf.convert(model, **FEW))
+    sampled = out(model, ids)
     for number, one in enumerate((model, other, pickle.loads(pickle.dumps(model)))):
         folder = tmp_path / str(number)
-        with pytest.warns(UserWarning, match=r"smartbird\.hf\.save"):
+        with pytest.warns(UserWarning, match=r"smartbird\.hf\.load brings back the sketches"):
             one.save_pretrained(folder)
         assert "smartbird" not in (folder / "config.json").read_text()
         loaded, info = type(model).from_pretrained(folder, output_loading_info=True)
         assert not info["unexpected_keys"]
         assert not info["missing_keys"]
         assert torch.equal(out(loaded.eval(), ids), expected)
+        assert torch.equal(out(hf.load(loaded, folder), ids), sampled)
     hf.revert(other)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other.save_pretrained(tmp_path / "reverted")
+
+
+def test_save_pretrained_of_a_part_says_that_it_has_no_sketches(tmp_path: Path) -> None:
+    model = hf.convert(made("llama"), **FEW)
+    with pytest.warns(UserWarning, match="the sketches of this part are not written"):
+        model.base_model.save_pretrained(tmp_path)
+    assert not (tmp_path / "smartbird.json").exists()

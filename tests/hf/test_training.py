@@ -14,16 +14,18 @@ from torch import Tensor
 from smartbird import hf
 
 
-def loss(model: Any, ids: Tensor) -> Tensor:
-    result: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+def loss(model: Any, ids: Tensor, use_cache: bool = False) -> Tensor:
+    result: Tensor = model(input_ids=ids, labels=ids, use_cache=use_cache).loss
     return result
 
 
-def gradients(model: Any, ids: Tensor, autocast: bool = False) -> dict[str, Tensor]:
+def gradients(
+    model: Any, ids: Tensor, autocast: bool = False, use_cache: bool = False
+) -> dict[str, Tensor]:
     model.zero_grad()
     torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        result = loss(model, ids)
+        result = loss(model, ids, use_cache)
     result.backward()
     return {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
 
@@ -47,8 +49,9 @@ def test_checkpointing_changes_no_gradient(autocast: bool) -> None:
     model, ids = hf.convert(made("llama"), **FEW).train(), tokens(2, LENGTH)
     expected = gradients(model, ids, autocast)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    for name, gradient in gradients(model, ids, autocast).items():
-        near(gradient, expected[name])
+    for use_cache in (False, True):  # a pass that is made again must find no cache
+        for name, gradient in gradients(model, ids, autocast, use_cache).items():
+            near(gradient, expected[name])
 
 
 def test_training_draws_anew_and_by_the_seed() -> None:
@@ -117,13 +120,11 @@ def test_a_pack_of_the_collator_is_each_sequence_alone(name: str, bounds: bool) 
     assert float(actual) == pytest.approx(sum(alone) / count, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:from_pretrained loads what save_pretrained writes")
 def test_trainer_goes_on_where_it_stopped(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
 
-    def train(steps: int, folder: Path, resume: bool = False) -> dict[str, Tensor]:
-        options = FEW | {
-            "calibration": tokens(1, LENGTH, seed=int(resume))
-        }  # not the same sketches
+    def train(model: Any, steps: int, folder: Path, resume: bool = False) -> dict[str, Tensor]:
         arguments = T.TrainingArguments(
             output_dir=str(folder),
             use_cpu=True,
@@ -136,7 +137,7 @@ def test_trainer_goes_on_where_it_stopped(tmp_path: Path) -> None:
             disable_tqdm=True,
         )
         trainer = T.Trainer(
-            model=hf.convert(made("llama"), **options),
+            model=model,
             args=arguments,
             train_dataset=[{"input_ids": tokens(n, seed=n)} for n in range(10, 26)],
             data_collator=T.DataCollatorWithFlattening(),
@@ -144,9 +145,13 @@ def test_trainer_goes_on_where_it_stopped(tmp_path: Path) -> None:
         trainer.train(resume_from_checkpoint=resume or None)
         return trainer.model.state_dict()
 
-    expected = train(4, tmp_path / "whole")
-    train(2, tmp_path / "parts")
-    resumed = train(4, tmp_path / "parts", resume=True)
+    expected = train(hf.convert(made("llama"), **FEW), 4, tmp_path / "whole")
+    parts = tmp_path / "parts"
+    train(hf.convert(made("llama"), **FEW), 2, parts)
+    # The sketches come from the checkpoint: another passage would give others.
+    written = parts / "checkpoint-2"
+    model = hf.load(T.LlamaForCausalLM.from_pretrained(written), written)
+    resumed = train(model, 4, parts, resume=True)
     assert resumed.keys() == expected.keys()
     for name, x in resumed.items():
         assert torch.equal(x, expected[name]), name
@@ -170,6 +175,22 @@ def test_no_parameter_waits_for_a_gradient() -> None:
     model = hf.convert(made("llama"), **FEW).train()
     loss(model, tokens(2, LENGTH)).backward()
     assert all(x.grad is not None for x in model.parameters() if x.requires_grad)
+
+
+def test_distributed(tmp_path: Path) -> None:
+    """Twice, as what waits for a gradient is missed in the second pass."""
+    model, ids = hf.convert(made("llama"), **ALL_KEYS).train(), tokens(2, LENGTH)
+    expected = gradients(model, ids)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        gradients(wrapped, ids)
+        actual = gradients(wrapped, ids)
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, gradient in actual.items():
+        near(gradient, expected[name.removeprefix("module.")])
 
 
 @pytest.mark.slow
