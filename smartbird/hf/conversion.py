@@ -322,14 +322,14 @@ def dense(model: nn.Module) -> Iterator[None]:
     """
     record = record_of(model)
     now = [(config, config._attn_implementation) for config, _ in record.before]
-    outer, record.in_dense = record.in_dense, True
+    setattr(model, RECORD, replace(record, in_dense=True))
     _restore(record.before)
     try:
         yield
     finally:
         _restore(now)
-        if (record := getattr(model, RECORD, None)) is not None:  # another one, if converted again
-            record.in_dense = outer
+        if hasattr(model, RECORD):  # another record, if the model was converted again
+            setattr(model, RECORD, replace(record_of(model), in_dense=record.in_dense))
 
 
 def report(model: nn.Module, batch: Batch | None = None) -> list[LayerReport]:
