@@ -18,6 +18,9 @@ from smartbird.hf import SketchCache, convert, dense
 from smartbird.nn import seed_evaluation
 
 DENSE, OURS, ORACLE, WINDOW = "dense", "smartbird", "exact top-k", "sinks and window"
+# With one sketch of the queries for each key/value head, as OURS has one for each head.
+OURS_KV = "smartbird, shared sketches"
+SKETCHES = {OURS: "head", OURS_KV: "kv"}
 NUM_SINKS = 4  # as StreamingLLM has, arXiv 2309.17453
 _ROWS = 256  # queries at a time, so that scores take little memory
 _RIVAL = "benchmark_rival"  # the name in transformers' interface, while a rival is used
@@ -30,11 +33,11 @@ def attending(
     """Let a converted model attend in this way for a while.
 
     Args:
-        model: converted by ``smartbird.hf.convert``. ``OURS`` keeps its sketches and leaves it with
-            this number of samples.
-        attention: ``DENSE``, ``OURS``, ``ORACLE`` or ``WINDOW``.
+        model: converted by ``smartbird.hf.convert``. ``OURS`` and ``OURS_KV`` keep its sketches and
+            leave it with these settings.
+        attention: ``DENSE``, ``OURS``, ``OURS_KV``, ``ORACLE`` or ``WINDOW``.
         num_samples: K, keys per query; ``DENSE`` takes none.
-        seed: of the draws of ``OURS``. None: 0, which ``convert`` begins with.
+        seed: of the draws of ours. None: 0, which ``convert`` begins with.
     """
     if attention == DENSE:
         with dense(model):
@@ -42,8 +45,8 @@ def attending(
         return
     if num_samples is None:
         raise ValueError(f"{attention} must have a num_samples, got None")
-    if attention == OURS:
-        convert(model, num_samples=num_samples)
+    if attention in SKETCHES:
+        convert(model, num_samples=num_samples, num_sketches=SKETCHES[attention])
         seed_evaluation(model, seed or 0)
         yield
         return
@@ -58,8 +61,8 @@ def attending(
 
 
 def new_cache(model: Any, attention: str) -> Any:
-    """What keeps keys and values: SketchCache for ``OURS``, else transformers' DynamicCache."""
-    return SketchCache(model) if attention == OURS else DynamicCache(config=model.config)
+    """What keeps keys and values: SketchCache for ours, else transformers' DynamicCache."""
+    return SketchCache(model) if attention in SKETCHES else DynamicCache(config=model.config)
 
 
 def exact_topk(

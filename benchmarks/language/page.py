@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.common.markdown import table, update_tables
-from benchmarks.language.attention import DENSE, ORACLE, OURS, WINDOW
+from benchmarks.language.attention import DENSE, ORACLE, OURS, OURS_KV, SKETCHES, WINDOW
 from benchmarks.language.model import KINDS
 from benchmarks.language.needle import Answer
 from benchmarks.language.perplexity import Loss, mean_factor
@@ -48,10 +48,13 @@ def summary(results: Results) -> str:
         faster: list[str] = []
         slower: list[str] = []
         for what, name in told.items():
-            for (threads, length), pair in _pairs(results.speed, what).items():
-                if threads == results.environments["speed"]["threads"]:
-                    ratio = pair[DENSE] / pair[OURS]
-                    text = f"{name} at {length} tokens ({ratio:.2f}x)"
+            for (threads, length), times in _medians(results.speed, what).items():
+                if threads != results.environments["speed"]["threads"]:
+                    continue
+                for way in (one for one in SKETCHES if one in times):
+                    ratio = times[DENSE] / times[way]
+                    how = way.removeprefix(OURS)
+                    text = f"{name} at {length} tokens{how} ({ratio:.2f}x)"
                     (faster if ratio > 1 else slower).append(text)
         lines.append(f"Faster than SDPA: {', '.join(faster) or 'nothing'}.")
         lines.append(f"Slower than SDPA: {', '.join(slower) or 'nowhere'}.")
@@ -97,7 +100,7 @@ def perplexity(results: Results) -> str:
     add(OURS, some, _select(few, attention=OURS, seed=None))
     for seed in sorted({loss.seed for loss in few if loss.seed is not None}):
         add(f"{OURS}, seed {seed} of sampling", some, _select(few, attention=OURS, seed=seed))
-    for rival in (ORACLE, WINDOW):
+    for rival in (OURS_KV, ORACLE, WINDOW):
         add(rival, some, _select(few, attention=rival))
     keys = sorted(_by_keys(ours))
     return table(
@@ -162,35 +165,30 @@ def prefill(results: Results) -> str:
     if results.speed is None:
         return _NOT_RUN
     rows = [
-        [str(length), str(threads), f"{pair[DENSE]:.1f}", f"{pair[OURS]:.1f}", _ratio(pair)]
-        for (threads, length), pair in sorted(_pairs(results.speed, PREFILL).items())
+        [str(length), str(threads), name, f"{times[DENSE]:.1f}", f"{times[name]:.1f}", ratio]
+        for (threads, length), times in sorted(_medians(results.speed, PREFILL).items())
+        for name, ratio in _ratios(times)
     ]
-    return table(["tokens", "threads", "SDPA, s", f"{OURS}, s", "SDPA / ours"], rows)
+    return table(["tokens", "threads", "ours", "SDPA, s", "ours, s", "SDPA / ours"], rows)
 
 
 def decode(results: Results) -> str:
     """Milliseconds for a token: its attention, and the whole step."""
     if results.speed is None:
         return _NOT_RUN
-    steps = _pairs(results.speed, STEP)
+    steps = _medians(results.speed, STEP)
     rows = []
-    for key, part in sorted(_pairs(results.speed, ATTENTION).items()):
-        step = steps[key]
-        rows.append(
-            [
-                str(key[1]),
-                str(key[0]),
-                f"{part[DENSE] * 1e3:.1f}",
-                f"{part[OURS] * 1e3:.1f}",
-                _ratio(part),
-                f"{step[DENSE] * 1e3:.1f}",
-                f"{step[OURS] * 1e3:.1f}",
-                _ratio(step),
-            ]
-        )
-    header = ["attention: SDPA, ms", f"{OURS}, ms", "SDPA / ours"]
-    whole = ["whole step: SDPA, ms", f"{OURS}, ms", "SDPA / ours"]
-    return table(["context", "threads", *header, *whole], rows)
+    for (threads, length), part in sorted(_medians(results.speed, ATTENTION).items()):
+        step = steps[threads, length]
+        for (name, faster), (_, whole) in zip(_ratios(part), _ratios(step), strict=True):
+            milliseconds = [f"{x * 1e3:.1f}" for x in (part[DENSE], part[name])]
+            whole_step = [f"{x * 1e3:.1f}" for x in (step[DENSE], step[name])]
+            rows.append(
+                [str(length), str(threads), name, *milliseconds, faster, *whole_step, whole]
+            )
+    header = ["attention: SDPA, ms", "ours, ms", "SDPA / ours"]
+    whole_header = ["whole step: SDPA, ms", "ours, ms", "SDPA / ours"]
+    return table(["context", "threads", "ours", *header, *whole_header], rows)
 
 
 def cache(results: Results) -> str:
@@ -299,14 +297,15 @@ def _counts(results: Results) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def _pairs(speed: Speed, what: str) -> dict[tuple[int, int], dict[str, float]]:
+def _medians(speed: Speed, what: str) -> dict[tuple[int, int], dict[str, float]]:
     """Medians of each attention by threads and length."""
-    pairs: dict[tuple[int, int], dict[str, float]] = {}
+    medians: dict[tuple[int, int], dict[str, float]] = {}
     for one in speed.times:
         if one.what == what:
-            pairs.setdefault((one.threads, one.length), {})[one.attention] = one.median
-    return pairs
+            medians.setdefault((one.threads, one.length), {})[one.attention] = one.median
+    return medians
 
 
-def _ratio(pair: dict[str, float]) -> str:
-    return f"{pair[DENSE] / pair[OURS]:.2f}x"
+def _ratios(times: dict[str, float]) -> list[tuple[str, str]]:
+    """Ours that were timed, and how many times as fast as dense attention they are."""
+    return [(name, f"{times[DENSE] / times[name]:.2f}x") for name in SKETCHES if name in times]

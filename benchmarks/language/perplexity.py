@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.language.attention import DENSE, ORACLE, OURS, WINDOW, attending
+from benchmarks.language.attention import DENSE, ORACLE, OURS, OURS_KV, WINDOW, attending
 from benchmarks.language.model import Passage
 
 _ROWS = 256  # tokens whose logits are made at a time
@@ -107,7 +107,7 @@ def measure_perplexity(
     for keys in num_samples:
         yield from read(passages, OURS, keys)
         if rival_passages > 0:
-            for rival in (ORACLE, WINDOW):
+            for rival in (OURS_KV, ORACLE, WINDOW):
                 yield from read(passages[:rival_passages], rival, keys)
             for seed in seeds:
                 yield from read(passages[:rival_passages], OURS, keys, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from statistics import median
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from benchmarks.language.attention import DENSE, OURS, attending, new_cache
+from benchmarks.language.attention import DENSE, OURS, OURS_KV, attending, new_cache
 from benchmarks.language.model import Passage, Tokenizer, forget_after, forward, greedy
 
 PREFILL, STEP, ATTENTION = "prefill", "step", "attention"
@@ -33,7 +33,8 @@ class Time:
     Attributes:
         what: ``PREFILL``, a text that is read whole; ``STEP``, a token that is decoded;
             ``ATTENTION``, what the attention functions and the cache take of that step.
-        attention: ``DENSE``, which is SDPA with DynamicCache, or ``OURS``, with SketchCache.
+        attention: ``DENSE``, which is SDPA with DynamicCache, or ``OURS`` or ``OURS_KV``, with
+            SketchCache.
         threads: of PyTorch.
         length: tokens that are read, or that are in the cache.
     """
@@ -138,7 +139,7 @@ def measure_speed(
     written: int,
     say: Callable[[Time], None] = lambda time: None,
 ) -> Speed:
-    """Both attentions in turn. Leaves the last number of ``threads`` set.
+    """Dense attention and ours in turn. Leaves the last number of ``threads`` set.
 
     Args:
         model: converted; it is left with ``num_samples``.
@@ -156,31 +157,30 @@ def measure_speed(
     texts: dict[str, str] = {}
 
     def how(attention: str) -> AbstractContextManager[None]:
-        return nullcontext() if attention == OURS else attending(model, attention)
+        return attending(model, attention, num_samples)
 
     def add(what: str, attention: str, length: int, seconds: list[float]) -> None:
         times.append(Time(what, attention, torch.get_num_threads(), length, seconds))
         say(times[-1])
 
-    with attending(model, OURS, num_samples):
-        for number in threads:
-            torch.set_num_threads(number)
-            for length in lengths:
-                tokens = passage.tokens[:, :length]
-                for attention, seconds in _read(model, tokens, how, kept, repeats).items():
-                    add(PREFILL, attention, length, seconds)
-            if number == threads[-1]:
-                for attention, one in kept.items():
-                    with how(attention):
-                        sizes = [_size(model, attention, one, length) for length in lengths]
-                        text = _write(model, tokenizer, passage.tokens, one, written)
-                    caches += sizes
-                    texts[attention] = text
-            for length in sorted(contexts, reverse=True):  # a cache only grows shorter
-                steps, parts = _decode(model, passage.tokens[:, :length], how, kept, repeats)
-                for attention in kept:
-                    add(STEP, attention, length, steps[attention])
-                    add(ATTENTION, attention, length, parts[attention])
+    for number in threads:
+        torch.set_num_threads(number)
+        for length in lengths:
+            tokens = passage.tokens[:, :length]
+            for attention, seconds in _read(model, tokens, how, kept, repeats).items():
+                add(PREFILL, attention, length, seconds)
+        if number == threads[-1]:
+            for attention, one in kept.items():
+                if attention == OURS_KV:
+                    continue  # its cache is that of OURS
+                with how(attention):
+                    caches += [_size(model, attention, one, length) for length in lengths]
+                    texts[attention] = _write(model, tokenizer, passage.tokens, one, written)
+        for length in sorted(contexts, reverse=True):  # a cache only grows shorter
+            steps, parts = _decode(model, passage.tokens[:, :length], how, kept, repeats)
+            for attention in kept:
+                add(STEP, attention, length, steps[attention])
+                add(ATTENTION, attention, length, parts[attention])
     read = lengths[-1] - written
     document = tokenizer.decode(passage.tokens[0, read : lengths[-1]].tolist())
     writing = Writing(passage.name, read, {"document": document, **texts})
@@ -191,7 +191,7 @@ def _read(
     model: Any, tokens: Tensor, how: How, kept: dict[str, Any], repeats: int
 ) -> dict[str, list[float]]:
     """Seconds to read ``tokens`` [1, N] into new caches, which are left in ``kept``."""
-    seconds: dict[str, list[float]] = {DENSE: [], OURS: []}
+    seconds: dict[str, list[float]] = {DENSE: [], OURS: [], OURS_KV: []}
     for attention in seconds:  # what the first call sets up
         with how(attention):
             forward(model, tokens[:, :_WARM_UP])

@@ -21,6 +21,7 @@ from benchmarks.language.attention import (
     DENSE,
     ORACLE,
     OURS,
+    OURS_KV,
     WINDOW,
     attending,
     exact_topk,
@@ -171,8 +172,8 @@ def make_losses(model: Any) -> list[Any]:
 
 def test_perplexities(model: Any) -> None:
     losses = make_losses(model)
-    # Dense; ours on all passages; with another seed, the oracle, and sinks and window on two.
-    assert len(losses) == 3 + 2 * (3 + 2 + 2 + 2)
+    # Dense; ours on all passages; with shared sketches, another seed, and the rivals on two.
+    assert len(losses) == 3 + 2 * (3 + 2 * 4)
     dense = [loss for loss in losses if loss.attention == DENSE]
     assert all(loss.factor == 1.0 for loss in dense)
     ours = [loss for loss in losses if loss.attention == OURS and loss.num_samples == 40]
@@ -225,11 +226,11 @@ def make_speed(model: Any) -> Any:
 
 
 def test_speed(model: Any) -> None:
-    speed = make_speed(model)
+    speed, ways = make_speed(model), (DENSE, OURS, OURS_KV)
     told = [(time.what, time.attention, time.length) for time in speed.times]
     assert sorted(told) == sorted(
-        [(PREFILL, a, n) for a in (DENSE, OURS) for n in (256, 512)]
-        + [(what, a, n) for what in (STEP, ATTENTION) for a in (DENSE, OURS) for n in (128, 512)]
+        [(PREFILL, a, n) for a in ways for n in (256, 512)]
+        + [(what, a, n) for what in (STEP, ATTENTION) for a in ways for n in (128, 512)]
     )
     assert all(second > 0 for time in speed.times for second in time.seconds)
     steps = {(t.attention, t.length): t.seconds for t in speed.times if t.what == STEP}
