@@ -169,7 +169,7 @@ def run(options: argparse.Namespace) -> None:
         "speed": speed,
         "distil": distil,
     }
-    for part in options.only or PARTS:
+    for part in (one for one in PARTS if one in (options.only or PARTS)):
         if part == "distil" and options.distil <= 0:
             continue
         environment = _environment(settings, threads) | {"seconds": 0.0}

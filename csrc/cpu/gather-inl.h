@@ -245,11 +245,15 @@ __attribute__((noinline)) void gather_accumulate_together(
   });
 }
 
-// Calls f(integral_constant H) for the heads of a part. Where vectors hold fewer than four elements
-// every head goes alone.
+// So many heads that share a list go together. Where vectors hold fewer than four elements every
+// head goes alone.
+template <typename A>
+constexpr int kTogether = kGroup<A> == 4 ? 4 : 1;
+
+// Calls f(integral_constant H) for up to kTogether heads.
 template <typename A, typename F>
 SMARTBIRD_INLINE void dispatch_heads(int64_t heads, F&& f) {
-  if constexpr (kGroup<A> == 4) {
+  if constexpr (kTogether<A> == 4) {
     if (heads == 4) return f(std::integral_constant<int, 4>{});
     if (heads == 3) return f(std::integral_constant<int, 3>{});
     if (heads == 2) return f(std::integral_constant<int, 2>{});
@@ -469,7 +473,7 @@ struct GatherLists {
   }
 };
 
-// The slots [j, j + n) of one row or of up to kGroup rows: those of neighbouring heads that hold
+// The slots [j, j + n) of one row or of up to kTogether rows: those of neighbouring heads that hold
 // the same keys there.
 struct GatherPart {
   GatherRow first;
@@ -485,7 +489,6 @@ struct GatherPart {
 template <typename A, typename F>
 inline void for_each_part(const GatherParams& P, const GatherTask& task, const GatherLists& lists,
                           int64_t slots, F&& f) {
-  constexpr int G = kGroup<A>;
   if (heads_per_list(P) == 1) {  // all that follows costs more than a tenth of such a head's time
     task.for_each_row([&](int64_t r, GatherRow at) {
       const int64_t size = lists.size[r];
@@ -517,7 +520,7 @@ inline void for_each_part(const GatherParams& P, const GatherTask& task, const G
                                static_cast<size_t>(part.n) * sizeof(int32_t)) == 0;
           };
           if (j == 0 || j < size) {
-            while (G == 4 && part.heads < G && h + part.heads < end && same(row(h + part.heads)))
+            while (part.heads < kTogether<A> && h + part.heads < end && same(row(h + part.heads)))
               ++part.heads;
             f(part);
           }

@@ -182,7 +182,8 @@ inline void gather_backward_queries(const GatherBackwardParams& P, int64_t task,
 // ---- pass 2: keys -------------------------------------------------------------------------------
 
 // A task sums some features of all keys of a slice. A query adds to keys in no order, so their sums
-// stay within the second cache, of which this is a half ...
+// stay within the second cache, of which this is a half, up to 8192 keys: beyond, a line of each
+// key is more ...
 constexpr int64_t kSumBytes = int64_t{512} << 10;
 // ... and what a query adds stays in registers: so many cache lines of a row.
 constexpr int64_t kLineBytes = 64, kMaxLines = 2;
@@ -285,7 +286,7 @@ inline void sum_keys(const GatherBackwardParams& P, const KeySums& which, int64_
     for (int64_t h = first_head + P.head_begin; h < end;) {
       const GatherRow at{slice / F.H_kv, h, i};
       const int64_t sharing_end = min_of(end, (h / sharing + 1) * sharing),
-                    together = min_of<int64_t>(sharing_end - h, kGroup<A>);
+                    together = min_of<int64_t>(sharing_end - h, kTogether<A>);
       dispatch_heads<A>(together, [&](auto heads) {
         add_query<decltype(heads)::value, V, T>(P, which, at, d, sums);
       });

@@ -343,8 +343,7 @@ Tensor sampled_attention_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v
   return out;
 }
 
-// Rounds keep the per-slot gradients within this, or within those of one head: enough rows and keys
-// for all cores.
+// Rounds keep the per-slot gradients within this, or within those of one head.
 constexpr int64_t kSlotGradBytes = int64_t{64} << 20;
 
 void run_gather_backward(GatherBackwardParams* p, const Tensor& like) {

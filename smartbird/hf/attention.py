@@ -86,22 +86,45 @@ class SketchedAttention(nn.Module):
         self.sketch_per_head = sketch_per_head
         self.min_length = min_length
 
+    @staticmethod
+    def core(
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        is_causal: bool,
+        scale: float,
+        sampling: dict[str, Any],
+        dropout: float = 0.0,
+    ) -> SampledAttention:
+        """What draws and attends by such settings, for sketches that stand for q . k."""
+        return SampledAttention(
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            is_causal=is_causal,
+            dropout=dropout,
+            scale=scale,
+            sketch_scale=scale,
+            distill=False,
+            distill_temperature=1.0,  # as distil teaches
+            **sampling,
+        )
+
     def set_sampling(
         self, sampling: dict[str, Any], *, sketch_per_head: bool, min_length: int
     ) -> None:
         """Attend by other settings of :class:`smartbird.nn.SampledAttention`, by the same seed."""
         before = self.attention
-        self.attention = SampledAttention(
+        assert before.scale is not None
+        self.attention = self.core(
             before.num_heads,
-            num_kv_heads=before.num_kv_heads,
+            before.num_kv_heads,
             is_causal=before.is_causal,
-            dropout=before.dropout,
             scale=before.scale,
-            sketch_scale=before.sketch_scale,
-            distill=before.distill,
-            **sampling,
+            sampling=sampling,
+            dropout=before.dropout,
         ).train(before.training)
-        self.attention.eval_seed = before.eval_seed
+        for name in ("eval_seed", "dense", "observer"):
+            setattr(self.attention, name, getattr(before, name))
         self.sketch_per_head = sketch_per_head
         self.min_length = min_length
 
@@ -216,7 +239,10 @@ class SketchedAttention(nn.Module):
             return out  # rows below it hold all their keys anyhow
         key_mask, offset = visible.get("key_mask"), start.expand(batch)
         full = self._attend_densely(q, k, v, is_causal=True, key_mask=key_mask, query_offset=offset)
-        return torch.where((position < self.min_length)[:, None, :, None], full, out)
+        out = torch.where((position < self.min_length)[:, None, :, None], full, out)
+        if mask.key_mask is not None:
+            out = out.masked_fill(~visible["query_mask"][:, None, :, None], 0)
+        return out
 
     def extra_repr(self) -> str:
         heads, width, features = self.q_weight.shape
@@ -263,6 +289,7 @@ def attention(
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     k_sketch: Tensor | None = None,
+    k_weight: Tensor | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function of transformers' AttentionInterface, in the names of ``NAMES``.
@@ -321,6 +348,15 @@ def attention(
         )
     if converted.training and dropout != core.dropout:
         core.dropout = dropout
+    if (
+        k_weight is not None
+        and k_weight is not converted.k_weight  # but in a copy of a cache
+        and not torch.equal(k_weight, converted.k_weight)
+    ):
+        raise ValueError(
+            "past_key_values must be a SketchCache that the sketches of this model made, got one "
+            "that others made: the model was converted anew since"
+        )
     out = converted(query, key, value, attention_mask, k_sketch=k_sketch, cu_seqlens=cu_seq_lens_q)
     return out, None
 

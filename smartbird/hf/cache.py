@@ -56,7 +56,7 @@ class SketchLayer(CacheLayerMixin):  # type: ignore[misc]
         Sketches go to the attention function among the keyword arguments of the attention module.
 
         Returns:
-            All keys and values: views, which later updates leave as they are.
+            All keys and values: views, which later updates leave as they are, but after a crop.
 
         Raises:
             ValueError: a batch of another size; gradients are recorded, which are not kept.
@@ -77,6 +77,7 @@ class SketchLayer(CacheLayerMixin):  # type: ignore[misc]
         keywords = options.get("kwargs")
         if isinstance(keywords, dict):
             keywords["k_sketch"] = self.sketches
+            keywords["k_weight"] = self.module.k_weight
         assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values

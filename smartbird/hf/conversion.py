@@ -7,9 +7,8 @@ import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from os import PathLike
 from typing import Any, TypeVar
 
 import torch
@@ -92,7 +91,7 @@ class _Record:
     before: list[tuple[Any, str]]
     layers: list[LayerReport]
     settings: dict[str, Any]
-    hooks: list[Any]
+    hooks: list[Any] = field(default_factory=list)
     in_dense: bool = False
 
 
@@ -150,10 +149,10 @@ def convert(
     made for each token: :class:`SketchCache` keeps them, in eager mode.
 
     Converted again, a model takes the settings of the last call, where an argument that is not
-    given is its default. Sketches of the size asked for stay unless ``calibration`` is given, and a
-    passage is read only for that or for another ``sketch_dim`` or ``layers``. If that fails, the
-    model stays as it was. ``save_pretrained`` writes the model that it was before, and beside it
-    the sketches, as :func:`smartbird.hf.save` does.
+    given is its default. Sketches of the size asked for stay unless ``calibration`` is given, and
+    their evaluation seed with them; a passage is read only for that or for another ``sketch_dim``
+    or ``layers``. If that fails, the model stays as it was. ``save_pretrained`` writes the model
+    that it was before, and beside it the sketches, as :func:`smartbird.hf.save` does.
 
     Args:
         model: a ``transformers.PreTrainedModel``.
@@ -210,8 +209,8 @@ def convert(
     }
     old = dict(children(model))
     old_record: _Record | None = getattr(model, RECORD, None)
-    now = model.config._attn_implementation  # which the caller may have set since
-    in_use = old_record is not None and (old_record.in_dense or now in NAMES.values())
+    in_dense = old_record is not None and old_record.in_dense
+    in_use = in_dense or samples(model)  # the caller may have set another attention since
     if old_record is not None and in_use and calibration is None:
         changed = {name for name in settings if settings[name] != old_record.settings[name]}
         if not changed & {"sketch_dim", "layers"}:
@@ -220,8 +219,9 @@ def convert(
             setattr(model, RECORD, replace(old_record, settings=settings))
             return model
     passage = _passage(model) if calibration is None else _check_tokens("calibration", calibration)
+    entry = _implementations(model)
     revert(model)
-    before = [(config, config._attn_implementation) for config in _configs(model)]
+    before = _implementations(model)
     now = model.config._attn_implementation
     native = "eager" if now == "eager" or not model._supports_sdpa else "sdpa"
     model.set_attn_implementation(NAMES[native])
@@ -231,15 +231,12 @@ def convert(
         made = {
             name: SketchedAttention(
                 *_weights(one, sketch_dim, old.get(name) if calibration is None else None),
-                SampledAttention(
+                SketchedAttention.core(
                     one.heads,
-                    num_kv_heads=one.kv_heads,
+                    one.kv_heads,
                     is_causal=one.is_causal,
                     scale=one.scaling,
-                    sketch_scale=one.scaling,  # sketches stand for q . k
-                    distill=False,
-                    distill_temperature=1.0,
-                    **sampling,
+                    sampling=sampling,
                 ),
                 sketch_per_head=per_head,
                 min_length=min_length,
@@ -258,9 +255,12 @@ def convert(
         if old_record is None:
             _restore(before)
         else:
-            _attach(model, old, before, old_record.layers, old_record.settings)
+            _attach(model, old, replace(old_record, before=before))
+            _restore(entry)
         raise
-    _attach(model, made, before, reports, settings)
+    _attach(model, made, _Record(before, reports, settings, in_dense=in_dense))
+    if in_dense:
+        _restore(before)
     seed_evaluation(model, 0)  # or all layers would draw alike
     return model
 
@@ -272,13 +272,7 @@ def children(model: nn.Module) -> Iterator[tuple[str, SketchedAttention]]:
             yield name, child
 
 
-def _attach(
-    model: nn.Module,
-    made: dict[str, SketchedAttention],
-    before: list[tuple[Any, str]],
-    reports: list[LayerReport],
-    settings: dict[str, Any],
-) -> None:
+def _attach(model: nn.Module, made: dict[str, SketchedAttention], record: _Record) -> None:
     """Make a model whose configurations are set a converted one."""
     for name, child in made.items():
         module = model.get_submodule(name)
@@ -288,7 +282,7 @@ def _attach(
     for part in parts:
         # Of the instance. A copy of the model, by pickle too, has one of its own.
         vars(part)["save_pretrained"] = partial(_save_pretrained, part)
-    setattr(model, RECORD, _Record(before, reports, settings, hooks))
+    setattr(model, RECORD, replace(record, hooks=hooks))
 
 
 def revert(model: Model) -> Model:
@@ -327,8 +321,8 @@ def dense(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        _restore(now)
         if hasattr(model, RECORD):  # another record, if the model was converted again
+            _restore(now)
             setattr(model, RECORD, replace(record_of(model), in_dense=record.in_dense))
 
 
@@ -336,8 +330,8 @@ def report(model: nn.Module, batch: Batch | None = None) -> list[LayerReport]:
     """Which attention modules of a converted model sample their keys, and why others do not.
 
     With a batch the model reads it as it is, in evaluation mode, and each module that samples is
-    compared with dense attention of the queries, keys and values that it meets. Modules that the
-    passage of :func:`convert` did not come by are not told.
+    compared with dense attention of the queries, keys and values that it meets. Modules that were
+    not called while :func:`convert` let the model read a passage are not told.
 
     Args:
         model: converted.
@@ -349,12 +343,13 @@ def report(model: nn.Module, batch: Batch | None = None) -> list[LayerReport]:
         than ``min_length``, they hold all: mass 1, error, loss and floor 0.
 
     Raises:
-        ValueError: ``model`` is not converted.
+        ValueError: ``model`` is not converted, or attends densely for now.
         TypeError: ``batch`` is neither.
     """
     layers = record_of(model).layers
     if batch is None:
         return list(layers)
+    check_samples(model)
     errors: dict[str, list[float]] = {}
     cores = {name: child.attention for name, child in children(model)}
     hooks = [
@@ -408,6 +403,24 @@ def record_of(model: nn.Module) -> _Record:
 # ---- the configurations -------------------------------------------------------------------------
 
 
+def samples(model: Any) -> bool:
+    """Whether the attention of a converted model is that of smartbird for now."""
+    return model.config._attn_implementation in NAMES.values()
+
+
+def check_samples(model: Any) -> None:
+    """Refuse a converted model that attends densely for now."""
+    if not samples(model):
+        raise ValueError(
+            "model must sample its keys, but its attention is set to "
+            f"{model.config._attn_implementation!r}: within smartbird.hf.dense or by its caller"
+        )
+
+
+def _implementations(model: nn.Module) -> list[tuple[Any, str]]:
+    return [(config, config._attn_implementation) for config in _configs(model)]
+
+
 def _configs(model: nn.Module) -> list[Any]:
     """Of the model and all that it is made of, each once, a whole before its parts."""
     found: dict[int, Any] = {}
@@ -430,27 +443,31 @@ def _refuse_weights(module: nn.Module, args: tuple[Any, ...], keywords: dict[str
     if keywords.get("output_attentions", getattr(module.config, "output_attentions", False)):
         raise ValueError(
             "output_attentions must be False: attention over sampled keys gives no weights of all "
-            "pairs, see smartbird.hf.dense and revert"
+            "pairs, see smartbird.hf.revert"
         )
 
 
-def _save_pretrained(
-    model: Any, save_directory: str | PathLike[str], *args: Any, **keywords: Any
-) -> None:
+def _save_pretrained(model: Any, *args: Any, **keywords: Any) -> None:
     """``save_pretrained`` of a converted model: what it was before, and its sketches beside it."""
-    from smartbird.hf.files import save  # which needs this module
+    from smartbird.hf.files import write  # which needs this module
 
-    whole = hasattr(model, RECORD)  # and not a part of the model that was converted
-    if whole and keywords.get("is_main_process", True):
-        save(model, save_directory)
+    original = type(model).save_pretrained
+    given = inspect.signature(original).bind(model, *args, **keywords).arguments
+    if given.get("push_to_hub"):
+        raise ValueError(
+            "push_to_hub must be False, as the sketches would stay behind: see model.push_to_hub"
+        )
+    told = "smartbird.hf.load brings back the sketches, which are beside it"
+    if not hasattr(model, RECORD):
+        told = "the sketches of a part of a model are not written, smartbird.hf.save writes them"
+    elif given.get("is_main_process", True):
+        try:
+            # Where parameters are spread over processes, the caller has gathered them.
+            write(model, given["save_directory"], given.get("state_dict") or model.state_dict())
+        except ValueError as error:  # of weights that are not here
+            told = f"the sketches are not written, as {error}"
     warnings.warn(
-        "from_pretrained loads what save_pretrained writes as a dense model: "
-        + (
-            "smartbird.hf.load brings back the sketches, which are beside it"
-            if whole
-            else "the sketches of this part are not written, smartbird.hf.save writes them"
-        ),
-        stacklevel=2,
+        f"from_pretrained loads what save_pretrained writes as a dense model: {told}", stacklevel=2
     )
     ignored = model._keys_to_ignore_on_save
     sketches = {
@@ -458,7 +475,7 @@ def _save_pretrained(
     }
     model._keys_to_ignore_on_save = sketches | set(ignored or ())
     try:
-        type(model).save_pretrained(model, save_directory, *args, **keywords)
+        original(model, *args, **keywords)
     finally:
         model._keys_to_ignore_on_save = ignored
 

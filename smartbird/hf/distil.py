@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from os import PathLike
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
@@ -23,7 +25,15 @@ from smartbird._checks import check_count, check_int, check_positive, default_in
 from smartbird._visible import Visible
 from smartbird.functional import attend
 from smartbird.hf.attention import SketchedAttention, select_rows
-from smartbird.hf.conversion import Batch, LayerReport, children, read, record_of, report
+from smartbird.hf.conversion import (
+    Batch,
+    LayerReport,
+    check_samples,
+    children,
+    read,
+    record_of,
+    report,
+)
 from smartbird.hf.files import check_base, fingerprints
 from smartbird.hf.mask import Run
 from smartbird.nn import SampledAttention, SketchStats
@@ -58,7 +68,7 @@ def distil(
     in either case. The learning rate falls to zero over the steps. Sketches of a model in half
     precision are taught in float32 and rounded at the end.
 
-    Padding changes nothing. Queries that attend to all their keys (``min_length``) teach nothing.
+    Padding is left out. Queries that attend to all their keys (``min_length``) teach nothing.
 
     With ``checkpoint`` a training that was stopped goes on as if it had not been, to the last bit:
     call again with the same arguments, and ``batches`` that give the same from the first on; what
@@ -85,10 +95,13 @@ def distil(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: an argument out of its range; ``model`` is not converted; ``batches`` are empty,
+        ValueError: an argument out of its range; ``model`` is not converted, or attends densely for
+            now; ``batches`` are empty,
             or an iterator that ends before ``steps``, or hold no query that samples its keys;
             ``checkpoint`` is of another model or of other settings.
     """
+    if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, Mapping)):
+        raise TypeError(f"batches must be an iterable of batches, got a {type(batches).__name__}")
     settings: dict[str, Any] = {
         "convert": record_of(model).settings,
         "steps": check_count("steps", steps, 1),
@@ -100,6 +113,7 @@ def distil(
         ),
         "seed": check_int("seed", seed),
     }
+    check_samples(model)
     sketches = dict(children(model))
     before = {
         name: (child.q_weight.dtype, child.q_weight.requires_grad, child.attention.dense)
@@ -142,7 +156,8 @@ class _Teaching:
         # A checkpoint is of the last step that was finished, wherever a later one was stopped.
         self.finished: dict[str, Any] = {}
         if path is not None:
-            self.base = fingerprints(model)
+            self.base = fingerprints(model, model.state_dict())
+            path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 self._load(path)
             self.finished = self._state()
@@ -265,7 +280,8 @@ class _Teaching:
     def _load(self, path: Path) -> None:
         state = None
         if is_zipfile(path):  # as files of torch are
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with suppress(RuntimeError, UnpicklingError):  # of another program
+                state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError(f"checkpoint must be a file that distil wrote, got {path}")
         check_base(self.model, state["base"])

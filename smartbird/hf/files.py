@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from smartbird.hf.attention import CHILD
 from smartbird.hf.conversion import Model, children, convert, record_of
@@ -29,17 +30,23 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         path: a folder, made if it is missing.
 
     Raises:
-        ValueError: ``model`` is not converted.
+        ValueError: ``model`` is not converted, or its weights are offloaded or spread over
+            processes.
     """
+    write(model, path, model.state_dict())
+
+
+def write(model: nn.Module, path: str | PathLike[str], weights: Mapping[str, Tensor]) -> None:
+    """:func:`save` with the weights of ``model`` by name, which the caller may have gathered."""
     settings = {
         "format": FORMAT,
         "settings": record_of(model).settings,
-        "base": fingerprints(model),
+        "base": fingerprints(model, weights),
     }
     tensors = {
-        f"{name}.{part}": tensor.detach().cpu().contiguous()
+        f"{name}.{CHILD}.{part}": _here(weights, f"{name}.{CHILD}.{part}").cpu().contiguous()
         for name, child in children(model)
-        for part, tensor in child.state_dict().items()
+        for part in child.state_dict()
     }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,18 +77,36 @@ def load(model: Model, path: str | PathLike[str]) -> Model:
     tensors = load_file(folder / WEIGHTS)
     check_base(model, written["base"])
     convert(model, **written["settings"])
-    for name, child in children(model):
-        own = {part: tensors[f"{name}.{part}"] for part in child.state_dict()}
-        child.load_state_dict(own)
+    own = {
+        f"{name}.{CHILD}.{part}": tensor
+        for name, child in children(model)
+        for part, tensor in child.state_dict().items()
+    }
+    expected, got = ({name: list(x.shape) for name, x in some.items()} for some in (own, tensors))
+    if got != expected:
+        raise ValueError(f"{folder / WEIGHTS} must hold sketches of {expected}, got {got}")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
     return model
 
 
-def fingerprints(model: nn.Module) -> dict[str, dict[str, float]]:
+def fingerprints(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     """By which :func:`check_base` knows the converted modules of a model."""
-    return {name: _fingerprint(model, name) for name, _ in children(model)}
+    return {name: _fingerprint(model, name, weights) for name, _ in children(model)}
 
 
-def _fingerprint(model: nn.Module, name: str) -> dict[str, float]:
+def _here(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """A whole weight, on whatever device."""
+    tensor = weights.get(name)
+    if tensor is None or tensor.is_meta or tensor.numel() == 0 or hasattr(tensor, "full_tensor"):
+        raise ValueError(
+            f"model must hold its weights, but {name} is offloaded, spread over processes or was "
+            "never loaded"
+        )
+    return tensor.detach()
+
+
+def _fingerprint(model: nn.Module, name: str, weights: Mapping[str, Tensor]) -> dict[str, float]:
     """A number for each parameter of the attention module ``name``, if the model has it.
 
     A projection of evenly spaced values of it to a fixed direction, over their norm: other dtypes
@@ -93,14 +118,9 @@ def _fingerprint(model: nn.Module, name: str) -> dict[str, float]:
         module = model.get_submodule(name)
     except AttributeError:
         return numbers
-    for part, tensor in module.named_parameters():
+    for part, _ in module.named_parameters():
         if not part.startswith(f"{CHILD}."):
-            if tensor.is_meta:
-                raise ValueError(
-                    f"model must hold its weights, but {name}.{part} is offloaded or was never "
-                    "loaded: save and load sketches without offloading"
-                )
-            values = tensor.detach().flatten()
+            values = _here(weights, f"{name}.{part}").flatten()
             values = values[:: -(-values.numel() // SAMPLE)].double().cpu()
             norm = values.norm().clamp(min=torch.finfo(torch.float64).tiny)
             numbers[part] = float(values @ direction[: values.numel()] / norm)
@@ -109,8 +129,9 @@ def _fingerprint(model: nn.Module, name: str) -> dict[str, float]:
 
 def check_base(model: nn.Module, base: dict[str, dict[str, float]]) -> None:
     """Refuse a model with other numbers."""
+    weights = model.state_dict()
     for name, expected in base.items():
-        numbers = _fingerprint(model, name)
+        numbers = _fingerprint(model, name, weights)
         if numbers.keys() != expected.keys():
             raise ValueError(
                 f"model must have {name} with {sorted(expected)}, as that of the sketches has, "

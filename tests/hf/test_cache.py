@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -316,3 +317,14 @@ def test_what_a_cache_cannot_do_is_an_error() -> None:
         hf.SketchCache(model, max_length=0)
     with pytest.raises(ValueError, match="SketchCache keeps no gradients"):
         model(ids, **{CACHE: hf.SketchCache(model)}, use_cache=True)
+
+
+def test_a_cache_of_other_sketches_is_refused() -> None:
+    model, ids = hf.convert(made("llama"), **FEW), tokens(1, LENGTH)
+    cache = hf.SketchCache(model)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=copy.deepcopy(cache))
+        hf.convert(model, **FEW | {"calibration": tokens(1, LENGTH, seed=5)})
+        with pytest.raises(ValueError, match="past_key_values must be a SketchCache that"):
+            model(ids[:, :1], past_key_values=cache)

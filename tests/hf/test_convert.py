@@ -403,3 +403,37 @@ def test_smartbird_does_not_need_transformers() -> None:
                 r"^\s*(from|import) (transformers|smartbird\.hf)", file.read_text(), re.M
             )
             assert not found, file
+
+
+def test_other_settings_and_back_judge_the_same() -> None:
+    model, ids = hf.convert(made("llama"), **FEW), tokens(2, LENGTH)
+    before = hf.report(model, ids)
+    hf.convert(hf.convert(model, **FEW | {"num_samples": 20}), **FEW)
+    assert hf.report(model, ids) == before
+
+
+def test_dense_ends_as_the_block_left_the_model() -> None:
+    model = hf.convert(made("llama"), **FEW)
+    with hf.dense(model):
+        hf.revert(model)
+    assert model.config._attn_implementation == "sdpa"
+
+    model, ids = hf.convert(made("llama"), **FEW), tokens(2, LENGTH)
+    sampled = out(model, ids)
+    with hf.dense(model):
+        expected = out(model, ids)
+        with pytest.raises(ValueError, match="layers must be among"):
+            hf.convert(model, **FEW, layers=[9])
+        assert torch.equal(out(model, ids), expected)
+    assert torch.equal(out(model, ids), sampled)
+    with hf.dense(model):
+        hf.convert(model, **FEW, layers=[1])
+        assert torch.equal(out(model, ids), expected)
+    assert [layer.sampled for layer in hf.report(model)] == [False, True]
+    assert not torch.equal(out(model, ids), expected)
+
+
+def test_a_report_of_a_model_that_is_dense_for_now_is_refused() -> None:
+    model = hf.convert(made("llama"), **FEW)
+    with hf.dense(model), pytest.raises(ValueError, match="model must sample its keys"):
+        hf.report(model, tokens(2, LENGTH))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,18 @@ def test_without_a_batch_nothing_is_measured() -> None:
     assert first.mass is not None
     assert second.mass is None
     assert "dense" in str(second)
+
+
+def test_what_is_no_training_is_refused(tmp_path: Path) -> None:
+    model, ids = hf.convert(made("llama"), **FEW), tokens(1, LENGTH)
+    for batches in (ids, {"input_ids": ids}, 3):
+        with pytest.raises(TypeError, match="batches must be an iterable of batches, got a"):
+            hf.distil(model, batches, steps=1)
+    with hf.dense(model), pytest.raises(ValueError, match="model must sample its keys"):
+        hf.distil(model, [ids], steps=1)
+    file = tmp_path / "new" / "state"
+    hf.distil(model, [ids], steps=1, checkpoint=file)
+    with zipfile.ZipFile(file, "w") as other:
+        other.writestr("a", "b")
+    with pytest.raises(ValueError, match="checkpoint must be a file that distil wrote"):
+        hf.distil(model, [ids], steps=1, checkpoint=file)

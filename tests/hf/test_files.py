@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import FEW, LENGTH, made, out, tokens
+from safetensors.torch import load_file, save_file
 
 from smartbird import hf
 
@@ -113,6 +114,36 @@ def test_save_pretrained_writes_the_model_and_its_sketches_beside_it(
 
 def test_save_pretrained_of_a_part_says_that_it_has_no_sketches(tmp_path: Path) -> None:
     model = hf.convert(made("llama"), **FEW)
-    with pytest.warns(UserWarning, match="the sketches of this part are not written"):
+    with pytest.warns(UserWarning, match="the sketches of a part of a model are not written"):
         model.base_model.save_pretrained(tmp_path)
     assert not (tmp_path / "smartbird.json").exists()
+
+
+def test_save_pretrained_takes_what_the_caller_says(tmp_path: Path) -> None:
+    model = hf.convert(made("llama"), **FEW)
+    with pytest.warns(UserWarning, match="as a dense model"):
+        model.save_pretrained(tmp_path / "other rank", False)
+    assert not (tmp_path / "other rank" / "smartbird.json").exists()
+    with pytest.raises(ValueError, match="push_to_hub must be False"):
+        model.save_pretrained(tmp_path / "hub", push_to_hub=True)
+    # As of a model whose parameters are spread over processes.
+    gathered = model.state_dict()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with pytest.warns(UserWarning, match=f"are not written, as model must hold .* {name} is"):
+        model.save_pretrained(
+            tmp_path / "spread", state_dict=gathered | {name: gathered[name].new_empty(0)}
+        )
+    assert not (tmp_path / "spread" / "smartbird.json").exists()
+    with pytest.warns(UserWarning, match="brings back the sketches"):
+        model.save_pretrained(tmp_path / "gathered", state_dict=gathered)
+    hf.load(made("llama"), tmp_path / "gathered")
+
+
+def test_sketches_of_other_sizes_are_refused(tmp_path: Path) -> None:
+    hf.save(hf.convert(made("llama"), **FEW), tmp_path)
+    file = tmp_path / "sketches.safetensors"
+    tensors = load_file(file)
+    first = next(iter(tensors))
+    save_file(tensors | {first: tensors[first][..., :2].contiguous()}, file)
+    with pytest.raises(ValueError, match="must hold sketches of"):
+        hf.load(made("llama"), tmp_path)
