@@ -76,7 +76,8 @@ test-slow: $(BUILT)  ## the tests marked slow
 	$(BIN)/pytest -m slow
 
 # What takes too long for every change.
-nightly: test-slow test-versions  ## the slow tests, other versions, all op tests through emulation and instruction sets
+nightly: test-slow test-versions race-test  ## the slow tests, other versions, races, all op tests, a short demo
+	$(MAKE) demo DEMO_FLAGS='--quick --out build/nightly-demo'
 	$(MAKE) test-emulated ORDERS="forward reverse random" SKIP_EMULATED=slow
 	$(MAKE) test-isa ISAS="scalar avx2 avx512" SKIP_ISA=slow
 
