@@ -169,7 +169,8 @@ def prefill(results: Results) -> str:
         for (threads, length), times in sorted(_medians(results.speed, PREFILL).items())
         for name, ratio in _ratios(times)
     ]
-    return table(["tokens", "threads", "ours", "SDPA, s", "ours, s", "SDPA / ours"], rows)
+    header = ["tokens", "threads", "ours", "SDPA, s", "ours, s", "SDPA / ours"]
+    return table(header, rows) if rows else _NOT_RUN
 
 
 def decode(results: Results) -> str:
