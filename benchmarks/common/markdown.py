@@ -6,7 +6,11 @@ A table goes between the lines ``<!-- table STEM:NAME -->`` and ``<!-- end -->``
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+Source = TypeVar("Source")
 
 # A block ends before the next one begins; without its end the last group is missing.
 _BLOCK = re.compile(
@@ -40,3 +44,28 @@ def update_tables(markdown: str, make: Callable[[str, str], str | None]) -> str:
         return opening + (old if new is None else new)
 
     return _BLOCK.sub(replace, markdown)
+
+
+def update_page(
+    page: Path, stem: str, made_of: Source, tables: Mapping[str, Callable[[Source], str]]
+) -> None:
+    """Make the tables of ``stem`` in the file ``page`` anew.
+
+    Args:
+        page: Markdown.
+        stem: whose tables; those of others stay.
+        made_of: what the tables are made of.
+        tables: by NAME, what makes them.
+
+    Raises:
+        ValueError: a marker of ``stem`` names no table.
+    """
+
+    def make(found: str, name: str) -> str | None:
+        if found != stem:
+            return None
+        if name not in tables:
+            raise ValueError(f"table must be one of {sorted(tables)}, got {name!r}")
+        return tables[name](made_of)
+
+    page.write_text(update_tables(page.read_text(encoding="utf-8"), make), encoding="utf-8")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.markdown import update_page
 from benchmarks.common.records import commit
 from benchmarks.language.model import (
     KINDS,
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
     # They need transformers, of which main has made sure.
     from benchmarks.language.distillation import distil_for
     from benchmarks.language.needle import measure_needle
-    from benchmarks.language.page import TABLES, update_page
+    from benchmarks.language.page import TABLES
     from benchmarks.language.perplexity import measure_perplexity
     from benchmarks.language.results import Results
     from benchmarks.language.speed import measure_speed
@@ -185,7 +186,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"\n{name}\n\n{make(results)}", end="")
     print(f"\n{options.out} written")
     if options.page is not None:
-        update_page(options.page, options.out.stem, results)
+        update_page(options.page, options.out.stem, results, TABLES)
         print(f"{options.page} updated")
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks.common.markdown import table, update_tables
+from benchmarks.common.markdown import table, update_page
 from benchmarks.common.records import commit, write_json
 from benchmarks.language.model import KINDS, Unavailable, require
 from benchmarks.speed.machine import describe
@@ -333,15 +333,6 @@ def machine_line(results: Embeddings) -> str:
 TABLES = {"embeddings": quality_table, "machine": machine_line}
 
 
-def update_page(page: Path, stem: str, results: Embeddings) -> None:
-    """Make the tables of ``stem`` in ``page`` anew."""
-
-    def make(found: str, name: str) -> str | None:
-        return TABLES[name](results) if found == stem else None
-
-    page.write_text(update_tables(page.read_text(encoding="utf-8"), make), encoding="utf-8")
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.language.embeddings", description=(__doc__ or "").split("\n")[0]
@@ -390,7 +381,7 @@ def main(arguments: list[str] | None = None) -> int:
     write_json(options.out, results)
     print(f"\n{quality_table(results)}\n{machine_line(results)}")
     if options.page is not None:
-        update_page(options.page, options.out.stem, results)
+        update_page(options.page, options.out.stem, results, TABLES)
     return 0
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
-from benchmarks.common.markdown import table, update_tables
+from benchmarks.common.markdown import table
 from benchmarks.language.attention import DENSE, ORACLE, OURS, OURS_KV, SKETCHES, WINDOW
 from benchmarks.language.model import KINDS
 from benchmarks.language.needle import Answer
@@ -234,23 +233,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "cache": cache,
     "writing": writing,
 }
-
-
-def update_page(page: Path, stem: str, results: Results) -> None:
-    """Make the tables of ``stem`` in ``page`` anew.
-
-    Raises:
-        ValueError: a marker names no table.
-    """
-
-    def make(found: str, name: str) -> str | None:
-        if found != stem:
-            return None
-        if name not in TABLES:
-            raise ValueError(f"table must be one of {sorted(TABLES)}, got {name!r}")
-        return TABLES[name](results)
-
-    page.write_text(update_tables(page.read_text(encoding="utf-8"), make), encoding="utf-8")
 
 
 # ---- choosing -----------------------------------------------------------------------------------

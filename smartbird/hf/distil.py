@@ -96,9 +96,8 @@ def distil(
     Raises:
         TypeError: an argument of another type.
         ValueError: an argument out of its range; ``model`` is not converted, or attends densely for
-            now; ``batches`` are empty,
-            or an iterator that ends before ``steps``, or hold no query that samples its keys;
-            ``checkpoint`` is of another model or of other settings.
+            now; ``batches`` are empty, or an iterator that ends before ``steps``, or hold no query
+            that samples its keys; ``checkpoint`` is of another model or of other settings.
     """
     if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, Mapping)):
         raise TypeError(f"batches must be an iterable of batches, got a {type(batches).__name__}")

@@ -14,6 +14,7 @@ pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 from scipy.stats import spearmanr
 from transformers import BertConfig, BertModel
 
+from benchmarks.common.markdown import update_page
 from benchmarks.common.records import write_json
 from benchmarks.language import embeddings as program
 from benchmarks.language.embeddings import (
@@ -29,7 +30,6 @@ from benchmarks.language.embeddings import (
     recall,
     similarities,
     spearman,
-    update_page,
 )
 from smartbird.hf import convert
 
@@ -106,7 +106,7 @@ def test_a_page_is_made_of_what_was_kept(results: Embeddings, tmp_path: Path) ->
     again = Embeddings.load(path)
     assert [one.way for one in again.qualities] == [one.way for one in results.qualities]
     page.write_text("".join(f"<!-- table minilm:{name} -->\n<!-- end -->\n" for name in TABLES))
-    update_page(page, "minilm", again)
+    update_page(page, "minilm", again, TABLES)
     for make in TABLES.values():
         assert make(again) in page.read_text()
     assert "| K = 64, 36 of them forced |" in page.read_text()

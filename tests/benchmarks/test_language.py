@@ -15,6 +15,7 @@ pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common.markdown import update_page
 from benchmarks.language import __main__ as program
 from benchmarks.language import model as passages_of
 from benchmarks.language.attention import (
@@ -40,7 +41,7 @@ from benchmarks.language.model import (
     require,
 )
 from benchmarks.language.needle import ask, measure_needle, plant
-from benchmarks.language.page import TABLES, update_page
+from benchmarks.language.page import TABLES
 from benchmarks.language.perplexity import mean_factor, measure_perplexity, second_half_loss
 from benchmarks.language.results import Results
 from benchmarks.language.speed import ATTENTION, PREFILL, STEP, measure_speed
@@ -295,7 +296,7 @@ def test_results_are_kept_and_make_a_page(model: Any, tmp_path: Path) -> None:
     again = Results.load(path)
     page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- table smollm2:{name} -->\n<!-- end -->\n" for name in TABLES))
-    update_page(page, "smollm2", again)
+    update_page(page, "smollm2", again, TABLES)
     text = page.read_text()
     for make in TABLES.values():
         assert make(again) in text
@@ -315,7 +316,7 @@ def test_an_unknown_table_is_an_error(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- table smollm2:nothing -->\n<!-- end -->\n")
     with pytest.raises(ValueError, match="nothing"):
-        update_page(page, "smollm2", Results())
+        update_page(page, "smollm2", Results(), TABLES)
 
 
 def test_documents_of_measurements_calibrate_nothing() -> None:
