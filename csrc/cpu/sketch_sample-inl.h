@@ -231,8 +231,13 @@ inline void sum_row(int64_t blocks, Row* row) {
 }
 
 inline void add_blocks(Row* row) {
-  row->total = 0;
-  for (int64_t t = 0; t < row->blocks; ++t) row->total += static_cast<double>(row->block_sum[t]);
+  constexpr int kSums = 4;  // which do not wait for each other
+  double sums[kSums] = {};
+  int64_t t = 0;
+  for (; t + kSums <= row->blocks; t += kSums)
+    for (int n = 0; n < kSums; ++n) sums[n] += static_cast<double>(row->block_sum[t + n]);
+  for (; t < row->blocks; ++t) sums[0] += static_cast<double>(row->block_sum[t]);
+  row->total = sums[0] + sums[1] + (sums[2] + sums[3]);
 }
 
 // start, guide and what goes with them, of a row whose total is not 0.
@@ -417,11 +422,44 @@ inline void begin_heavy(const RowContext& c, Scratch* s) {
   }
 }
 
+// Adds the heavy keys for which `takes` is true, with their weights, to the ascending list of those
+// taken. Between two heavy keys lie runs of the others, which are copied as whole vectors.
+template <typename Takes>
+inline void merge_heavy(Scratch* s, Takes&& takes) {
+  constexpr int L = kLanes<float>;
+  const int64_t size = s->taken.size;
+  const VecI beyond = VecI{} + INT32_MAX;
+  std::memcpy(s->taken.key + size, &beyond, sizeof(beyond));
+  int64_t from = 0, to = 0;
+  const auto copy_next = [&] {
+    const VecI key = load_int(s->taken.key + from);
+    std::memcpy(s->draws + to, &key, sizeof(key));
+    store(s->spacing + to, load(s->value + from));
+    return key;
+  };
+  for (int64_t i = 0; i < s->heavy.size; ++i) {
+    int below;
+    do {
+      below = __builtin_popcount(lane_bits(copy_next() < s->heavy.key[i]));
+      from += below;
+      to += below;
+    } while (below == L);
+    s->draws[to] = s->heavy.key[i];
+    s->spacing[to] = s->heavy_weight[i];
+    to += takes(i);
+  }
+  for (; from < size; from += L, to += L) copy_next();
+  s->taken.size = to - (from - size);
+  std::swap(s->taken.key, s->draws);
+  std::swap(s->value, s->spacing);
+}
+
 // Moves the keys of at least `least`, no more than `most`, from the row's weights to `heavy`.
 // Returns their number.
 inline int64_t take_out(float least, int64_t most, Row* row, Scratch* s) {
   constexpr int L = kLanes<float>, V = kTile / L;
   int64_t taken = 0;
+  int32_t* keys = s->taken.key;
   row->top = row->square = Vec<float>{};
   for (int64_t t = 0; t < row->blocks; ++t) {
     float* weight = row->weight + t * kTile;
@@ -443,15 +481,22 @@ inline int64_t take_out(float least, int64_t most, Row* row, Scratch* s) {
            lanes &= lanes - 1) {
         const int l = __builtin_ctz(lanes);
         const int32_t key = static_cast<int32_t>(t * kTile + l * V + v);  // see interleaved()
-        int64_t at = s->heavy.size;
-        while (at > 0 && s->heavy.key[at - 1] > key) --at;
-        insert(s->heavy_weight, s->heavy.size, at, weight[v * L + l]);
-        insert(s->heavy.key, s->heavy.size++, at, key);
+        int64_t at = taken;
+        for (; at > 0 && keys[at - 1] > key; --at) {
+          keys[at] = keys[at - 1];
+          s->value[at] = s->value[at - 1];
+        }
+        keys[at] = key;
+        s->value[at] = weight[v * L + l];
         weight[v * L + l] = 0;
         ++taken;
       }
     sum_block(t, row);
   }
+  s->taken.size = taken;
+  merge_heavy(s, [](int64_t) { return true; });
+  std::swap(s->heavy, s->taken);
+  std::swap(s->heavy_weight, s->value);
   return taken;
 }
 
@@ -499,8 +544,9 @@ inline void score_rest(const RowContext& c, Row* row, Scratch* s) {
 }
 
 // The keys that would be drawn with probability 1 or more if `places` were given out in proportion
-// to the weights go into `heavy`, until no such key is left. Returns the places left.
-inline double find_heavy(const RowContext& c, double places, Row* row, Scratch* s) {
+// to the weights go into `heavy`, until no such key is left, or until no more than `repeats` of so
+// many independent draws are expected to repeat a key. Returns the places left.
+inline double find_heavy(const RowContext& c, double places, double repeats, Row* row, Scratch* s) {
   add_blocks(row);
   for (bool first = true;; first = false) {
     if (places <= 0) return 0;
@@ -517,6 +563,7 @@ inline double find_heavy(const RowContext& c, double places, Row* row, Scratch* 
     const float largest = reduce_max(row->top);
     const double cap = row->total / places;
     if (static_cast<double>(largest) < cap) return places;
+    if (0.5 * static_cast<double>(reduce_add(row->square)) < repeats * cap * cap) return places;
     const float least = first ? estimate_least(places, *row) : static_cast<float>(cap);
     places -= static_cast<double>(
         take_out(min_of(least, largest), static_cast<int64_t>(__builtin_ceil(places)), row, s));
@@ -848,38 +895,6 @@ inline Output output_row(const RowContext& c, int64_t head) {
   return {p.indices + at, p.log_inclusion == nullptr ? nullptr : p.log_inclusion + at};
 }
 
-// Adds the heavy keys for which `takes` is true, with their weights, to the ascending list of those
-// taken, from the back.
-template <typename Takes>
-inline void merge_heavy(Scratch* s, Takes&& takes) {
-  int32_t *key = s->draws, *taken_key = s->taken.key;
-  float *weight = s->spacing, *taken_weight = s->value;
-  int64_t n = 0;
-  for (int64_t i = 0; i < s->heavy.size; ++i) {
-    key[n] = s->heavy.key[i];
-    weight[n] = s->heavy_weight[i];
-    n += takes(i);
-  }
-  int64_t i = s->taken.size - 1, j = n - 1, to = s->taken.size + n - 1;
-  s->taken.size += n;
-  while (i >= 0 && j >= 0) {  // without a branch to mispredict
-    const int64_t from_taken = -int64_t{taken_key[i] > key[j]};
-    const uint32_t mask = static_cast<uint32_t>(from_taken);
-    const auto choose = [&](auto a, auto b) {
-      const uint32_t x = bit_cast<uint32_t>(a), y = bit_cast<uint32_t>(b);
-      return bit_cast<decltype(a)>(y ^ ((x ^ y) & mask));
-    };
-    const int32_t next_key = choose(taken_key[i], key[j]);
-    const float next_weight = choose(taken_weight[i], weight[j]);
-    taken_key[to] = next_key;
-    taken_weight[to--] = next_weight;
-    i += from_taken;
-    j += ~from_taken;
-  }
-  std::memcpy(taken_key, key, static_cast<size_t>(j + 1) * sizeof(int32_t));
-  std::memcpy(taken_weight, weight, static_cast<size_t>(j + 1) * sizeof(float));
-}
-
 // Writes the keys taken, then -1, and f(weight) of each, then -inf.
 template <typename F>
 inline void write_row(const RowContext& c, const Scratch& s, Output out, F&& f) {
@@ -912,8 +927,10 @@ inline void sample_gumbel(const RowContext& c, Row* row, Scratch* s) {
   begin_heavy(c, s);
   const double want = static_cast<double>(c.to_draw) + 1,
                free = static_cast<double>(c.valid - c.forced.size);
-  // Keys that draws would repeat; where few are left beyond those wanted, all.
-  const double places = find_heavy(c, free <= 2 * want ? free : 1.25 * want, row, s);
+  // Keys that draws would repeat, where that costs more than to find them; where few are left
+  // beyond those wanted, all.
+  const bool all = free <= 2 * want;
+  const double places = find_heavy(c, all ? free : 1.25 * want, all ? 0 : 0.1 * want, row, s);
   const Plan plan = plan_race(c, places, *row, *s);
   const bool timed = c.p->log_inclusion != nullptr || s->heavy.size > c.forced.size;
   if (row->total > 0) index_blocks(row);
@@ -948,7 +965,7 @@ inline void sample_gumbel(const RowContext& c, Row* row, Scratch* s) {
 inline void sample_systematic(const RowContext& c, Row* row, Scratch* s) {
   begin_heavy(c, s);
   const int64_t places =
-      static_cast<int64_t>(find_heavy(c, static_cast<double>(c.to_draw), row, s));
+      static_cast<int64_t>(find_heavy(c, static_cast<double>(c.to_draw), 0, row, s));
   s->taken.size = 0;
   if (places == 0) return write_certain(c, s);
   index_blocks(row);
