@@ -45,6 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="that PyTorch may use (default: all cores)")
     parser.add_argument("--quick", action="store_true", help="short texts, few of them")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="parts (default: all)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="perplexities that the JSON holds are not measured again, whatever commit they are of",
+    )
     parser.add_argument("--passages", type=int, help="of each kind of text, at most 4")
     parser.add_argument(
         "--distil",
@@ -69,10 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     # They need transformers, of which main has made sure.
+    from benchmarks.language.attention import DENSE
     from benchmarks.language.distillation import distil_for
     from benchmarks.language.needle import measure_needle
     from benchmarks.language.page import TABLES
-    from benchmarks.language.perplexity import measure_perplexity
+    from benchmarks.language.perplexity import Loss, measure_perplexity
     from benchmarks.language.results import Results
     from benchmarks.language.speed import measure_speed
     from smartbird.hf import convert, report
@@ -98,26 +104,31 @@ def run(options: argparse.Namespace) -> None:
         print(measurement, flush=True)
         results.save(options.out)
 
+    def known(losses: list[Loss]) -> list[Loss]:
+        return losses if options.resume else []
+
     def perplexity() -> None:
-        results.losses = []
+        before, results.losses = known(results.losses), []
         for loss in measure_perplexity(
             model,
             held_out_passages(tokenizer, settings.length, settings.passages),
             settings.num_samples,
+            calibration=calibration,
             rival_passages=settings.rival_passages * len(available_kinds()),
             seeds=settings.seeds,
+            known=before,
         ):
             results.losses.append(loss)
             keep(loss)
 
     def long() -> None:
-        results.long_losses = []
+        before, results.long_losses = known(results.long_losses), []
         for loss in measure_perplexity(
             model,
             long_passages(tokenizer, settings.long_length),
             settings.long_samples,
-            rival_passages=0,
-            seeds=(),
+            late=True,
+            known=before,
         ):
             results.long_losses.append(loss)
             keep(loss)
@@ -157,8 +168,7 @@ def run(options: argparse.Namespace) -> None:
             model,
             held_out_passages(tokenizer, settings.length, settings.passages),
             settings.num_samples,
-            rival_passages=0,
-            seeds=(),
+            known=[loss for loss in known(results.losses) if loss.attention == DENSE],
         ):
             results.distilled.append(loss)
             keep(loss)
@@ -174,6 +184,8 @@ def run(options: argparse.Namespace) -> None:
         if part == "distil" and options.distil <= 0:
             continue
         environment = _environment(settings, threads) | {"seconds": 0.0}
+        if options.resume and part in results.environments:
+            environment["before"] = results.environments[part]
         results.environments[part] = environment
         start = time.perf_counter()
         try:

@@ -18,9 +18,13 @@ from smartbird.hf import SketchCache, convert, dense
 from smartbird.nn import seed_evaluation
 
 DENSE, OURS, ORACLE, WINDOW = "dense", "smartbird", "exact top-k", "sinks and window"
-# With one sketch of the queries for each key/value head, as OURS has one for each head.
-OURS_KV = "smartbird, shared sketches"
-SKETCHES = {OURS: "head", OURS_KV: "kv"}
+# With one sketch of the queries for each key/value head, or for all heads, as OURS has one for each
+# head.
+OURS_KV, OURS_LAYER = "smartbird, shared sketches", "smartbird, one sketch a layer"
+# As OURS, but positions that have fewer than DENSE_BELOW times K keys before them attend to all.
+OURS_LATE = "smartbird, dense at first"
+DENSE_BELOW = 16
+SKETCHES = {OURS: "head", OURS_KV: "kv", OURS_LAYER: "layer", OURS_LATE: "head"}
 NUM_SINKS = 4  # as StreamingLLM has, arXiv 2309.17453
 _ROWS = 256  # queries at a time, so that scores take little memory
 _RIVAL = "benchmark_rival"  # the name in transformers' interface, while a rival is used
@@ -33,9 +37,9 @@ def attending(
     """Let a converted model attend in this way for a while.
 
     Args:
-        model: converted by ``smartbird.hf.convert``. ``OURS`` and ``OURS_KV`` keep its sketches and
-            leave it with these settings.
-        attention: ``DENSE``, ``OURS``, ``OURS_KV``, ``ORACLE`` or ``WINDOW``.
+        model: converted by ``smartbird.hf.convert``, which is left with the settings of ours. Its
+            sketches are kept, so that ``OURS_LAYER`` takes a model that has one for each layer.
+        attention: ``DENSE``, a name of ``SKETCHES``, ``ORACLE`` or ``WINDOW``.
         num_samples: K, keys per query; ``DENSE`` takes none.
         seed: of the draws of ours. None: 0, which ``convert`` begins with.
     """
@@ -46,7 +50,9 @@ def attending(
     if num_samples is None:
         raise ValueError(f"{attention} must have a num_samples, got None")
     if attention in SKETCHES:
-        convert(model, num_samples=num_samples, num_sketches=SKETCHES[attention])
+        min_length = DENSE_BELOW * num_samples if attention == OURS_LATE else None
+        sketches = SKETCHES[attention]
+        convert(model, num_samples=num_samples, num_sketches=sketches, min_length=min_length)
         seed_evaluation(model, seed or 0)
         yield
         return

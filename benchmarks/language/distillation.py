@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from smartbird.hf import convert, distil
+from smartbird.hf import convert, distil, report
 
 _TIMED = 2  # steps, of which the first sets things up
 
@@ -18,7 +18,7 @@ def distil_for(model: Any, passages: Iterator[Tensor], minutes: float, calibrati
     """Train the sketches that ``convert`` makes of ``calibration`` for about so long.
 
     Args:
-        model: converted; its settings are the defaults of ``convert``.
+        model: converted; it is left with the default settings of ``convert``.
         passages: int64 [1, N], gone through again where they are too few.
         minutes: by the time that a step takes, so that the learning rate falls to zero at the end.
         calibration: int64 [B, N].
@@ -26,11 +26,14 @@ def distil_for(model: Any, passages: Iterator[Tensor], minutes: float, calibrati
     Returns:
         Steps.
     """
+    convert(model)
     some = list(islice(passages, _TIMED))
     for passage in some:
         start = time.perf_counter()
         distil(model, [passage], steps=1)
-        seconds = time.perf_counter() - start
+        stepped = time.perf_counter()
+        report(model, passage)  # which distil ends with, once
+        seconds = stepped - start - (time.perf_counter() - stepped)
     steps = max(int(60 * minutes / seconds), 1)
     convert(model, calibration=calibration)  # what the steps above changed begins anew
     distil(model, [*some, *islice(passages, max(steps - _TIMED, 0))], steps=steps)

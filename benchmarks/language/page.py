@@ -8,9 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from benchmarks.common.markdown import table
-from benchmarks.language.attention import DENSE, ORACLE, OURS, OURS_KV, SKETCHES, WINDOW
+from benchmarks.language.attention import (
+    DENSE,
+    ORACLE,
+    OURS,
+    OURS_KV,
+    OURS_LATE,
+    OURS_LAYER,
+    SKETCHES,
+    WINDOW,
+)
 from benchmarks.language.model import KINDS
 from benchmarks.language.needle import Answer
 from benchmarks.language.perplexity import Loss, mean_factor
@@ -62,18 +72,24 @@ def summary(results: Results) -> str:
 
 def machine(results: Results) -> str:
     rows = []
-    for part, e in results.environments.items():
-        rows.append(
-            [
-                part,
-                f"{e['cpu']}, {e['cores']} cores",
-                f"{e['threads']} threads, {e['smartbird']['cpu_isa']}",
-                f"torch {e['torch']}, transformers {e['transformers']}, Python {e['python']}",
-                f"{e['date'][:16].replace('T', ' ')}, commit {e['commit']}",
-                f"{e['seconds'] / 60:.1f} minutes, load {e['load_before'][0]:.1f} before",
-            ]
-        )
+    for part, last in results.environments.items():
+        runs = [last]
+        while "before" in runs[-1]:  # which it resumed
+            runs.append(runs[-1]["before"])
+        rows += [_run(part, e) for e in reversed(runs)]
     return table(["part", "processor", "run with", "versions", "date", "took"], rows)
+
+
+def _run(part: str, e: dict[str, Any]) -> list[str]:
+    """A row of :func:`machine`, from the environment of a run."""
+    return [
+        part,
+        f"{e['cpu']}, {e['cores']} cores",
+        f"{e['threads']} threads, {e['smartbird']['cpu_isa']}",
+        f"torch {e['torch']}, transformers {e['transformers']}, Python {e['python']}",
+        f"{e['date'][:16].replace('T', ' ')}, commit {e['commit']}",
+        f"{e['seconds'] / 60:.1f} minutes, load {e['load_before'][0]:.1f} before",
+    ]
 
 
 def perplexity(results: Results) -> str:
@@ -99,7 +115,7 @@ def perplexity(results: Results) -> str:
     add(OURS, some, _select(few, attention=OURS, seed=None))
     for seed in sorted({loss.seed for loss in few if loss.seed is not None}):
         add(f"{OURS}, seed {seed} of sampling", some, _select(few, attention=OURS, seed=seed))
-    for rival in (OURS_KV, ORACLE, WINDOW):
+    for rival in (OURS_KV, OURS_LAYER, ORACLE, WINDOW):
         add(rival, some, _select(few, attention=rival))
     keys = sorted(_by_keys(ours))
     return table(
@@ -136,11 +152,13 @@ def long(results: Results) -> str:
     keys = sorted(_by_keys(losses))
     rows = []
     for one in _select(losses, attention=DENSE):
-        read = _by_keys(_select(losses, attention=OURS, passage=one.passage))
-        cells = [f"{mean_factor(read[k]):.3f}" if k in read else "-" for k in keys]
-        rows.append([one.kind, one.passage, f"{math.exp(one.loss):.2f}", *cells])
+        for name in (OURS, OURS_LATE):
+            read = _by_keys(_select(losses, attention=name, passage=one.passage))
+            cells = [f"{mean_factor(read[k]):.3f}" if k in read else "-" for k in keys]
+            if read:
+                rows.append([one.kind, one.passage, f"{math.exp(one.loss):.2f}", name, *cells])
     length = losses[0].length
-    header = [f"{length} tokens", "passage", "dense perplexity"]
+    header = [f"{length} tokens", "passage", "dense perplexity", "read with"]
     return table([*header, *(f"K = {k}" for k in keys)], rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,18 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.language.attention import DENSE, ORACLE, OURS, OURS_KV, WINDOW, attending
+from benchmarks.language.attention import (
+    DENSE,
+    ORACLE,
+    OURS,
+    OURS_KV,
+    OURS_LATE,
+    OURS_LAYER,
+    WINDOW,
+    attending,
+)
 from benchmarks.language.model import Passage
+from smartbird.hf import convert
 
 _ROWS = 256  # tokens whose logits are made at a time
 
@@ -79,8 +90,11 @@ def measure_perplexity(
     passages: Sequence[Passage],
     num_samples: Sequence[int],
     *,
-    rival_passages: int,
-    seeds: Sequence[int],
+    calibration: torch.Tensor | None = None,
+    rival_passages: int = 0,
+    seeds: Sequence[int] = (),
+    late: bool = False,
+    known: Sequence[Loss] = (),
 ) -> Iterator[Loss]:
     """Of every passage: dense, and ours for each K; of some also the rivals and further seeds.
 
@@ -88,26 +102,40 @@ def measure_perplexity(
         model: converted; it is left with another number of samples.
         passages: to be read whole.
         num_samples: K, each below the length of the passages.
+        calibration: int64 [B, N], what a sketch for a whole layer begins with.
         rival_passages: the first so many are read by the rivals and with ``seeds`` too.
         seeds: of sampling.
+        late: also ``OURS_LATE``.
+        known: of another run, which are not measured again.
     """
     dense: dict[str, float] = {}
+    before = {(x.passage, x.length, x.attention, x.num_samples, x.seed): x for x in known}
+    layered = None
+    if rival_passages > 0:
+        layered = copy.deepcopy(model)
+        convert(layered, num_sketches="layer", calibration=calibration)
 
     def read(
         some: Sequence[Passage], attention: str, keys: int | None = None, seed: int | None = None
     ) -> Iterator[Loss]:
-        with attending(model, attention, keys, seed=seed):
+        reader = layered if attention == OURS_LAYER else model
+        with attending(reader, attention, keys, seed=seed):
             for passage in some:
-                loss = second_half_loss(model, passage)
+                length = passage.tokens.shape[1]
+                one = before.get((passage.name, length, attention, keys, seed))
+                loss = second_half_loss(reader, passage) if one is None else one.loss
                 compared = dense.setdefault(passage.name, loss)
-                where = passage.kind, passage.name, passage.tokens.shape[1]
-                yield Loss(*where, attention, keys, seed, loss, compared)
+                yield Loss(
+                    passage.kind, passage.name, length, attention, keys, seed, loss, compared
+                )
 
     yield from read(passages, DENSE)
     for keys in num_samples:
         yield from read(passages, OURS, keys)
+        if late:
+            yield from read(passages, OURS_LATE, keys)
         if rival_passages > 0:
-            for rival in (OURS_KV, ORACLE, WINDOW):
+            for rival in (OURS_KV, OURS_LAYER, ORACLE, WINDOW):
                 yield from read(passages[:rival_passages], rival, keys)
             for seed in seeds:
                 yield from read(passages[:rival_passages], OURS, keys, seed)

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from benchmarks.language.attention import DENSE, OURS, OURS_KV, attending, new_cache
+from benchmarks.language.attention import (
+    DENSE,
+    OURS,
+    OURS_KV,
+    OURS_LATE,
+    attending,
+    new_cache,
+)
 from benchmarks.language.model import Passage, Tokenizer, forget_after, forward, greedy
 
 PREFILL, STEP, ATTENTION = "prefill", "step", "attention"
@@ -33,8 +40,8 @@ class Time:
     Attributes:
         what: ``PREFILL``, a text that is read whole; ``STEP``, a token that is decoded;
             ``ATTENTION``, what the attention functions and the cache take of that step.
-        attention: ``DENSE``, which is SDPA with DynamicCache, or ``OURS`` or ``OURS_KV``, with
-            SketchCache.
+        attention: ``DENSE``, which is SDPA with DynamicCache, or ``OURS``, ``OURS_KV`` or
+            ``OURS_LATE``, with SketchCache.
         threads: of PyTorch.
         length: tokens that are read, or that are in the cache.
     """
@@ -171,7 +178,7 @@ def measure_speed(
                 add(PREFILL, attention, length, seconds)
         if number == threads[-1]:
             for attention, one in kept.items():
-                if attention == OURS_KV:
+                if attention not in (DENSE, OURS):
                     continue  # its cache is that of OURS
                 with how(attention):
                     caches += [_size(model, attention, one, length) for length in lengths]
@@ -191,7 +198,7 @@ def _read(
     model: Any, tokens: Tensor, how: How, kept: dict[str, Any], repeats: int
 ) -> dict[str, list[float]]:
     """Seconds to read ``tokens`` [1, N] into new caches, which are left in ``kept``."""
-    seconds: dict[str, list[float]] = {DENSE: [], OURS: [], OURS_KV: []}
+    seconds: dict[str, list[float]] = {name: [] for name in (DENSE, OURS, OURS_KV, OURS_LATE)}
     for attention in seconds:  # what the first call sets up
         with how(attention):
             forward(model, tokens[:, :_WARM_UP])

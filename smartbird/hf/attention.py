@@ -62,8 +62,9 @@ class SketchedAttention(nn.Module):
         q_weight: [H, D, S], from the queries of each head to its sketch.
         k_weight: [H_kv, D, S], from the keys of each key/value head to its sketch.
         attention: draws keys and attends to them.
-        sketch_per_head: each head has a query sketch of its own; False: heads that share keys share
-            the mean of theirs.
+        num_sketches: ``"head"``, each head has a query sketch of its own; ``"kv"``, heads that
+            share keys share the mean of theirs; ``"layer"``, all heads do, and the sketches of all
+            key/value heads are added, which have features of their own.
         min_length: positions below it attend to all their keys; without causality the sequences
             that are shorter do.
     """
@@ -74,7 +75,7 @@ class SketchedAttention(nn.Module):
         k_weight: Tensor,
         attention: SampledAttention,
         *,
-        sketch_per_head: bool,
+        num_sketches: str,
         min_length: int,
     ) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ class SketchedAttention(nn.Module):
         self.q_weight = nn.Parameter(q_weight, requires_grad=False)
         self.k_weight = nn.Parameter(k_weight, requires_grad=False)
         self.attention = attention
-        self.sketch_per_head = sketch_per_head
+        self.num_sketches = num_sketches
         self.min_length = min_length
 
     @staticmethod
@@ -109,9 +110,7 @@ class SketchedAttention(nn.Module):
             **sampling,
         )
 
-    def set_sampling(
-        self, sampling: dict[str, Any], *, sketch_per_head: bool, min_length: int
-    ) -> None:
+    def set_sampling(self, sampling: dict[str, Any], *, num_sketches: str, min_length: int) -> None:
         """Attend by other settings of :class:`smartbird.nn.SampledAttention`, by the same seed."""
         before = self.attention
         assert before.scale is not None
@@ -125,19 +124,22 @@ class SketchedAttention(nn.Module):
         ).train(before.training)
         for name in ("eval_seed", "dense", "observer"):
             setattr(self.attention, name, getattr(before, name))
-        self.sketch_per_head = sketch_per_head
+        self.num_sketches = num_sketches
         self.min_length = min_length
 
     def sketch_queries(self, q: Tensor) -> Tensor:
         """q [B, H, N, D] to [B, H_s, N, S]; the gradient of the sketch does not reach q."""
         sketch = q.detach() @ self.q_weight.to(q.dtype)
-        if self.sketch_per_head:
+        if self.num_sketches == "head":
             return sketch
+        if self.num_sketches == "layer":
+            return sketch.mean(1, keepdim=True)
         return torch.unflatten(sketch, 1, (self.k_weight.shape[0], -1)).mean(2)
 
     def sketch_keys(self, k: Tensor) -> Tensor:
-        """k [B, H_kv, M, D] to [B, H_kv, M, S]; the gradient of the sketch does not reach k."""
-        return k.detach() @ self.k_weight.to(k.dtype)
+        """k [B, H_kv, M, D] to [B, H_ks, M, S]; the gradient of the sketch does not reach k."""
+        sketch = k.detach() @ self.k_weight.to(k.dtype)
+        return sketch.sum(1, keepdim=True) if self.num_sketches == "layer" else sketch
 
     def forward(
         self,
@@ -156,7 +158,7 @@ class SketchedAttention(nn.Module):
             k: [B, H_kv, M, D]; keys beyond ``mask.num_keys`` are empty places of a static cache.
             v: [B, H_kv, M, Dv].
             mask: of this call, without a reason.
-            k_sketch: [B, H_kv, M, S]. None: made from ``k``.
+            k_sketch: [B, H_ks, M, S]. None: made from ``k``.
             cu_seqlens: int32 [n + 1], where packed sequences begin and end. None: the mask says it.
 
         Returns:
@@ -247,7 +249,7 @@ class SketchedAttention(nn.Module):
     def extra_repr(self) -> str:
         heads, width, features = self.q_weight.shape
         return (
-            f"{heads} x {width} -> {features}, sketch_per_head={self.sketch_per_head}, "
+            f"{heads} x {width} -> {features}, num_sketches={self.num_sketches!r}, "
             f"min_length={self.min_length}"
         )
 

@@ -28,7 +28,7 @@ class SketchLayer(CacheLayerMixin):  # type: ignore[misc]
     Attributes:
         keys: [B, H_kv, M, D], a view; None while empty.
         values: [B, H_kv, M, Dv], a view.
-        sketches: [B, H_kv, M, S], a view.
+        sketches: [B, H_ks, M, S], a view.
     """
 
     is_sliding = False

@@ -31,7 +31,7 @@ from smartbird.hf.sketches import Moments, leading_directions, rotary_pairs
 from smartbird.nn import SampledAttention, SketchStats, seed_evaluation, sketch_stats
 
 RECORD = "_smartbird"  # the attribute of a converted model that remembers what it was
-SKETCHES = ("kv", "head")
+SKETCHES = ("layer", "kv", "head")
 PASSAGE = 256  # tokens of the passage that is made where none is given
 JUDGED = 64  # queries of a sequence that a report is about
 
@@ -157,9 +157,9 @@ def convert(
     Args:
         model: a ``transformers.PreTrainedModel``.
         num_samples: K, how many keys a query and set of draws holds.
-        num_sketches: ``"head"``, queries have a sketch for each head, or ``"kv"``, one for each
-            key/value head, whose heads then share the keys drawn: cheaper, and less exact. Keys
-            have one for each key/value head.
+        num_sketches: ``"head"``, queries have a sketch for each head; ``"kv"``, one for each
+            key/value head, whose heads then share the keys drawn: cheaper, and less exact.
+            ``"layer"``, queries and keys have one for all heads: cheapest, and far less exact.
         sketch_dim: S, features of a sketch; even for rotary models.
         method: how keys are drawn, see :func:`smartbird.ops.sketch_sample`.
         correction: estimate dense attention from the sample, see
@@ -198,7 +198,6 @@ def convert(
     if min_length is None:
         min_length = checked.num_samples
     min_length = check_count("min_length", min_length, 0)
-    per_head = num_sketches == "head"
 
     settings = {
         **sampling,
@@ -213,9 +212,11 @@ def convert(
     in_use = in_dense or samples(model)  # the caller may have set another attention since
     if old_record is not None and in_use and calibration is None:
         changed = {name for name in settings if settings[name] != old_record.settings[name]}
-        if not changed & {"sketch_dim", "layers"}:
+        if not changed & {"sketch_dim", "layers"} and all(
+            _keeps(child, num_sketches) for child in old.values()
+        ):
             for child in old.values() if changed else ():
-                child.set_sampling(sampling, sketch_per_head=per_head, min_length=min_length)
+                child.set_sampling(sampling, num_sketches=num_sketches, min_length=min_length)
             setattr(model, RECORD, replace(old_record, settings=settings))
             return model
     passage = _passage(model) if calibration is None else _check_tokens("calibration", calibration)
@@ -230,7 +231,9 @@ def convert(
         _choose(seen, layers)
         made = {
             name: SketchedAttention(
-                *_weights(one, sketch_dim, old.get(name) if calibration is None else None),
+                *_weights(
+                    one, sketch_dim, num_sketches, old.get(name) if calibration is None else None
+                ),
                 SketchedAttention.core(
                     one.heads,
                     one.kv_heads,
@@ -238,7 +241,7 @@ def convert(
                     scale=one.scaling,
                     sampling=sampling,
                 ),
-                sketch_per_head=per_head,
+                num_sketches=num_sketches,
                 min_length=min_length,
             )
             for name, one in seen.items()
@@ -609,19 +612,28 @@ def _choose(seen: dict[str, _Seen], layers: Collection[int] | None) -> None:
             one.reason = one.reason or "it is not among the layers to convert"
 
 
-def _weights(one: _Seen, sketch_dim: int, old: SketchedAttention | None) -> tuple[Tensor, Tensor]:
-    """q_weight [H, D, S] and k_weight [H_kv, D, S], those of ``old`` if they have this size."""
+def _keeps(old: SketchedAttention, num_sketches: str) -> bool:
+    """Whether sketches serve so many as well: those of a whole layer lie otherwise."""
+    return (old.num_sketches == "layer") == (num_sketches == "layer")
+
+
+def _weights(
+    one: _Seen, sketch_dim: int, num_sketches: str, old: SketchedAttention | None
+) -> tuple[Tensor, Tensor]:
+    """q_weight [H, D, S] and k_weight [H_kv, D, S], those of ``old`` if they serve."""
     if sketch_dim > one.width:
         raise ValueError(f"sketch_dim must be at most the head dim, {one.width}, got {sketch_dim}")
-    if old is not None and old.q_weight.shape == (one.heads, one.width, sketch_dim):
+    shape = (one.heads, one.width, sketch_dim)
+    if old is not None and old.q_weight.shape == shape and _keeps(old, num_sketches):
         return old.q_weight.detach(), old.k_weight.detach()
     partner = None if one.rotates is None else _partners(one.module, one.width, one.rotates)
+    together = num_sketches == "layer"
     if partner is None:
-        weights = leading_directions(one.moments, sketch_dim)
+        weights = leading_directions(one.moments, sketch_dim, together=together)
     elif sketch_dim % 2:
         raise ValueError(f"sketch_dim must be even with rotary embedding, got {sketch_dim}")
     else:
-        weights = rotary_pairs(one.moments, partner, sketch_dim)
+        weights = rotary_pairs(one.moments, partner, sketch_dim, together=together)
     return weights[0].to(one.like), weights[1].to(one.like)
 
 

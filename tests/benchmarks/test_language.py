@@ -23,6 +23,8 @@ from benchmarks.language.attention import (
     ORACLE,
     OURS,
     OURS_KV,
+    OURS_LATE,
+    OURS_LAYER,
     WINDOW,
     attending,
     exact_topk,
@@ -173,14 +175,38 @@ def make_losses(model: Any) -> list[Any]:
 
 def test_perplexities(model: Any) -> None:
     losses = make_losses(model)
-    # Dense; ours on all passages; with shared sketches, another seed, and the rivals on two.
-    assert len(losses) == 3 + 2 * (3 + 2 * 4)
+    # Dense; ours on all passages; with shared sketches, one a layer, another seed, and the rivals
+    # on two.
+    assert len(losses) == 3 + 2 * (3 + 2 * 5)
     dense = [loss for loss in losses if loss.attention == DENSE]
     assert all(loss.factor == 1.0 for loss in dense)
     ours = [loss for loss in losses if loss.attention == OURS and loss.num_samples == 40]
     assert len({loss.loss for loss in ours}) == len(ours)  # a seed draws other keys
     least, most = min(x.factor for x in ours), max(x.factor for x in ours)
     assert least <= mean_factor(ours) <= most
+
+
+def test_one_sketch_a_layer_leaves_the_model_alone(model: Any) -> None:
+    losses = make_losses(model)
+    layer = [x for x in losses if x.attention == OURS_LAYER]
+    heads = {(x.passage, x.num_samples): x.loss for x in losses if x.attention == OURS}
+    assert all(x.loss != heads[x.passage, x.num_samples] for x in layer)
+    again = [x.loss for x in make_losses(model)]
+    assert again == [x.loss for x in losses]
+
+
+def test_known_perplexities_are_not_measured_again(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = make_losses(model)
+    monkeypatch.setattr("benchmarks.language.perplexity.second_half_loss", lambda *_: 1.0)
+    some = [Passage("code", name, tokens(seed, 128)) for seed, name in enumerate("abc")]
+    known = [x for x in losses if x.num_samples != 64]
+    again = list(
+        measure_perplexity(model, some, (40, 64), rival_passages=2, seeds=(1,), known=known)
+    )
+    assert [x for x in again if x.num_samples != 64] == known
+    assert {x.loss for x in again if x.num_samples == 64} == {1.0}
 
 
 def test_facts_are_planted_and_asked_for(model: Any) -> None:
@@ -227,7 +253,7 @@ def make_speed(model: Any) -> Any:
 
 
 def test_speed(model: Any) -> None:
-    speed, ways = make_speed(model), (DENSE, OURS, OURS_KV)
+    speed, ways = make_speed(model), (DENSE, OURS, OURS_KV, OURS_LATE)
     told = [(time.what, time.attention, time.length) for time in speed.times]
     assert sorted(told) == sorted(
         [(PREFILL, a, n) for a in ways for n in (256, 512)]
@@ -284,9 +310,7 @@ def test_results_are_kept_and_make_a_page(model: Any, tmp_path: Path) -> None:
         losses=make_losses(model),
         distilled=make_losses(model),
         long_losses=list(
-            measure_perplexity(
-                model, [Passage("code", "long", tokens(9, 256))], (40,), rival_passages=0, seeds=()
-            )
+            measure_perplexity(model, [Passage("code", "long", tokens(9, 256))], (40,), late=True)
         ),
         answers=list(measure_needle(model, Characters(), [passage], 40)),
         speed=make_speed(model),

@@ -56,7 +56,7 @@ def test_all_keys_are_dense_attention(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("num_sketches", ["kv", "head"])
+@pytest.mark.parametrize("num_sketches", ["layer", "kv", "head"])
 def test_few_keys_are_near_dense_attention_and_not_it(name: str, num_sketches: str) -> None:
     model = hf.convert(made(name), **FEW, num_sketches=num_sketches)
     ids = tokens(2, LENGTH)
@@ -207,6 +207,12 @@ def test_sketches_survive_other_settings_and_not_another_size() -> None:
     child = model.model.layers[0].self_attn.smartbird
     assert child.attention.num_samples == 20
     assert (child.q_weight == 0.25).all()
+    hf.convert(model, **(FEW | {"num_sketches": "layer"}))
+    child = model.model.layers[0].self_attn.smartbird
+    assert not (child.q_weight == 0.25).any()
+    torch.nn.init.constant_(child.q_weight, 0.25)
+    hf.convert(model, **(FEW | {"num_samples": 20, "num_sketches": "layer"}))
+    assert (model.model.layers[0].self_attn.smartbird.q_weight == 0.25).all()
     hf.convert(model, **FEW, calibration=tokens(1, LENGTH))
     assert not (model.model.layers[0].self_attn.smartbird.q_weight == 0.25).all()
     hf.convert(model, **(FEW | {"sketch_dim": 2}))
@@ -294,7 +300,7 @@ def test_eager_models_keep_eager_layers() -> None:
         ({"num_samples": 0}, ValueError, "num_samples"),
         ({"num_samples": 2.5}, TypeError, "num_samples"),
         ({"num_samples": 8, "window": 9}, ValueError, "num_samples"),
-        ({"num_sketches": "layer"}, ValueError, "num_sketches"),
+        ({"num_sketches": "each"}, ValueError, "num_sketches"),
         ({"sketch_dim": 0}, ValueError, "sketch_dim"),
         ({"sketch_dim": 9}, ValueError, "sketch_dim must be at most the head dim, 8, got 9"),
         ({"sketch_dim": 3}, ValueError, "sketch_dim must be even"),

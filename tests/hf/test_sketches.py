@@ -54,6 +54,29 @@ def test_pairs_are_those_that_vary_scores_most() -> None:
     assert (k_weight.sum(1) == 1).all()
 
 
+@pytest.mark.parametrize("way", ["pairs", "directions"])
+def test_a_layer_has_the_strongest_of_all_heads(way: str) -> None:
+    q, k = passage()
+    both = moments(q, k)
+
+    def make(size: int, **options: bool) -> tuple[Tensor, Tensor]:
+        if way == "pairs":
+            return rotary_pairs(both, HALVES, size, **options)
+        return leading_directions(both, size, **options)
+
+    q_weight, k_weight = make(6, together=True)
+    used = k_weight.abs().sum(1) > 0  # [H_kv, S]
+    assert (used.sum(0) == 1).all()
+    count = used.sum(1).tolist()
+    assert min(count) > 0
+    for head, size in enumerate(count):
+        own_q, own_k = make(size)
+        of_group = slice(head * H // G, (head + 1) * H // G)
+        assert torch.equal(k_weight[head, :, used[head]], own_k[head])
+        assert torch.equal(q_weight[of_group, :, used[head]], own_q[of_group])
+        assert (q_weight[of_group, :, ~used[head]] == 0).all()
+
+
 def test_directions_are_the_best_of_their_rank() -> None:
     q, k = passage()
     best = error(q, k, *leading_directions(moments(q, k), 3))
