@@ -11,6 +11,7 @@ EMBED_FLAGS   ?= --out docs/language/minilm.json --page docs/language.md
 BENCH_ISA     ?= native
 BASELINE      ?=
 GPU_PYTHON    ?= python3
+GPU_FLAGS     ?=
 STUDY_FLAGS   ?=
 VERSION_FLAGS ?=
 STATIC_FLAGS  ?=
@@ -41,12 +42,9 @@ SOURCES   := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CUDA      := $(shell find csrc/cuda -name '*.cu' -o -name '*.cuh')
 CPP_FILES := $(SOURCES) $(CUDA) $(shell find tests -name '*.cpp' -o -name '*.h' 2>/dev/null)
 CMAKE      = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
-GPU_BUILD = $(GPU_PYTHON) -c 'import torch; torch.cuda.is_available() or exit("error: torch " \
-    + torch.__version__ + " of $(GPU_PYTHON) finds no usable GPU: see docs/cuda.md")'; \
-    SMARTBIRD_CUDA=1 $(GPU_PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 
 .PHONY: help setup build test test-quick test-isa test-slow nightly test-versions test-emulated cpp-test \
-        race-test cuda lint test-gpu bench-gpu format demo demo-lm demo-embed bench bench-gains bench-quick \
+        race-test cuda lint gpu-check format demo demo-lm demo-embed bench bench-gains bench-quick \
         study study-quick wheel clean
 
 help:  ## list the targets
@@ -113,32 +111,9 @@ cuda: $(BUILT)  ## compile the CUDA kernels for every architecture and read thei
 	SMARTBIRD_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda
 	$(BIN)/python -m tools.cuda_static build/cuda/smartbird/_C_cuda.abi3.so $(STATIC_FLAGS)
 
-# These two run in the environment of GPU_PYTHON, whose torch must be a CUDA build: see docs/cuda.md.
-test-gpu:  ## the op tests on a GPU and, where it is installed, under compute-sanitizer; report in build/gpu
-	$(GPU_BUILD)
-	mkdir -p build/gpu
-	{
-	    $(GPU_PYTHON) -c 'import torch; print(torch.__version__, torch.cuda.get_device_properties())'
-	    failed=
-	    $(GPU_PYTHON) -m pytest --device cuda -q -m "(ops or gpu) and not cpu_only" tests/ops || \
-	        failed="$$failed tests"
-	    if command -v compute-sanitizer; then
-	        for tool in memcheck racecheck synccheck; do
-	            echo "compute-sanitizer: $$tool"
-	            PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	                --kernel-regex kns=smartbird $(GPU_PYTHON) -m pytest --device cuda -q \
-	                -m "ops and sanitized" tests/ops || failed="$$failed $$tool"
-	        done
-	    else
-	        echo 'compute-sanitizer is not on PATH: memcheck, racecheck and synccheck did not run'
-	    fi
-	    echo "failed:$${failed:- nothing}"
-	    test -z "$$failed"
-	} 2>&1 | tee build/gpu/tests.txt
-
-bench-gpu:  ## time attention against its rivals on a GPU: JSON, plots and a page in docs/performance
-	$(GPU_BUILD)
-	$(GPU_PYTHON) -m benchmarks.speed.gpu
+# In the environment of GPU_PYTHON, whose torch must be a CUDA build; nothing is compiled: see docs/cuda.md.
+gpu-check:  ## tests, sanitizers and times on a GPU, within minutes, of libraries that are built: build/gpu
+	$(GPU_PYTHON) -m benchmarks.gpu $(GPU_FLAGS)
 
 lint: $(CPP_DIR)/compile_commands.json  ## ruff, mypy --strict, clang-format, clang-tidy
 	$(BIN)/ruff check

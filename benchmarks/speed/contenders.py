@@ -28,6 +28,7 @@ from smartbird.ops import distill_loss, sketch_sample
 
 SDPA = "SDPA"
 SDPA_FLASH = "SDPA, FlashAttention"
+SDPA_CUDNN = "SDPA, cuDNN"
 FLASH_ATTN = "flash_attn"
 FLASH_ATTN_WINDOW = "flash_attn window"
 FLEX_BLOCKS = "FlexAttention random blocks"
@@ -40,6 +41,8 @@ SYSTEMATIC = "systematic"
 DISTILL = " + distill"
 # Of a padded batch: each sequence in a call of its own; padding taken out by the call; no padding.
 ONE_BY_ONE, QUERY_MASK, PACKED = ", one by one", " with query_mask", ", packed"
+# The forward pass captured once and replayed, so that the host's launches are not in its time.
+GRAPH = ", as a graph"
 DRAW = "sketch_sample, "
 
 # 128 is create_block_mask's default; smaller blocks waste less of a narrow window.
@@ -98,17 +101,17 @@ class Problem:
         lengths: tuple[int, ...] | None = None,
         device: str = "cpu",
     ) -> Problem:
-        """The same numbers at each call; sketch scores have standard deviation ``score_std``.
+        """Equal numbers at each call on one device; sketch scores deviate by ``score_std``.
 
         With ``trained`` the sketches are the first rows of the trained ones.
 
         Raises:
             Unavailable: there are no trained sketches of that size.
         """
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int, std: float = 1.0) -> Tensor:
-            x = torch.randn(shape, generator=generator).mul_(std).to(device, dtype)
+            x = torch.randn(shape, generator=generator, device=device).mul_(std).to(dtype)
             return x.requires_grad_(requires_grad)
 
         queries = length if queries is None else queries
@@ -216,18 +219,42 @@ def _sdpa_one_by_one(p: Problem) -> Forward:
     return lambda: tuple(scaled_dot_product_attention(q, k, v) for q, k, v, _, _ in sequences)
 
 
-def _sdpa_flash(p: Problem) -> Forward:
-    """No other of its backends, which it would else choose between."""
+def _sdpa_by(backend: SDPBackend) -> Callable[[Problem], Forward]:
+    """By one of its backends, which it would else choose between."""
 
-    def forward() -> tuple[Tensor]:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return (scaled_dot_product_attention(p.q, p.k, p.v),)
+    def build(p: Problem) -> Forward:
+        attend = _sdpa(p)
 
-    try:
-        forward()
-    except RuntimeError as error:
-        raise Unavailable(f"no such kernel: {str(error).splitlines()[0]}") from error
-    return forward
+        def forward() -> tuple[Tensor, ...]:
+            with sdpa_kernel(backend):
+                return attend()
+
+        try:
+            forward()
+        except RuntimeError as error:
+            raise Unavailable(f"no such kernel: {str(error).splitlines()[0]}") from error
+        return forward
+
+    return build
+
+
+def _as_graph(build: Callable[[Problem], Forward]) -> Callable[[Problem], Forward]:
+    def build_graph(p: Problem) -> Forward:
+        if not p.q.is_cuda or p.requires_grad:
+            raise Unavailable("captured are forward passes on a GPU only")
+        forward = build(p)
+        forward()  # what is made once is made before the capture
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = forward()
+
+        def replay() -> tuple[Tensor, ...]:
+            graph.replay()
+            return outputs
+
+        return replay
+
+    return build_graph
 
 
 def _flash_attn(*, window: bool) -> Callable[[Problem], Forward]:
@@ -348,25 +375,29 @@ def _sdpa_distilled(p: Problem) -> Forward:
 
 
 def _flex_window(block: int) -> Callable[[Problem], Forward]:
-    return lambda p: _compile_flex(p, window_mask(p.length, p.num_samples, block).to(p.q.device))
+    return lambda p: _compile_flex(p, window_mask(p.length, p.num_samples, block, p.q.device))
 
 
 def _flex_blocks(p: Problem) -> Forward:
-    mask = random_block_mask(p.length, p.num_samples, p.q.shape[1])
-    return _compile_flex(p, mask.to(p.q.device))
+    # Its backward pass on a GPU knows no smaller blocks of keys.
+    block = max(p.num_samples, 128) if p.q.is_cuda else p.num_samples
+    return _compile_flex(
+        p, random_block_mask(p.length, p.num_samples, p.q.shape[1], block, p.q.device)
+    )
 
 
 def _compile_flex(p: Problem, mask: BlockMask) -> Forward:
+    options: dict[str, Any] = {"block_mask": mask, "enable_gqa": p.k.shape[1] != p.q.shape[1]}
     if p.requires_grad:
         try:
-            flex_attention(p.q[:, :, :1], p.k[:, :, :1], p.v[:, :, :1])
+            flex_attention(p.q[:, :1, :1], p.k[:, :1, :1], p.v[:, :1, :1])
         except NotImplementedError as error:
             raise Unavailable(str(error)) from error
     # A graph for this problem alone: its shape, and the number of threads that is set now.
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def forward() -> tuple[Tensor]:
-        out = compiled(p.q, p.k, p.v, block_mask=mask)
+        out = compiled(p.q, p.k, p.v, **options)
         assert isinstance(out, Tensor)
         return (out,)
 
@@ -380,7 +411,9 @@ def _compile_flex(p: Problem, mask: BlockMask) -> Forward:
     return forward
 
 
-def window_mask(length: int, num_samples: int, block: int) -> BlockMask:
+def window_mask(
+    length: int, num_samples: int, block: int, device: torch.device | str = "cpu"
+) -> BlockMask:
     """Keys ``i - K // 2 <= j < i + K // 2`` of query i, found block by block.
 
     ``create_block_mask`` gives the same, but looks at all N x N pairs.
@@ -391,24 +424,28 @@ def window_mask(length: int, num_samples: int, block: int) -> BlockMask:
         return (j - i >= -before) & (j - i < after)
 
     num_blocks = _count_blocks(length, block)
-    first = torch.arange(num_blocks) * block
+    first = torch.arange(num_blocks, device=device) * block
     ahead = first - first[:, None]  # of the key block's first key to the query block's first query
     reached = (ahead + block - 1 >= -before) & (ahead - (block - 1) < after)
     whole = (ahead - (block - 1) >= -before) & (ahead + block - 1 < after)
     return _block_mask(reached & ~whole, whole, (block, block), length, in_window)
 
 
-def random_block_mask(length: int, num_samples: int, heads: int) -> BlockMask:
-    """For each head and block of queries one random block of K keys, all of them kept.
+def random_block_mask(
+    length: int, num_samples: int, heads: int, block: int, device: torch.device | str = "cpu"
+) -> BlockMask:
+    """For each head and block of queries one random block of keys, all of them kept.
 
     Blocks of whole keys are FlexAttention's fastest case; of the sizes tried 128 queries are best.
+    Where ``block`` is more than K keys, so many fewer blocks of queries keep one that N K pairs are
+    kept all the same.
     """
-    num_query_blocks = _count_blocks(length, 128)
-    num_key_blocks = _count_blocks(length, num_samples)
+    num_query_blocks, num_key_blocks = _count_blocks(length, 128), _count_blocks(length, block)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(num_key_blocks, (1, heads, num_query_blocks, 1), generator=generator)
-    whole = drawn == torch.arange(num_key_blocks)
-    return _block_mask(torch.zeros_like(whole), whole, (128, num_samples), length, None)
+    keeps = torch.arange(num_query_blocks, device=device) % (block // num_samples) == 0
+    whole = (drawn.to(device) == torch.arange(num_key_blocks, device=device)) & keeps[:, None]
+    return _block_mask(torch.zeros_like(whole), whole, (128, block), length, None)
 
 
 def _count_blocks(length: int, block: int) -> int:
@@ -582,7 +619,8 @@ def _for_each_head(p: Problem, attend: Callable[[int, int], Tensor]) -> Tensor:
 CONTENDERS: dict[str, Contender] = {
     SDPA: Contender(_sdpa, 65536, "N^2 D operations take minutes", padded=True),
     SDPA + ONE_BY_ONE: Contender(_sdpa_one_by_one, padded=True),
-    SDPA_FLASH: Contender(_sdpa_flash),
+    SDPA_FLASH: Contender(_sdpa_by(SDPBackend.FLASH_ATTENTION)),
+    SDPA_CUDNN: Contender(_sdpa_by(SDPBackend.CUDNN_ATTENTION)),
     FLASH_ATTN: Contender(_flash_attn(window=False)),
     FLASH_ATTN_WINDOW: Contender(_flash_attn(window=True)),
     **{
@@ -600,6 +638,10 @@ CONTENDERS: dict[str, Contender] = {
         for padding in ("", QUERY_MASK, PACKED)
     },
     **{DRAW + method: Contender(_draw(method)) for method in (GUMBEL, SYSTEMATIC)},
+    SDPA_FLASH + GRAPH: Contender(_as_graph(_sdpa_by(SDPBackend.FLASH_ATTENTION))),
+    **{
+        method + GRAPH: Contender(_as_graph(_smart_bird(method))) for method in (GUMBEL, SYSTEMATIC)
+    },
     SDPA + DISTILL: Contender(_sdpa_distilled, 65536, "N^2 D operations take minutes"),
     GUMBEL + DISTILL: Contender(_distilled(GUMBEL)),
     SYSTEMATIC + DISTILL: Contender(_distilled(SYSTEMATIC)),

@@ -23,14 +23,11 @@ from benchmarks.speed.contenders import (
     COMPOSITION,
     DISTILL,
     EXACT_TOPK,
-    FLASH_ATTN,
-    FLASH_ATTN_WINDOW,
     FLEX_BLOCKS,
     FLEX_WINDOWS,
     GUMBEL,
     LONGFORMER,
     SDPA,
-    SDPA_FLASH,
     SYSTEMATIC,
 )
 from benchmarks.speed.ratios import headlines
@@ -38,14 +35,12 @@ from benchmarks.speed.results import Case, Results, factor
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes. Ours are drawn thick.
 _WINDOW = "FlexAttention window"
+_DTYPE = "float32"  # of which plots are drawn
 _STYLE: dict[str, tuple[str, str, str]] = {
     GUMBEL: ("#d55e00", "-", "o"),
     SYSTEMATIC: ("#e69f00", "-", "o"),
     GUMBEL + DISTILL: ("#d55e00", "--", "o"),
     SDPA: ("#000000", "-", "s"),
-    SDPA_FLASH: ("#000000", "--", "s"),
-    FLASH_ATTN: ("#777777", "-", "s"),
-    FLASH_ATTN_WINDOW: ("#777777", "--", "s"),
     _WINDOW: ("#0072b2", "-", "^"),
     FLEX_BLOCKS: ("#56b4e9", "-", "^"),
     LONGFORMER: ("#009e73", "-", "v"),
@@ -67,11 +62,7 @@ def write_plots(results: Results, stem: Path) -> list[Path]:
     # Two versions are compared by a table alone.
     timed = results.timings and not results.baseline
     for name, has_data, draw in (
-        (
-            "headline",
-            timed and "gpu" not in results.environment and headlines(results),
-            _draw_headline,
-        ),
+        ("headline", timed and headlines(results), _draw_headline),
         ("time", timed, _draw_time),
         ("memory", results.memory, _draw_memory),
         ("stages", any(stage.limit_seconds for stage in results.stages), _draw_stages),
@@ -129,7 +120,7 @@ def _draw_time(results: Results) -> Figure:
     for timing in results.timings:
         case = timing.case
         plain = case == Case(case.length, case.backward, threads)
-        if timing.missing or timing.dtype != _dtype(results) or not plain:
+        if timing.missing or timing.dtype != _DTYPE or not plain:
             continue
         name = _WINDOW if timing.attention in FLEX_WINDOWS else timing.attention
         points = panels[case.backward].setdefault(name, {})
@@ -204,7 +195,7 @@ def _draw_stages(results: Results) -> Figure:
     stages = [
         stage
         for stage in results.stages
-        if stage.threads == threads and stage.dtype == _dtype(results) and stage.limit_seconds
+        if stage.threads == threads and stage.dtype == _DTYPE and stage.limit_seconds
     ]
     lengths = sorted({stage.length for stage in stages})
     names = list(dict.fromkeys(stage.name for stage in stages))
@@ -247,17 +238,12 @@ def _draw_stages(results: Results) -> Figure:
 def _title(figure: Figure, title: str, results: Results) -> None:
     environment = results.environment
     a = environment["arguments"]
-    where = environment.get("gpu", {}).get("name")
     subject = (
-        f"{_dtype(results)}, B = 1, H = {a['heads']}, D = {a['head_dim']}, S = {a['sketch_dim']}, "
+        f"{_DTYPE}, B = 1, H = {a['heads']}, D = {a['head_dim']}, S = {a['sketch_dim']}, "
         f"K = {a['num_samples']}; "
-    ) + (where or f"{environment['threads']} threads, {environment['smartbird']['cpu_isa']}")
+        f"{environment['threads']} threads, {environment['smartbird']['cpu_isa']}"
+    )
     figure.suptitle(f"{title}\n{subject}", x=0.01, ha="left", fontsize=11)
-
-
-def _dtype(results: Results) -> str:
-    """Of which plots are drawn: what a GPU's rivals are made for, or a processor's."""
-    return "bfloat16" if "gpu" in results.environment else "float32"
 
 
 def _seconds(x: float) -> str:

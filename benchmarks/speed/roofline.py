@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.speed.roofline --update docs/cuda.md`` makes the tables between the lines
 ``<!-- table roofline:NAME -->`` and ``<!-- end -->``; NAME is formulas, kernels, floors or devices.
-``benchmarks.speed.gpu`` holds measured times to the same numbers.
+``benchmarks.gpu`` holds measured times to the same numbers.
 
 Letters as in ``smartbird.ops``, for one sequence of N queries and as many keys, H_i = H_kv = H and
 Dv = D, without masks; e is the size of an input element. Counted are

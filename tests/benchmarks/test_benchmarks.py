@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ import smartbird
 from benchmarks.speed import (
     attention,
     baseline,
-    gpu,
+    contenders,
     layers,
     machine,
     memory,
@@ -38,6 +39,7 @@ from benchmarks.speed.contenders import (
     DRAW,
     EXACT_TOPK,
     FLEX_WINDOWS,
+    GRAPH,
     GUMBEL,
     LONGFORMER,
     ONE_BY_ONE,
@@ -82,7 +84,6 @@ from benchmarks.speed.timing import (
     MIN_REPETITIONS,
     interleave,
     time_case,
-    wall_clock,
 )
 from smartbird import patterns, reference
 
@@ -141,9 +142,16 @@ def test_flex_window_mask_has_whole_blocks_only_where_every_pair_is_kept() -> No
 
 
 def test_flex_random_blocks_keep_k_keys_of_each_query() -> None:
-    mask = random_block_mask(256, 16, heads=3)
+    mask = random_block_mask(256, 16, heads=3, block=16)
     assert mask.to_dense().shape == (1, 3, 2, 16)
     assert torch.equal(mask.to_dense().sum(-1) * 16, torch.full((1, 3, 2), 16))
+
+
+def test_flex_random_blocks_larger_than_k_keys_keep_as_many_pairs() -> None:
+    mask = random_block_mask(1024, 64, heads=3, block=128)
+    assert mask.BLOCK_SIZE == (128, 128)
+    assert torch.equal(mask.to_dense().sum(-1), torch.tensor([1, 0] * 4).expand(1, 3, 8))
+    assert mask.to_dense().sum() * 128 * 128 == 3 * 1024 * 64
 
 
 @pytest.mark.slow
@@ -788,117 +796,45 @@ def test_presets_ask_for_contenders_that_exist_once(
     assert {case.attention for case in preset(threads).memory} <= CONTENDERS.keys()
 
 
-# ---- on a GPU: what of it runs without one ------------------------------------------------------
+# ---- on a GPU: what of it needs none -------------------------------------------------------------
 
 
-def test_sdpa_flash_is_dense_attention() -> None:
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_sdpa_flash_is_dense_attention(kv_heads: int) -> None:
     p = problem(32)
+    p = dataclasses.replace(p, k=p.k[:, :kv_heads], v=p.v[:, :kv_heads])
     (out,) = build_or_skip(SDPA_FLASH, p)()
-    torch.testing.assert_close(out, scaled_dot_product_attention(p.q, p.k, p.v), **CLOSE)
+    k, v = (x.expand(p.q.shape) for x in (p.k, p.v))
+    torch.testing.assert_close(out, scaled_dot_product_attention(p.q, k, v), **CLOSE)
 
 
-def test_a_run_of_the_gpu_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "BATCH", 3)
-    out = tmp_path / "gpu-tiny.json"
-    widths = "--heads 2 --head-dim 16 --sketch-dim 8 --num-samples 16"
-    gpu.main(f"--device cpu --lengths 32 64 --seconds 0.001 {widths} --out {out}".split())
-    results = Results.load(out)
-    timed = {t.attention for t in results.timings if not t.missing}
-    assert timed >= {SDPA, SDPA_FLASH, GUMBEL, SYSTEMATIC, GUMBEL + DISTILL}
-    assert {t.case.batch for t in results.timings} == {1, 3}
-    assert {stage.length for stage in results.stages} == {32, 64}
-    assert {stage.name for stage in results.stages} < roofline.kernels(WIDTHS, 32, 4).keys()
-    assert all(stage.limit_seconds is None for stage in results.stages)  # of a GPU, not of this
-    page = out.with_suffix(".md").read_text()
-    assert "| 64 | float32 | forward + backward |" in page
-    assert "## 3 sequences of 32" in page
-    assert "N = 32 is not a multiple of its blocks of 128" in page
-    assert (tmp_path / "gpu-tiny-time.png").exists()
-
-
-def test_gpu_benchmark_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "why_no_cuda", lambda: "there is no GPU")
-    with pytest.raises(SystemExit, match="error: there is no GPU"):
-        gpu.main([])
-
-
-def test_stages_of_a_known_gpu_have_a_least_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    h100 = roofline.DEVICES["H100 SXM"]
-    monkeypatch.setattr(roofline, "find_device", lambda name: h100)
-    stages = gpu.measure_stages(WIDTHS, 32, "bfloat16", 0.001, "cpu", wall_clock)
-    assert len(stages) == 7
-    for stage in stages:
-        work = roofline.kernels(WIDTHS, 32, 2)[stage.name]
-        assert (stage.limit_seconds, stage.bound) == roofline.floor_seconds(work, h100, 2)
-        assert stage.flops == round(work.tile_flops + work.fma_flops)
-
-
-def test_peak_memory_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for what torch.cuda counts."""
-    calls: list[str] = []
-    counted = {"memory_allocated": 1000, "max_memory_allocated": 9000}
-    for name in ("synchronize", "reset_peak_memory_stats", *counted):
-        monkeypatch.setattr(
-            torch.cuda, name, lambda name=name: calls.append(name) or counted.get(name)
-        )
-    measured = gpu.measure_memory(GUMBEL, "float32", 32, True, WIDTHS, device="cpu")
-    assert calls == ["synchronize", "reset_peak_memory_stats", *counted]
-    heads = 2 * 32 * 16 * 4
-    assert (measured.peak_bytes, measured.output_bytes) == (8000, 4 * heads)
-    assert gpu.measure_memory("flash_attn", "float32", 32, True, WIDTHS, "cpu").missing
-
-
-def test_memory_of_more_problems_than_torch_keeps_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    for name in ("memory_allocated", "max_memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda: 0)
-    whole = torch.compile
-    monkeypatch.setattr(torch, "compile", functools.partial(whole, backend="eager"))
-    for blocks in range(1, torch._dynamo.config.recompile_limit + 3):
-        case = ("float32", 128 * blocks, False, WIDTHS, "cpu")
-        assert gpu.measure_memory(FLEX_WINDOWS[0], *case).missing is None
-
-
-def test_results_survive_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def stop(*arguments: object) -> None:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(gpu, "measure_stages", stop)
-    out = tmp_path / "gpu.json"
-    arguments = ["--device", "cpu", "--lengths", "32", "--seconds", "0.001", "--out", str(out)]
-    sizes = ["--heads", "2", "--head-dim", "16", "--sketch-dim", "8", "--num-samples", "4"]
-    with pytest.raises(RuntimeError, match="out of memory"):
-        gpu.main([*arguments, *sizes])
-    assert Results.load(out).timings
-
-
-def test_cuda_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache is overwritten before the first event; milliseconds become seconds."""
+def test_a_graph_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for what torch.cuda captures."""
     log: list[str] = []
+    outputs = (torch.ones(1),)
 
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
+    class Graph:
+        def replay(self) -> None:
+            log.append("replay")
 
-        def record(self) -> None:
-            log.append("record")
+    @contextlib.contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        log.append("begin")
+        yield
+        log.append("end")
 
-        def synchronize(self) -> None:
-            log.append("synchronize")
+    def build_eager(p: Problem) -> Forward:
+        return lambda: (log.append("call"), outputs)[1]
 
-        def elapsed_time(self, end: Event) -> float:
-            return 3.0 if end is not self else math.nan
-
-    class Cache:
-        def zero_(self) -> None:
-            log.append("overwrite")
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    clock = gpu.CudaClock.__new__(gpu.CudaClock)
-    clock._overwritten = Cache()
-    assert clock(lambda: log.append("call")) == pytest.approx(0.003)
-    assert log == ["overwrite", "record", "call", "record", "synchronize"]
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    on_gpu = SimpleNamespace(q=SimpleNamespace(is_cuda=True), requires_grad=False)
+    forward = contenders._as_graph(build_eager)(on_gpu)
+    assert log == ["call", "begin", "call", "end"]
+    assert forward() is outputs
+    assert log[4:] == ["replay"]
+    with pytest.raises(Unavailable, match="on a GPU only"):
+        build(GUMBEL + GRAPH, problem(32))
 
 
 def test_kernels_on_paper_by_hand() -> None:

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, METHODS, Backend
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from smartbird.functional import smart_bird_attention
+
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
 
 pytestmark = [pytest.mark.one_order, pytest.mark.usefixtures("restore_num_threads")]
 
@@ -27,12 +28,12 @@ pytestmark = [pytest.mark.one_order, pytest.mark.usefixtures("restore_num_thread
 DEVIATIONS = (0.5, 1.8, 4.0, 12.0, 60.0)
 LENGTHS = (1, 2, 5, 17, 31, 32, 33, 63, 64, 65, 100, 129)
 
-law = settings(
+law = hypothesis.settings(
     max_examples=3 if "SMARTBIRD_EMULATED_LIBRARY" in os.environ else 15,
     deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 
 
@@ -260,7 +261,7 @@ def pad(tensors: list[Tensor], dim: int, value: float) -> Tensor:
 
 @pytest.mark.parametrize("method", METHODS)
 @law
-@given(problem=problems(), data=st.data())
+@hypothesis.given(problem=problems(), data=st.data())
 def test_in_a_padded_batch(
     backend: Backend, method: str, problem: Problem, data: st.DataObject
 ) -> None:
@@ -290,7 +291,7 @@ def test_in_a_padded_batch(
 
 @pytest.mark.parametrize("method", METHODS)
 @law
-@given(problem=problems(), data=st.data())
+@hypothesis.given(problem=problems(), data=st.data())
 def test_packed(backend: Backend, method: str, problem: Problem, data: st.DataObject) -> None:
     """Of any order, with an empty sequence among them and rows left over."""
     law = Law(backend, problem, method)
@@ -331,7 +332,7 @@ def test_packed(backend: Backend, method: str, problem: Problem, data: st.DataOb
 
 @pytest.mark.parametrize("method", METHODS)
 @law
-@given(problem=problems(), parts=st.sampled_from([2, 3, 7, 1000]))
+@hypothesis.given(problem=problems(), parts=st.sampled_from([2, 3, 7, 1000]))
 def test_in_chunks(backend: Backend, method: str, problem: Problem, parts: int) -> None:
     """On ranks that share the queries or, one after the other, against a cache: of causal rows it
     holds no more than the keys up to the last of the chunk. 1000 parts are one token each."""
@@ -349,7 +350,7 @@ def test_in_chunks(backend: Backend, method: str, problem: Problem, parts: int) 
 
 @pytest.mark.parametrize("method", METHODS)
 @law
-@given(problem=problems())
+@hypothesis.given(problem=problems())
 def test_on_ranks_that_share_the_heads(backend: Backend, method: str, problem: Problem) -> None:
     law = Law(backend, problem, method)
     x = law.sequences[0]
@@ -378,7 +379,7 @@ def test_on_ranks_that_share_the_heads(backend: Backend, method: str, problem: P
 
 @pytest.mark.parametrize("method", METHODS)
 @law
-@given(problem=problems())
+@hypothesis.given(problem=problems())
 def test_with_any_number_of_threads(backend: Backend, method: str, problem: Problem) -> None:
     law = Law(backend, problem, method)
     for x in law.sequences:
