@@ -77,13 +77,15 @@ test-slow: $(BUILT)  ## the tests marked slow
 nightly: test-slow test-versions race-test  ## the slow tests, other versions, races, all op tests, a short demo
 	$(MAKE) demo DEMO_FLAGS='--quick --out build/nightly-demo'
 	$(MAKE) test-emulated ORDERS="forward reverse random" SKIP_EMULATED=slow
-	$(MAKE) test-isa ISAS="scalar avx2 avx512" SKIP_ISA=slow
+	$(MAKE) cpp-test test-isa ISAS="scalar avx2 avx512" SKIP_ISA=slow
 
 # VERSION_FLAGS=--large lets it download builds of some GB where there is no other.
 test-versions: wheel  ## one wheel with the oldest and newest torch, Python and transformers that this machine can have
 	$(BIN)/python -m tools.test_versions dist/*.whl --index $(TORCH_INDEX) $(VERSION_FLAGS)
 
+# Configured anew, as ISAS may have changed.
 cpp-test: $(CPP_DIR)/compile_commands.json  ## the torch-free kernels and their C++ tests under ASan and UBSan
+	$(CMAKE) -B $(CPP_DIR) -DSMARTBIRD_SANITIZED_ISAS="$(subst $() $(),;,$(ISAS))"
 	$(BIN)/cmake --build $(CPP_DIR)
 	$(CPP_ENV) $(BIN)/ctest --test-dir $(CPP_DIR) --output-on-failure -j $$(nproc)
 
