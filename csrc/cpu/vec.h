@@ -503,7 +503,7 @@ SMARTBIRD_INLINE VecI scaled_to_int(Vec<float> x, double scale, double offset) {
   return bit_cast<VecI>(
       _mm256_set_m128i(half(_mm256_extractf128_ps(v, 1)), half(_mm256_castps256_ps128(v))));
 #else
-  VecI y;
+  VecI y{};
   for (int l = 0; l < kLanes<float>; ++l)
     y[l] = static_cast<int32_t>(static_cast<double>(x[l]) * scale + offset);
   return y;
