@@ -215,6 +215,31 @@ class Visible:
             free = free & (_at_keys(key.unsqueeze(0), indices) <= position)
         return free
 
+    def has_free_key(self) -> Tensor:
+        """bool [B, N]: which queries have a free key, of what :meth:`residual` gives."""
+        position = self.query_positions().expand(self.batch, -1)
+        first = torch.zeros_like(position)
+        num_keys = first + self.num_keys
+        if self.cu_seqlens_q is not None and self.cu_seqlens_k is not None:
+            row = torch.arange(self.num_queries, device=self.device)
+            first = self.cu_seqlens_k.long()[_sequence(self.cu_seqlens_q, row)].unsqueeze(0)
+            num_keys = _of_sequence(self.cu_seqlens_k.diff(), self.cu_seqlens_q, row).unsqueeze(0)
+        limit = torch.minimum(position + 1, num_keys).clamp(min=0) if self.is_causal else num_keys
+        begin = end = limit
+        if self.window > 0:
+            before, after = _reach(self.window, self.is_causal)
+            begin, end = (
+                torch.minimum((position + by).clamp(min=0), limit) for by in (-before, after + 1)
+            )
+        valid = torch.ones(1, self.num_keys, dtype=torch.bool, device=self.device)
+        valid = valid if self.key_mask is None else self.key_mask
+        valid_before = F.pad(valid.cumsum(-1), (1, 0)).expand(self.batch, -1)
+        from_, to, hole, rest = (
+            valid_before.gather(1, first + place)
+            for place in (torch.zeros_like(limit), limit, begin, end)
+        )
+        return to - from_ > rest - hole
+
     def places(self, indices: Tensor) -> Tensor:
         """Packed keys ``indices`` [B, H_i, N, K] (-1 is none) by their places in their sequence."""
         place = _at_keys(self._key_places()[0].unsqueeze(0), indices)

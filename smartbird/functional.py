@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
@@ -48,6 +49,9 @@ __all__ = [
 
 METHODS = (*DRAWN_METHODS, "dealt")
 
+# smartbird.ops.gather.attend_to or what stands for it, whose second result is not used.
+AttendKeys = Callable[..., tuple[Tensor, Tensor | None]]
+
 
 # ---- the composition ----------------------------------------------------------------------------
 
@@ -88,6 +92,7 @@ def attend(
     bias_sketch: tuple[Tensor, Tensor] | None = None,
     need_indices: bool = False,
     need_log_inclusion: bool = False,
+    attend_keys: AttendKeys | None = None,
 ) -> Attended:
     """Draw keys and attend to them: the only place where the two are put together.
 
@@ -105,6 +110,8 @@ def attend(
         bias_sketch: sketches as ``check_sketches`` gives them whose scores join the logits of the
             pairs attended to, with their gradient.
         need_indices, need_log_inclusion: they are to be returned.
+        attend_keys: what attends to the keys drawn, in place of ``smartbird.ops.gather.attend_to``,
+            where ``k`` and ``v`` are not those of all tokens.
     """
     num_index_heads = check_index_heads(num_index_heads, q_sketch.shape[1], q.shape[1])
     method = check_method(method, METHODS)
@@ -116,6 +123,7 @@ def attend(
     drawing: dict[str, Any] = {"num_index_heads": num_index_heads, "method": method, "seed": seed}
 
     separate = need_indices or need_log_inclusion or num_uniform > 0 or bias_sketch is not None
+    separate = separate or attend_keys is not None
     if indices is None and not separate and method != "dealt" and not _records(q, k, v):
         out = sampled_attention(
             q,
@@ -162,7 +170,7 @@ def attend(
     if bias_sketch is not None:
         scores = _sketch_scores(*bias_sketch, indices).to(acc_dtype(q))
         bias = scores if bias is None else bias + scores
-    out, _ = attend_to(
+    out, _ = (attend_keys or attend_to)(
         q, k, v, indices, visible, bias=bias, scale=scale, dropout_p=dropout_p, seed=seed
     )
     return Attended(out, indices, log_inclusion)

@@ -2,8 +2,8 @@
 
 ``make test-versions`` builds the wheel and runs this. Each set of versions gets an environment of
 its own below build/versions, which is kept for the next time, and runs the tests of the ops, the
-layers, torch.compile and pretrained models there. What this machine cannot run is left out, and
-said; it fails where a test does or where nothing could be run.
+layers, torch.compile, pretrained models and several processes there. What this machine cannot run
+is left out, and said; it fails where a test does or where nothing could be run.
 
 Of torch the CPU build is taken where pip finds one, else what PyPI has, which for Linux is a CUDA
 build of some GB, downloaded only if asked for.
@@ -24,7 +24,7 @@ from pathlib import Path
 SETS = (("3.10", "2.10.0", "1.26.4", "5.0.0"), ("3.13", "2.14.1", "2.4.6", "5.24.0"))
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "versions"
-TESTS = ("tests/ops", "tests/nn", "tests/hf")
+TESTS = ("tests/ops", "tests/nn", "tests/hf", "tests/distributed")
 MARKERS = "not slow and not reference"
 
 

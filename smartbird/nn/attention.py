@@ -316,9 +316,17 @@ class SmartBirdAttention(nn.Module):
         """
         if others:
             raise TypeError(_why_not_taken(next(iter(others))))
+        context = self.core.context
+        if context is not None:
+            context.refuse(key_mask=key_mask, query_mask=query_mask)
         queries, keys = self._layouts(query, key, value, key_mask, query_mask)
+        if context is not None and queries.offsets is not None:
+            raise ValueError("query must not be nested under ContextParallel")
         tokens = queries.enter(query)
         key_tokens = tokens if keys is queries else keys.enter(query if key is None else key)
+        if context is not None:
+            context.check_local("query", tokens, 1)
+            context.check_local("key", key_tokens, 1)
         value_tokens = key_tokens if value is None or value is key else keys.enter(value)
         visible = self.core.visible(
             tokens.shape[0],
@@ -339,7 +347,7 @@ class SmartBirdAttention(nn.Module):
             # The same sketch once more, now part of the function that the trunk is trained through.
             learned = given or self._sketch(tokens, key_tokens)
         if self.rotary is not None:
-            positions = _positions(visible)
+            positions = self._positions(visible)
             q, k = self._turn((q, k), positions)
             judged = self._turn(judged, positions)
             learned = None if learned is None else self._turn(learned, positions)
@@ -489,6 +497,18 @@ class SmartBirdAttention(nn.Module):
             entered.append(part if layout.packing is None else layout.packing.pack(part))
         return entered[0], entered[1]
 
+    def _positions(self, visible: Visible) -> tuple[Tensor, Tensor]:
+        """Of queries and keys, int64 [N] and [M], or [T] within their sequences."""
+        if self.core.context is not None:
+            here = self.core.context.positions(visible.device)
+            return here, here
+        keys = torch.arange(visible.num_keys, device=visible.device)
+        if visible.cu_seqlens_q is None:
+            offset = visible.num_keys - visible.num_queries
+            return torch.arange(visible.num_queries, device=visible.device) + offset, keys
+        keys = visible.places(keys.int()[None, None, None]).flatten().long()
+        return visible.query_positions()[0], keys
+
     def _turn(
         self, queries_and_keys: tuple[Tensor, Tensor], positions: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
@@ -530,16 +550,6 @@ def _linear_by_row(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     weights = weight.expand(x.shape[0], 1, -1, -1)
     out = gather_scores(x.unsqueeze(1), weights, outputs, scale=1.0).squeeze(1)
     return out if bias is None else out + bias.to(out.dtype)
-
-
-def _positions(visible: Visible) -> tuple[Tensor, Tensor]:
-    """Of queries and keys, int64 [N] and [M], or [T] within their sequences."""
-    keys = torch.arange(visible.num_keys, device=visible.device)
-    if visible.cu_seqlens_q is None:
-        offset = visible.num_keys - visible.num_queries
-        return torch.arange(visible.num_queries, device=visible.device) + offset, keys
-    keys = visible.places(keys.int()[None, None, None]).flatten().long()
-    return visible.query_positions()[0], keys
 
 
 def _of_one_sequence(mask: Tensor | None) -> Tensor | None:

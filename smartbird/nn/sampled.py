@@ -35,6 +35,10 @@ from smartbird.functional import METHODS, attend, attend_densely
 from smartbird.nn._layout import Layout, enter_indices, leave_indices, pack
 from smartbird.ops.distill import distill
 
+if TYPE_CHECKING:
+    from smartbird.distributed import ContextParallel
+    from smartbird.distributed._call import ShardedCall
+
 _LOST_LOSS = (
     "a later pass replaced a sketch loss that nobody had collected, so it taught nothing: add "
     "smartbird.sketch_loss(model) to the training loss of each pass, or give the layers "
@@ -149,6 +153,8 @@ class SampledAttention(nn.Module):
         dense: attend to every valid key instead of a sample; :class:`smartbird.DenseWarmup` sets
             it.
         eval_seed: (seed, offset) of the draws in evaluation mode.
+        context: where the tokens of a sequence lie on several ranks;
+            :class:`smartbird.distributed.ContextParallel` sets it.
 
     Raises:
         ValueError: sizes that do not divide, or a value out of its range, by name.
@@ -232,6 +238,7 @@ class SampledAttention(nn.Module):
         # where a model is made without memory and loaded.
         self.eval_seed = (0, 0)
         self.observer: Observer | None = None
+        self.context: ContextParallel | None = None
         self._loss: Tensor | None = None
         self._loss_has_no_graph = False
 
@@ -359,6 +366,10 @@ class SampledAttention(nn.Module):
                     raise TypeError(f"bias_sketch must be two Tensors, got {type(part).__name__}")
             bias_sketch = check_sketches(*bias_sketch)
             check_same_tokens(*bias_sketch, q, k)
+        if self.context is not None:
+            self.context.refuse(query_mask=query_mask)
+            self.context.check_local("q", q, 2)
+            self.context.check_local("k", k, 2)
         queries = keys = Layout()
         if query_mask is not None:
             if cu_seqlens_q is not None or cu_seqlens_k is not None:
@@ -415,7 +426,12 @@ class SampledAttention(nn.Module):
         is_causal: bool | None = None,
         **rows: Any,
     ) -> Visible:
-        """What the rows of a call see by the module's settings and ``rows``, checked."""
+        """What the rows of a call see by the module's settings and ``rows``, checked.
+
+        With ``context`` it is what all rows of the sequence see.
+        """
+        if self.context is not None:
+            num_queries = num_keys = self.context.whole_length(rows)
         visible = check_visible(
             batch,
             num_queries,
@@ -468,14 +484,26 @@ class SampledAttention(nn.Module):
         sketch_scale = check_scale("sketch_scale", self.sketch_scale, q_sketch.shape[3])
         dropout_p = self.dropout if self.training else 0.0
         log_inclusion = None
+        call = None if self.context is None else self.context.call(visible)
+        if call is not None:
+            if self.observer is not None:
+                raise ValueError(
+                    "observer must be None under ContextParallel, which has a part of the queries "
+                    "on each rank: leave sketch_stats and record for one process"
+                )
+            visible = call.visible
+            q, q_sketch, k_sketch = call.cut(q), call.cut(q_sketch), call.gather(k_sketch)
+            indices = None if indices is None else call.cut(indices)
+            if bias_sketch is not None:
+                bias_sketch = call.cut(bias_sketch[0]), call.gather(bias_sketch[1])
         if bias_sketch is not None and self.sketch_scale is not None:
             # Scores that join the logits are scaled by S ** -0.5 where they are made.
             factor = self.sketch_scale * math.sqrt(q_sketch.shape[3])
             bias_sketch = bias_sketch[0] * factor, bias_sketch[1]
         if self.dense:
-            qkv = (q, k, v)
+            qkv = (q, k, v) if call is None else (q, call.gather(k), call.gather(v))
             if bias_sketch is not None:
-                qkv, scale = _join_bias(q, k, v, bias_sketch, scale), 1.0
+                qkv, scale = _join_bias(*qkv, bias_sketch, scale), 1.0
             out = attend_densely_by_sequence(*qkv, visible, dropout_p=dropout_p, scale=scale)
         else:
             attended = attend(
@@ -488,22 +516,28 @@ class SampledAttention(nn.Module):
                 scale=scale,
                 sketch_scale=sketch_scale / (self.temperature if self.training else 1.0),
                 dropout_p=dropout_p,
-                seed=self._seed(q.device),
+                seed=self._seed(q.device, call),
                 indices=indices,
                 num_uniform=self._num_uniform(self.num_samples) if self.training else 0,
                 bias_sketch=bias_sketch,
                 need_indices=need_indices or distills or self.observer is not None,
                 need_log_inclusion=distills and self.distill_correction,
+                attend_keys=None if call is None else call.attend_to,
             )
             out, indices, log_inclusion = attended.out, attended.indices, attended.log_inclusion
         if self.observer is not None:
             self.observer(q, k, q_sketch, k_sketch, visible, indices)
         if distills:
-            loss = self.distill_loss(q, k, q_sketch, k_sketch, visible, indices, log_inclusion)
+            loss = self.distill_loss(
+                q, k, q_sketch, k_sketch, visible, indices, log_inclusion, call=call
+            )
             if self.loss_weight is not None:
                 out = _ride(out, loss, self.loss_weight)
                 loss = loss.detach()
             self._keep_loss(loss)
+        if call is not None:
+            out = call.fill(out)
+            indices = None if indices is None else call.fill(indices, -1)
         return out, indices
 
     def distill_loss(
@@ -515,16 +549,21 @@ class SampledAttention(nn.Module):
         visible: Visible,
         indices: Tensor | None,
         log_inclusion: Tensor | None,
+        *,
+        call: ShardedCall | None = None,
     ) -> Tensor:
         """What distillation minimises; ``indices`` are None while dense.
 
         ``log_inclusion`` is there if and only if ``distill_correction`` or ``correction`` is set.
+        With ``call``, queries and k are those of this rank.
         """
+        num_rows = q.shape[2] if call is None else call.whole.num_queries
         rows = None
-        if self.distill_rows is not None and self.distill_rows < q.shape[2]:
-            rows = torch.randperm(q.shape[2], device=q.device)[: self.distill_rows]
+        if self.distill_rows is not None and self.distill_rows < num_rows:
+            rows = torch.randperm(num_rows, device=q.device)[: self.distill_rows]
+            rows = rows if call is None else call.of_first_rank(rows)
         scale = check_scale("scale", self.scale, q.shape[3])
-        return distill(
+        return (distill if call is None else call.distill)(
             *(q, k, q_sketch, k_sketch),
             visible,
             indices=indices,
@@ -556,9 +595,10 @@ class SampledAttention(nn.Module):
         self._loss = loss
         self._loss_has_no_graph = not rides and not torch.is_grad_enabled()
 
-    def _seed(self, device: torch.device) -> Tensor:
+    def _seed(self, device: torch.device, call: ShardedCall | None) -> Tensor:
         if self.training:
-            return draw_seed(device)
+            drawn = draw_seed(device)
+            return drawn if call is None else call.of_first_rank(drawn)
         # Filled on the device: a tensor made of a list would be copied to it, which waits for it.
         seed = [torch.full((1,), n, dtype=torch.int64, device=device) for n in self.eval_seed]
         return torch.cat(seed)

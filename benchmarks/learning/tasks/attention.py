@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -227,7 +228,11 @@ class DistillationControl(SampledAttention):
         visible: Visible,
         indices: Tensor | None,
         log_inclusion: Tensor | None,
+        *,
+        call: Any = None,
     ) -> Tensor:
+        if call is not None:
+            raise ValueError("ContextParallel does not serve this loss")
         if indices is None:
             return super().distill_loss(q, k, q_sketch, k_sketch, visible, None, None)
         visible = visible.residual()  # what a row is forced to hold, the sketch need not know

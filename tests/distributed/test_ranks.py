@@ -1,0 +1,25 @@
+"""Several processes compute what one does. The cases are in rank_cases.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import rank_cases as cases
+from ranks import run_on_ranks
+
+CASES = {
+    2: (
+        cases.data_parallel_training_is_that_of_one_process,
+        cases.context_parallel_training_is_that_of_one_process,
+        cases.what_is_not_served_is_refused,
+        cases.the_page_runs,
+    ),
+    3: (),
+    4: (cases.context_and_data_parallel_training_is_that_of_one_process,),
+}
+
+
+@pytest.mark.parametrize("size", CASES)
+def test_ranks_are_one_process(size: int, tmp_path: Path) -> None:
+    run_on_ranks(size, (*cases.every_number_of_ranks(), *CASES[size]), tmp_path)
