@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from smartbird.distributed._collectives import overlapped, start_gather, start_sum
-from smartbird.ops._call import OPS, acc_dtype, call, refuse_gradient, save, saved
+from smartbird.ops._call import (
+    OPS,
+    acc_dtype,
+    call,
+    refuse_gradient,
+    register_autograd,
+    register_fake,
+    save,
+    saved,
+)
 
 
 def parts_of_heads(whole: int, *others: int) -> list[tuple[slice, ...]]:
@@ -163,13 +172,13 @@ def _backward(
     )
 
 
-_forward_op = _define(
+_define(
     "smartbird::sharded_gather_attention",
     _forward,
     mutates_args=(),
     schema=f"({_INPUTS}) -> (Tensor, Tensor)",
 )
-_backward_op = _define(
+_define(
     "smartbird::sharded_gather_attention_backward",
     _backward,
     mutates_args=(),
@@ -180,12 +189,12 @@ _backward_op = _define(
 )
 
 
-@_forward_op.register_fake
+@register_fake("sharded_gather_attention")
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=acc_dtype(q))
 
 
-@_backward_op.register_fake
+@register_fake("sharded_gather_attention_backward")
 def _(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -225,5 +234,5 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
     )
 
 
-_forward_op.register_autograd(_gradients, setup_context=_save)
-_backward_op.register_autograd(refuse_gradient)
+register_autograd("sharded_gather_attention", _gradients, _save)
+register_autograd("sharded_gather_attention_backward", refuse_gradient)

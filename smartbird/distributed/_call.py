@@ -188,7 +188,9 @@ class ShardedCall:
         indices = self._to_heads(indices.repeat_interleave(copies, 1))
         first_head = self.shards.rank * (lists // self.shards.size)
         out, _ = attend_to(
-            *(self._to_heads(x) for x in (q, k, v)),
+            self._to_heads(q),
+            self._to_heads(k),
+            self._to_heads(v),
             indices,
             replace(self.whole, first_head=first_head),
             bias=bias,

@@ -14,10 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from smartbird.distributed._shards import Shards
-from smartbird.ops._call import OPS
+from smartbird.ops._call import OPS, register_autograd, register_fake
 
 T = TypeVar("T")
-Layout = tuple[str, bool, int]  # how ops are told of shards: group, head_tail and length
 
 # The older names give a warning from torch 2.13 on, the newer ones are not in 2.10.
 _all_gather: Callable[..., Any] = (
@@ -29,8 +28,9 @@ _reduce_scatter: Callable[..., Any] = (
 
 
 def group_named(name: str) -> dist.ProcessGroup:
-    # Private to torch, and what its own ops find their groups by.
-    group: dist.ProcessGroup = dist.distributed_c10d._resolve_process_group(name)
+    c10d: Any = dist.distributed_c10d
+    # Private to torch, and how its own ops find their groups.
+    group: dist.ProcessGroup = c10d._resolve_process_group(name)
     return group
 
 
@@ -90,11 +90,11 @@ def _bytes(x: Tensor) -> Tensor:
 # ---- ops ----------------------------------------------------------------------------------------
 
 
-def _define(name: str, arguments: str) -> Callable[[Callable[..., Any]], Any]:
-    """Registers an op of one tensor and ``arguments`` that gives a tensor."""
+def _define(name: str, arguments: str, function: Callable[..., Tensor]) -> None:
+    """Registers an op of one tensor and ``arguments``."""
     define: Callable[..., Any] = torch.library.custom_op
     schema = f"(Tensor x, {arguments}) -> Tensor"
-    return lambda function: define(f"smartbird::{name}", function, mutates_args=(), schema=schema)
+    define(f"smartbird::{name}", function, mutates_args=(), schema=schema)
 
 
 _LAYOUT = "str group, bool head_tail, int length"
@@ -138,39 +138,39 @@ def _sum_ranks(x: Tensor, group: str) -> Tensor:
     return x
 
 
-gather_op = _define("gather_tokens", _LAYOUT)(_gather_tokens)
-sum_op = _define("sum_tokens", _LAYOUT)(_sum_tokens)
-to_heads_op = _define("tokens_to_heads", _LAYOUT)(_to_heads)
-to_tokens_op = _define("heads_to_tokens", _LAYOUT)(_to_tokens)
-of_first_op = _define("of_first_rank", "str group")(_of_first)
-sum_ranks_op = _define("sum_of_ranks", "str group")(_sum_ranks)
+_define("gather_tokens", _LAYOUT, _gather_tokens)
+_define("sum_tokens", _LAYOUT, _sum_tokens)
+_define("tokens_to_heads", _LAYOUT, _to_heads)
+_define("heads_to_tokens", _LAYOUT, _to_tokens)
+_define("of_first_rank", "str group", _of_first)
+_define("sum_of_ranks", "str group", _sum_ranks)
 
 
-@gather_op.register_fake
+@register_fake("gather_tokens")
 def _(x: Tensor, group: str, head_tail: bool, length: int) -> Tensor:
     return x.new_empty((*x.shape[:2], length, x.shape[3]))
 
 
-@sum_op.register_fake
+@register_fake("sum_tokens")
 def _(x: Tensor, group: str, head_tail: bool, length: int) -> Tensor:
     shards = shards_of(group, head_tail, length)
     return x.new_empty((*x.shape[:2], shards.local, x.shape[3]))
 
 
-@to_heads_op.register_fake
+@register_fake("tokens_to_heads")
 def _(x: Tensor, group: str, head_tail: bool, length: int) -> Tensor:
     heads = x.shape[1] // shards_of(group, head_tail, length).size
     return x.new_empty((x.shape[0], heads, length, x.shape[3]))
 
 
-@to_tokens_op.register_fake
+@register_fake("heads_to_tokens")
 def _(x: Tensor, group: str, head_tail: bool, length: int) -> Tensor:
     shards = shards_of(group, head_tail, length)
     return x.new_empty((x.shape[0], x.shape[1] * shards.size, shards.local, x.shape[3]))
 
 
-@of_first_op.register_fake
-@sum_ranks_op.register_fake
+@register_fake("of_first_rank")
+@register_fake("sum_of_ranks")
 def _(x: Tensor, group: str) -> Tensor:
     return torch.empty_like(x)
 
@@ -179,19 +179,19 @@ def _save_layout(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.layout = inputs[1:]
 
 
-# An op that moves tokens and the one that moves them back are each other's gradients; tokens that
-# every rank was given add up their gradients.
-for _op, _back in (
-    (gather_op, "sum_tokens"),
-    (sum_op, "gather_tokens"),
-    (to_heads_op, "heads_to_tokens"),
-    (to_tokens_op, "tokens_to_heads"),
-):
+def _undone_by(name: str) -> Callable[[Any, Tensor], Any]:
+    """The backward formula of an op whose transpose is another."""
 
-    def _backward(ctx: Any, dout: Tensor, back: str = _back) -> Any:
-        return getattr(OPS, back)(dout, *ctx.layout), None, None, None
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        return getattr(OPS, name)(dout, *ctx.layout), None, None, None
 
-    _op.register_autograd(_backward, setup_context=_save_layout)
+    return backward
 
+
+# A gather gives tokens to every rank, so it adds up what ranks make of them.
+register_autograd("gather_tokens", _undone_by("sum_tokens"), _save_layout)
+register_autograd("sum_tokens", _undone_by("gather_tokens"), _save_layout)
+register_autograd("tokens_to_heads", _undone_by("heads_to_tokens"), _save_layout)
+register_autograd("heads_to_tokens", _undone_by("tokens_to_heads"), _save_layout)
 # A rank's gradient of the sum is that of its own summand.
-sum_ranks_op.register_autograd(lambda ctx, dout: (dout, None))
+register_autograd("sum_of_ranks", lambda ctx, dout: (dout, None))

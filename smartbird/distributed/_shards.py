@@ -56,7 +56,7 @@ class Shards:
 
     def split(self, x: Tensor) -> Tensor:
         """[B, C, local, F] as this rank's parts."""
-        return torch.stack(x.split(self.block, 2))
+        return torch.stack(torch.split(x, self.block, 2))
 
     def join(self, parts: Tensor) -> Tensor:
         """The way back."""
@@ -65,7 +65,7 @@ class Shards:
     def split_whole(self, x: Tensor) -> Tensor:
         """[B, C, length, F] as the parts of all ranks, with zeros for padding."""
         missing = self.size * self.local - self.length
-        parts = F.pad(x, (0, 0, 0, missing)).split(self.block, 2)
+        parts = torch.split(F.pad(x, (0, 0, 0, missing)), self.block, 2)
         return torch.stack([parts[number] for number in self._order])
 
     def join_whole(self, parts: Tensor) -> Tensor:

@@ -13,6 +13,12 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 Case = Callable[[], None]
+IMPORTED = [
+    "pytest",
+    "torch._dynamo",  # at the first call of a custom op
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+]
 
 
 def run_on_ranks(size: int, cases: Sequence[Case], folder: Path) -> None:
@@ -21,8 +27,8 @@ def run_on_ranks(size: int, cases: Sequence[Case], folder: Path) -> None:
     Raises:
         Exception: of the first rank that failed, with the name of the case.
     """
-    # A server that has imported everything once forks ranks in no time.
-    multiprocessing.set_forkserver_preload(["rank_cases"])
+    # A server that has imported what takes long once forks ranks in no time.
+    multiprocessing.set_forkserver_preload(IMPORTED)
     start_processes(_run, (size, list(cases), str(folder)), nprocs=size, start_method="forkserver")
 
 
