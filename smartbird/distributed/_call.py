@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smartbird._visible import Visible
 from smartbird.distributed._attention import gather_attention, parts_of_heads
-from smartbird.distributed._collectives import overlapped, start_gather
+from smartbird.distributed._collectives import gather_each
 from smartbird.distributed._shards import Shards
 from smartbird.ops._call import OPS, acc_dtype
 from smartbird.ops.distill import distill
@@ -122,11 +122,10 @@ class ShardedCall:
         num_lists = q.shape[1] if indices is None else indices.shape[1]
         sizes = (k.shape[1], q.shape[1], q_sketch.shape[1], k_sketch.shape[1], num_lists)
         parts = [part for _, *part in parts_of_heads(math.gcd(sizes[0], sizes[2]), *sizes)]
-        started = (start_gather(k.detach()[:, kv], *self.layout) for kv, *_ in parts)
+        k = k.detach()
+        gathered = gather_each((k[:, kv] for kv, *_ in parts), *self.layout)
         total = torch.zeros((), dtype=acc_dtype(q), device=q.device)
-        for (_, heads, sketch, key_sketch, lists), keys in zip(
-            parts, overlapped(started), strict=True
-        ):
+        for (_, heads, sketch, key_sketch, lists), keys in zip(parts, gathered, strict=True):
             total = total + distill(
                 q[:, heads],
                 keys,

@@ -82,6 +82,16 @@ def overlapped(started: Iterable[Callable[[], T]]) -> Iterator[T]:
         yield pending()
 
 
+def gather_each(tensors: Iterable[Tensor], *layout: Any) -> Iterator[Tensor]:
+    """All tokens of each [B, C, local, F]: constants, of which the next comes meanwhile.
+
+    In a graph, which has nothing but ops, one after the other.
+    """
+    if torch.compiler.is_compiling():
+        return (OPS.gather_tokens(x, *layout) for x in tensors)
+    return overlapped(start_gather(x, *layout) for x in tensors)
+
+
 def _bytes(x: Tensor) -> Tensor:
     """What is only moved is moved as bytes: not every backend knows every dtype."""
     return x.view(torch.uint8)

@@ -352,6 +352,25 @@ def layers_learn_as_in_one_process() -> None:
             close(sharded(cp.shard(x, dim), indices=indices), cp.shard(expected, dim))
 
 
+def compiled_layers_are_the_same() -> None:
+    """In one graph, with both exchanges."""
+    for exchange in ("all_gather", "ulysses"):
+        options: dict[str, Any] = {"num_samples": 5, "sketch_dim": 4, "loss_weight": 0.3}
+        layer = SmartBirdAttention(E, 4, is_causal=True, dtype=torch.float64, **options)
+        cp = cp_of(27, exchange=exchange)
+        parallelize_module(layer, mesh_of_all(), cp)
+        x = cp.shard(tokens(2, 27))
+        results = []
+        for each in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+            torch.manual_seed(3)
+            out = each(x)
+            out.square().sum().backward()
+            results.append((out, *(weight.grad for weight in layer.parameters())))
+            layer.zero_grad()
+        for ours, theirs in zip(*results, strict=True):
+            close(ours, theirs)
+
+
 # ---- data parallel and sharded weights ----------------------------------------------------------
 
 

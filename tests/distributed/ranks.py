@@ -42,13 +42,8 @@ def _run(rank: int, size: int, cases: Sequence[Case], folder: str) -> None:
     try:
         for case in cases:
             torch.manual_seed(0)
-            import time
-
-            t0 = time.time()
             try:
                 case()
-                if rank == 0:
-                    print(size, case.__name__, round(time.time() - t0, 2), flush=True)
             except BaseException as error:  # pytest's own is no Exception
                 raise AssertionError(f"{case.__name__}, rank {rank} of {size}: {error}") from error
     finally:

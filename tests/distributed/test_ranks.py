@@ -23,3 +23,8 @@ CASES = {
 @pytest.mark.parametrize("size", CASES)
 def test_ranks_are_one_process(size: int, tmp_path: Path) -> None:
     run_on_ranks(size, (*cases.every_number_of_ranks(), *CASES[size]), tmp_path)
+
+
+@pytest.mark.slow
+def test_ranks_run_graphs(tmp_path: Path) -> None:
+    run_on_ranks(2, (cases.compiled_layers_are_the_same,), tmp_path)
