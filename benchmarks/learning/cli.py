@@ -53,11 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run[command](parsers[command], **options)
     except (tasks.RunError, OSError) as error:
-        print(f"{PROG} {command}: error: {error}", file=sys.stderr)
+        # What a rank alone knows, it says; what all of them find, the first.
+        if _is_first() or isinstance(error, tasks.LostRank):
+            print(f"{PROG} {command}: error: {error}", file=sys.stderr)
         return EXIT_FAILURE
     except KeyboardInterrupt as interrupt:
-        print(f"{PROG} {command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        if _is_first():
+            print(f"{PROG} {command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _is_first() -> bool:
+    """Of the processes of a run, as torchrun starts them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _add_train(commands: _Commands) -> argparse.ArgumentParser:
@@ -66,7 +74,8 @@ def _add_train(commands: _Commands) -> argparse.ArgumentParser:
         "train",
         help="train a Transformer on a task",
         description="Trains a Transformer encoder. Flags left out take the defaults of the task, "
-        "or those of the run that --resume goes on with.",
+        "or those of the run that --resume goes on with. Under torchrun, its processes share every "
+        "batch.",
         argument_default=argparse.SUPPRESS,
     )
     add, switch = train.add_argument, argparse.BooleanOptionalAction
@@ -114,7 +123,7 @@ def _add_train(commands: _Commands) -> argparse.ArgumentParser:
     add("--log-every", type=int, metavar="STEPS", help="interval of train rows in metrics.jsonl")
     add("--eval-every", type=int, metavar="STEPS", help="interval of validations")
     add("--checkpoint-every", type=int, metavar="STEPS", help="interval of checkpoints")
-    add("--threads", type=int, metavar="T", help="threads of PyTorch; default: its own choice")
+    add("--threads", type=int, metavar="T", help="threads of a process; default: PyTorch's choice")
     add("--out", metavar="DIR", help="directory of the run; default: runs/TASK-ATTENTION")
     add("--resume", action="store_true", default=False, help="go on with the run in --out")
     return train
@@ -159,6 +168,8 @@ def _train(parser: argparse.ArgumentParser, resume: bool, **given: Any) -> int:
     except ValueError as error:
         parser.error(_as_option(str(error)))
     result = tasks.train(config, resume=resume, report=_print_evaluation)
+    if not _is_first():
+        return 0
     print(
         f"{config.task} {config.attention}: test accuracy {result.test_accuracy:.1%} "
         f"(majority class {result.majority_accuracy:.1%}), "

@@ -45,6 +45,7 @@ def _run(rank: int, size: int, cases: Sequence[Case], folder: str) -> None:
             try:
                 case()
             except BaseException as error:  # pytest's own is no Exception
-                raise AssertionError(f"{case.__name__}, rank {rank} of {size}: {error}") from error
+                name = getattr(case, "__name__", case)
+                raise AssertionError(f"{name}, rank {rank} of {size}: {error}") from error
     finally:
         dist.destroy_process_group()

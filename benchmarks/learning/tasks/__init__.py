@@ -3,6 +3,7 @@
 from benchmarks.learning.tasks.attention import ATTENTIONS
 from benchmarks.learning.tasks.config import Config, RunError
 from benchmarks.learning.tasks.files import read_metrics
+from benchmarks.learning.tasks.ranks import LostRank
 from benchmarks.learning.tasks.registry import TASKS, check_used, default_config
 from benchmarks.learning.tasks.training import Interrupted, Result, load_model, saved_config, train
 
@@ -11,6 +12,7 @@ __all__ = [
     "TASKS",
     "Config",
     "Interrupted",
+    "LostRank",
     "Result",
     "RunError",
     "check_used",

@@ -30,6 +30,7 @@ from benchmarks.learning.tasks.files import (
 )
 from benchmarks.learning.tasks.inspection import sample_recall
 from benchmarks.learning.tasks.model import Encoder
+from benchmarks.learning.tasks.ranks import ALONE, Ranks, joined_ranks
 from benchmarks.learning.tasks.registry import TASKS
 from smartbird.nn import DenseWarmup, SampleAnneal, seed_evaluation, sketch_loss
 
@@ -88,24 +89,29 @@ def train(
     cosine; the optimizer is AdamW, gradients are clipped to norm 1. The sketch's own loss is added
     to the task's, times `config.distill_weight`.
 
+    Of the processes that torchrun starts each takes its share of every batch. They train what one
+    would but for random numbers and rounding, whatever their number, so a run may go on with
+    another. The first writes; Ctrl-C or SIGTERM of any stops all at the same step.
+
     Args:
         config: the run; see `default_config`.
         resume: go on from the checkpoint in `config.out`, bit for bit as if the run had never
-            stopped (with the same number of threads); a finished run just gives its result.
+            stopped (with the same number of threads and processes); a finished run just gives its
+            result.
         report: is called with every row of metrics.
 
     Raises:
         RunError: the directory holds a run already (without `resume`) or none to go on with, the
             checkpoint is broken or of another configuration, a package is missing, sizes do not
-            fit together, or the loss is no longer finite.
+            fit together, the loss is no longer finite, or another process is gone.
         OSError: the directory cannot be written.
         Interrupted: after Ctrl-C, once a checkpoint is written. A second Ctrl-C does not wait.
     """
     threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        torch.set_num_threads(config.threads or threads)
+    with joined_ranks() as ranks, torch.random.fork_rng(devices=[]):
+        torch.set_num_threads(config.threads or ranks.threads(threads))
         try:
-            with contextlib.closing(_Run(config, resume, report or _ignore)) as run:
+            with contextlib.closing(_Run(config, resume, report or _ignore, ranks)) as run:
                 return run.finish()
         finally:
             torch.set_num_threads(threads)
@@ -144,8 +150,14 @@ class _Stop(Exception):
 class _Run:
     """The state of a run, and its loop."""
 
-    def __init__(self, config: Config, resume: bool, report: Callable[[Row], None]) -> None:
-        self.config, self.resume, self.report = config, resume, report
+    def __init__(
+        self,
+        config: Config,
+        resume: bool,
+        report: Callable[[Row], None],
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.config, self.resume, self.report, self.ranks = config, resume, report, ranks
         directory = Path(config.out)
         self.checkpoint = directory / CHECKPOINT
         self._saved_state()  # refuses a directory before the work of building
@@ -160,15 +172,19 @@ class _Run:
         self.pending = [0.0, 0.0, 0.0]  # loss, correct and targets since the last train row
         self.seconds = 0.0
         self.peak_before = 0.0
-        directory.mkdir(parents=True, exist_ok=True)
-        self.metrics = MetricsFile(directory / METRICS)
+        ranks.any(False)  # once all have looked at the directory
+        self.metrics: MetricsFile | None = None
+        if ranks.is_first:
+            directory.mkdir(parents=True, exist_ok=True)
+            self.metrics = MetricsFile(directory / METRICS)
 
     def close(self) -> None:
-        self.metrics.close()
+        if self.metrics is not None:
+            self.metrics.close()
 
     def finish(self) -> Result:
         """Does what is left to do."""
-        with _first_interrupt_is_a_flag() as self.interrupted:
+        with _interrupts_are_a_flag(self.ranks) as self.interrupted:
             self._begin()
             try:
                 self._loop()
@@ -196,8 +212,9 @@ class _Run:
 
     def _begin(self) -> None:
         # Asked again: until the metrics were locked, another process may have trained here.
-        state = self._saved_state()
-        self.metrics.cut(state["metrics_bytes"] if state else 0)
+        state = self._saved_state() if self.metrics is not None or self.resume else None
+        if self.metrics is not None:
+            self.metrics.cut(state["metrics_bytes"] if state else 0)
         reset_peak()
         if state is None:
             self._save()
@@ -211,7 +228,7 @@ class _Run:
             initial=self.step,
             desc=f"{config.task} {config.attention}",
             unit="step",
-            disable=None,
+            disable=None if self.ranks.is_first else True,
         ) as bar:
             self._steps(bar)
         if not self.test:
@@ -242,23 +259,30 @@ class _Run:
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
-        batch = self.task.train_batch(self.step)
+        batch = self.ranks.share(self.task.train_batch(self.step))
+        self.ranks.seed(self.config.seed, self.step)
         self.model.train()
-        loss_sum, correct, count = _score(self.model, batch)
-        loss = loss_sum / count + self.config.distill_weight * sketch_loss(self.model)
-        if not math.isfinite(loss.item()):
+        loss_sum, own_correct, own_count = _score(self.model, batch)
+        own_tokens = batch.tokens.numel() if batch.key_mask is None else int(batch.key_mask.sum())
+        task_loss, correct, count, tokens = self.ranks.sums(
+            loss_sum.item(), own_correct, own_count, own_tokens
+        )
+        # A sketch's loss is a mean over tokens.
+        weight = self.config.distill_weight * (own_tokens / tokens)
+        loss = loss_sum / count + weight * sketch_loss(self.model)
+        if self.ranks.any(not math.isfinite(loss.item())):
             raise RunError(
                 f"the loss became {loss.item()} at step {self.step + 1}; "
                 f"{self.checkpoint} holds the last checkpoint"
             )
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
+        self.ranks.add_gradients(self.model.parameters())
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
         self.optimizer.step()
         for schedule in self.schedules.values():
             schedule.step()
         self.step += 1
-        task_loss = loss_sum.item()
         for place, part in enumerate((task_loss, correct, count)):
             self.pending[place] += part
         self.seconds += time.perf_counter() - start
@@ -269,15 +293,20 @@ class _Run:
         total = [0.0, 0.0, 0.0]
         self.model.eval()
         with torch.inference_mode():
-            for batch in self.task.eval_batches(split):
-                loss_sum, correct, count = _score(self.model, batch)
-                for place, part in enumerate((loss_sum.item(), correct, count)):
-                    total[place] += part
-                self._stop_if_interrupted()
+            for number, batch in enumerate(self.task.eval_batches(split)):
+                if number % self.ranks.size == self.ranks.rank:
+                    loss_sum, correct, count = _score(self.model, batch)
+                    for place, part in enumerate((loss_sum.item(), correct, count)):
+                        total[place] += part
+                if (number + 1) % self.ranks.size == 0:
+                    self._stop_if_interrupted()
+        total = self.ranks.sums(*total)
         self._write_row(split, total)
         return [total[0] / total[2], total[1] / total[2]]
 
     def _write_row(self, split: str, sums: list[float]) -> None:
+        if self.metrics is None:
+            return
         loss_sum, correct, count = sums
         row = {
             "step": self.step,
@@ -294,10 +323,12 @@ class _Run:
         return max(self.peak_before, peak_mib())
 
     def _stop_if_interrupted(self) -> None:
-        if self.interrupted():
+        if self.ranks.any(self.interrupted()):
             raise _Stop
 
     def _save(self) -> None:
+        if self.metrics is None:
+            return
         state = {
             "config": self.config.as_dict(),
             "fingerprint": self.task.fingerprint,
@@ -410,10 +441,12 @@ def _ignore(row: Row) -> None:
 
 
 @contextlib.contextmanager
-def _first_interrupt_is_a_flag() -> Iterator[Callable[[], bool]]:
+def _interrupts_are_a_flag(ranks: Ranks) -> Iterator[Callable[[], bool]]:
     """Gives a function that says whether Ctrl-C was pressed; a second one raises at once.
 
-    Python delivers signals to the main thread only; in another thread this does nothing.
+    Among several ranks SIGTERM, which torchrun sends, is the same, and none after the first raises:
+    each of them may get both. Python delivers signals to the main thread only; in another thread
+    this does nothing.
     """
     pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -422,10 +455,13 @@ def _first_interrupt_is_a_flag() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         pressed.set()
-        signal.signal(signal.SIGINT, before)
+        if ranks.size == 1:
+            signal.signal(number, before[number])
 
-    before = signal.signal(signal.SIGINT, note)
+    numbers = (signal.SIGINT,) if ranks.size == 1 else (signal.SIGINT, signal.SIGTERM)
+    before = {int(number): signal.signal(number, note) for number in numbers}
     try:
         yield pressed.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
