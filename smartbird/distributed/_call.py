@@ -51,7 +51,8 @@ class ShardedCall:
 
     def fill(self, x: Tensor, value: float = 0.0) -> Tensor:
         """The way back."""
-        return F.pad(x, (0, 0, 0, self.shards.local - x.shape[2]), value=value)
+        missing = self.shards.local - x.shape[2]
+        return F.pad(x, (0, 0, 0, missing), value=value) if missing else x
 
     def gather(self, x: Tensor) -> Tensor:
         """[B, C, local, F] of all ranks: [B, C, length, F], with its gradient."""
@@ -81,7 +82,7 @@ class ShardedCall:
         """Of this rank's queries, keys and values.
 
         Returns:
-            out, and lse where it comes with it.
+            out, and lse where it costs nothing.
         """
         if self._goes_by_heads(q, k, v, indices, bias):
             return self._attend_by_heads(q, k, v, indices, bias, scale, dropout_p, seed), None
@@ -177,7 +178,7 @@ class ShardedCall:
         dropout_p: float,
         seed: Tensor | None,
     ) -> Tensor:
-        """All queries of this rank's share of the heads, by lists that their ranks have drawn."""
+        """All queries attend by this rank's heads, with the lists that other ranks have drawn."""
         lists = max(indices.shape[1], self.shards.size)
         copies = lists // indices.shape[1]
         if bias is not None:

@@ -93,7 +93,9 @@ class ContextParallel(ParallelStyle):
     divided by the number of all. Where a wrapper takes their mean (DistributedDataParallel, FSDP2),
     multiply the training loss and ``loss_weight`` by the number of ranks: see docs/distributed.md.
 
-    :meth:`attention` is the same as a function.
+    :meth:`attention` is the same as a function. What is said of rows, the masks of
+    ``SampledAttention``, ``cu_seqlens_q``, ``cu_seqlens_k`` and ``sequence_ids``, is that of the
+    whole sequence and the same on every rank.
 
     Not served, and refused by name: attention from one sequence to another of another length, what
     changes which tokens there are within a layer (``query_mask``, ``key_mask`` of
@@ -109,7 +111,8 @@ class ContextParallel(ParallelStyle):
         exchange: as above.
 
     Attributes:
-        length: as above; set it anew where sequences differ, before :meth:`shard`.
+        length: as above; where sequences differ, set it anew before :meth:`shard`, once the
+            backward pass of the last is over.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.

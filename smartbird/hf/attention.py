@@ -164,6 +164,8 @@ class SketchedAttention(nn.Module):
         Returns:
             [B, N, H, Dv], zero in padding.
         """
+        if self.attention.context is not None:
+            raise ValueError("ContextParallel does not serve the modules of pretrained models yet")
         if mask.start is not None and cu_seqlens is None and torch.compiler.is_compiling():
             return self._attend_in_graph(q, k, v, mask, mask.start).transpose(1, 2).contiguous()
         if k_sketch is None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hf_models import ALL_KEYS, FEW, GQA, LENGTH, T, converted, made, near, out, tokens
 from torch import Tensor
 
-from smartbird import hf
+from smartbird import SampledAttention, hf
 
 
 def loss(model: Any, ids: Tensor, use_cache: bool = False) -> Tensor:
@@ -202,3 +203,12 @@ def test_compiled() -> None:
     near(out(compiled, ids, use_cache=False), out(model, ids))
     actual = out(compiled, ids, use_cache=False, attention_mask=mask)
     near(actual[mask.bool()], out(model, ids, attention_mask=mask)[mask.bool()])
+
+
+def test_context_parallelism_is_refused() -> None:
+    model = hf.convert(made("llama"), **FEW)
+    for module in model.modules():
+        if isinstance(module, SampledAttention):
+            module.context = mock.Mock()
+    with pytest.raises(ValueError, match="ContextParallel does not serve"):
+        model(torch.zeros(1, 9, dtype=torch.int64))
