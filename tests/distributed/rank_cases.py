@@ -24,6 +24,7 @@ import smartbird
 from smartbird import SampledAttention, SmartBirdAttention, SmartBirdEncoderLayer, sketch_loss
 from smartbird._visible import check_visible
 from smartbird.distributed import ContextParallel
+from smartbird.distributed import _collectives as wire
 from smartbird.functional import attend, smart_bird_attention
 from smartbird.ops.gather import attend_to
 
@@ -194,6 +195,62 @@ def draws_and_attention_are_those_of_one_process() -> None:
         exact(out, cp.shard(expected[2], 2))
         exact(indices, cp.shard(expected[0], 2, fill=-1))
         exact(cp.unshard(out, 2), expected[2].detach())
+
+
+def received(run: Callable[[], Any]) -> dict[str, int]:
+    """Bytes that this rank is sent by others in a call, by the kind of exchange."""
+    ranks = dist.get_world_size()
+    bytes_of = {"gathered": 0, "summed": 0, "exchanged": 0}
+
+    def counted(kind: str, collective: Any) -> Any:
+        def call(output: Tensor, *args: Any, **options: Any) -> Any:
+            # Of what is gathered or exchanged a part is this rank's own. Of a sum it is sent the
+            # parts of all others.
+            shares = ranks - 1 if kind == "summed" else (ranks - 1) / ranks
+            bytes_of[kind] += int(output.numel() * output.element_size() * shares)
+            return collective(output, *args, **options)
+
+        return call
+
+    with (
+        mock.patch.object(wire, "_all_gather", counted("gathered", wire._all_gather)),
+        mock.patch.object(wire, "_reduce_scatter", counted("summed", wire._reduce_scatter)),
+        mock.patch.object(dist, "all_to_all_single", counted("exchanged", dist.all_to_all_single)),
+    ):
+        run()
+    return bytes_of
+
+
+def ranks_are_sent_what_the_page_says() -> None:
+    """By the formulas of docs/distributed.md, of a training step of the core."""
+    N, ranks = 48, dist.get_world_size()
+    problem = Problem(N, (8, 4, 4, 4, 2), batch=1)
+    H, H_kv, H_i, _, H_ks = problem.heads
+    e = problem.dtype.itemsize
+    keys_and_values = e * H_kv * (D + DV)
+    sketches, to_distil = e * H_ks * S, e * H_kv * D
+    queries_and_outputs = e * H * (D + DV)
+    lists = 4 * H_i * K
+    for exchange in ("all_gather", "ulysses"):
+        core = SampledAttention(H, num_kv_heads=H_kv, num_samples=K, is_causal=True)
+        cp = cp_of(N, exchange=exchange)
+        parallelize_module(core, mesh_of_all(), cp)
+        own = [cp.shard(x.detach(), 2).requires_grad_() for x in problem.tensors()]
+
+        def step(core: SampledAttention = core, own: list[Tensor] = own) -> None:
+            (core(*own).sum() + sketch_loss(core)).backward()
+
+        bytes_of = received(step)
+        by_all_gather = exchange == "all_gather"
+        expected = {
+            "gathered": sketches + to_distil + (2 * keys_and_values if by_all_gather else 0),
+            "summed": sketches + (keys_and_values if by_all_gather else 0),
+            "exchanged": 0
+            if by_all_gather
+            else (2 * (keys_and_values + queries_and_outputs) + lists) / ranks,
+        }
+        for kind, bytes_of_token in expected.items():
+            assert bytes_of[kind] == bytes_of_token * N * (ranks - 1) / ranks, (exchange, kind)
 
 
 def defaults_are_those_of_one_process() -> None:
@@ -425,6 +482,7 @@ WRAPPERS = (
     replicate_and_look,
     shard_weights,
     checkpointed(replicate, False),
+    checkpointed(replicate, True),
     checkpointed(shard_weights, False),
     checkpointed(shard_weights, True),
 )

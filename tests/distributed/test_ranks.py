@@ -14,9 +14,13 @@ CASES = {
         cases.context_parallel_training_is_that_of_one_process,
         cases.what_is_not_served_is_refused,
         cases.the_page_runs,
+        cases.ranks_are_sent_what_the_page_says,
     ),
     3: (),
-    4: (cases.context_and_data_parallel_training_is_that_of_one_process,),
+    4: (
+        cases.ranks_are_sent_what_the_page_says,
+        cases.context_and_data_parallel_training_is_that_of_one_process,
+    ),
 }
 
 
