@@ -170,7 +170,8 @@ def attend(
     if bias_sketch is not None:
         scores = _sketch_scores(*bias_sketch, indices).to(acc_dtype(q))
         bias = scores if bias is None else bias + scores
-    out, _ = (attend_keys or attend_to)(
+    attend_by: AttendKeys = attend_to if attend_keys is None else attend_keys
+    out, _ = attend_by(
         q, k, v, indices, visible, bias=bias, scale=scale, dropout_p=dropout_p, seed=seed
     )
     return Attended(out, indices, log_inclusion)
