@@ -15,6 +15,8 @@ GPU_FLAGS     ?=
 STUDY_FLAGS   ?=
 VERSION_FLAGS ?=
 STATIC_FLAGS  ?=
+# As TORCH_CUDA_ARCH_LIST; empty: all.
+CUDA_ARCHS    ?=
 # What the gate runs; the nightly run takes all.
 ISAS          ?= avx2 avx512
 SKIP_ISA      ?= slow or (one_order and slow_emulated)
@@ -74,7 +76,7 @@ test-slow: $(BUILT)  ## the tests marked slow
 	$(BIN)/pytest -m slow
 
 # What takes too long for every change.
-nightly: test-slow test-versions race-test  ## the slow tests, other versions, races, all op tests, a short demo
+nightly: test-slow test-versions race-test cuda  ## the slow tests, other versions, races, all op tests, a short demo
 	$(MAKE) demo DEMO_FLAGS='--quick --out build/nightly-demo'
 	$(MAKE) test-emulated ORDERS="forward reverse random" SKIP_EMULATED=slow
 	$(MAKE) cpp-test test-isa ISAS="scalar avx2 avx512" SKIP_ISA=slow
@@ -110,7 +112,8 @@ race-test: $(READY)  ## the CUDA kernels in the emulation under ThreadSanitizer
 	$(BIN)/ctest --test-dir $(TSAN_DIR) --output-on-failure -R '^cuda_'
 
 cuda: $(BUILT)  ## compile the CUDA kernels for every architecture and read their machine code: needs nvcc, no GPU
-	SMARTBIRD_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda
+	SMARTBIRD_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" \
+	    $(BIN)/python setup.py -q build_ext --build-lib build/cuda
 	$(BIN)/python -m tools.cuda_static build/cuda/smartbird/_C_cuda.abi3.so $(STATIC_FLAGS)
 
 # In the environment of GPU_PYTHON, whose torch must be a CUDA build; nothing is compiled: see docs/cuda.md.
