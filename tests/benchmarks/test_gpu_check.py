@@ -201,8 +201,8 @@ def test_tests_that_hang_are_cut_off(run: program.Run, monkeypatch: pytest.Monke
     says = f"trap 'echo 5 passed in 1.00s' INT; sleep 60 & echo $! > {child}; wait; sleep 60"
     monkeypatch.setattr(program.Run, "_pytest", lambda *_, **__: ["sh", "-c", says])
     start = time.monotonic()
-    run.test("tests", "ops", 1.2)
-    assert time.monotonic() - start < 10
+    run.test("tests", "ops", 4.0)
+    assert time.monotonic() - start < 15
     (check,) = run.report.checks
     assert (check.status, check.summary) == ("cut off", "5 passed in 1.00s")
     stat = Path(f"/proc/{child.read_text().strip()}/stat")

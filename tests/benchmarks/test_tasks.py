@@ -234,7 +234,7 @@ def test_continuation_shows_passages_of_its_split_alone(continuation):
     ("changes", "name"),
     [
         ({"seq_len": 64, "num_pairs": 17}, "num_pairs"),
-        ({"seq_len": 10**6, "num_pairs": 16, "vocab_size": 512}, "seq_len"),
+        ({"seq_len": 10**6, "num_pairs": 16}, "seq_len"),
     ],
 )
 def test_continuation_refuses_sizes_that_do_not_fit(changes, name):

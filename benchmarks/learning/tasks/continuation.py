@@ -16,7 +16,7 @@ from benchmarks.learning.tasks.config import Config
 from benchmarks.learning.tasks.data import IGNORED, Batch, majority_share
 from benchmarks.learning.tasks.mqar import Mqar
 from benchmarks.learning.tasks.recall import Recall, draw_distinct
-from benchmarks.learning.tasks.sotu import corpus
+from benchmarks.learning.tasks.sotu import Corpus
 
 
 class Continuation(Recall):
@@ -39,7 +39,7 @@ class Continuation(Recall):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self._corpus = corpus(self.vocab_size)
+        self._corpus = Corpus(self.vocab_size)
         self.vocab_size = self.num_classes = self._corpus.tokenizer.get_vocab_size()
         # Passages of a document that start at every token but those near its end.
         self._starts = {

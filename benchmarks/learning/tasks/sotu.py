@@ -10,7 +10,6 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -102,12 +101,6 @@ class Corpus:
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
 
-@lru_cache(maxsize=2)
-def corpus(vocab_size: int) -> Corpus:
-    """The corpus, which takes seconds to make; runs of one process share it."""
-    return Corpus(vocab_size)
-
-
 class Sotu:
     """Passages of N tokens of real text; the target is the period of the address they come from.
 
@@ -147,7 +140,7 @@ class Sotu:
         if config.vocab_size is None:
             raise ValueError("sotu needs vocab_size, got None")
         self.seq_len, self.batch_size, self.seed = config.seq_len, config.batch_size, config.seed
-        self._corpus = corpus(config.vocab_size)
+        self._corpus = Corpus(config.vocab_size)
         self.addresses, self.tokenizer = self._corpus.addresses, self._corpus.tokenizer
         self.vocab_size = self.tokenizer.get_vocab_size()
         self._documents = self._corpus.documents
