@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["commit", "git", "write_json"]
+__all__ = ["commit", "git", "rounded", "write_json"]
 
 
 def write_json(path: Path, record: DataclassInstance) -> None:
-    """A dataclass as JSON, floats with six digits, more than a measurement has."""
+    """A dataclass as JSON, :func:`rounded`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_rounded(dataclasses.asdict(record)), indent=1, ensure_ascii=False)
+    text = json.dumps(rounded(dataclasses.asdict(record)), indent=1, ensure_ascii=False)
     # Lists of numbers, such as the repetitions of a timing, on one line.
     text = re.sub(r"\[[\s\d.,e+-]+\]", lambda numbers: " ".join(numbers[0].split()), text)
     path.write_text(f"{text}\n", encoding="utf-8")
@@ -44,11 +44,12 @@ def commit() -> str:
     return f"{head}+" if changes else head
 
 
-def _rounded(x: Any) -> Any:
+def rounded(x: Any) -> Any:
+    """With floats of six digits, more than a measurement has."""
     if isinstance(x, float):
         return float(f"{x:.6g}")
     if isinstance(x, dict):
-        return {key: _rounded(value) for key, value in x.items()}
+        return {key: rounded(value) for key, value in x.items()}
     if isinstance(x, list | tuple):
-        return [_rounded(value) for value in x]
+        return [rounded(value) for value in x]
     return x

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.common import markdown
 from benchmarks.common.page import text_table
-from benchmarks.common.records import write_json
+from benchmarks.common.records import rounded, write_json
 from benchmarks.speed import roofline
 from benchmarks.speed.contenders import (
     DISTILL,
@@ -140,8 +140,11 @@ class Report:
     left_out: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, kind: str, fields: dict[str, Any]) -> None:
-        """Adds a record, as ``dataclasses.asdict`` and JSON give it, to the list ``kind``."""
-        getattr(self, kind).append(RECORDS[kind](fields))
+        """Adds a record, as ``dataclasses.asdict`` and JSON give it, to the list ``kind``.
+
+        Rounded as in the file, so that a report that is read again says the same.
+        """
+        getattr(self, kind).append(RECORDS[kind](rounded(fields)))
 
     def save(self, folder: Path) -> None:
         """Writes gpu.json and table.txt, each in one step: a program that is killed leaves them

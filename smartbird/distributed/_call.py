@@ -15,7 +15,7 @@ from smartbird.distributed._collectives import gather_each
 from smartbird.distributed._shards import Shards
 from smartbird.ops._call import OPS, acc_dtype
 from smartbird.ops.distill import distill
-from smartbird.ops.gather import NO_DROPOUT, attend_to
+from smartbird.ops.gather import attend_to, dropout_arguments
 
 EXCHANGES = ("auto", "all_gather", "ulysses")
 
@@ -86,8 +86,8 @@ class ShardedCall:
         """
         if self._goes_by_heads(q, k, v, indices, bias):
             return self._attend_by_heads(q, k, v, indices, bias, scale, dropout_p, seed), None
-        dropout = (dropout_p, seed, *visible.dropout()) if dropout_p > 0 else NO_DROPOUT
-        return gather_attention(q, k, v, indices, bias, scale, dropout[:-1], self.layout)
+        dropout = dropout_arguments(visible, dropout_p, seed)[:-1]
+        return gather_attention(q, k, v, indices, bias, scale, dropout, self.layout)
 
     def distill(
         self,

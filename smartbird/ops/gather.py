@@ -202,13 +202,16 @@ def attend_to(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`gather_attention` of checked arguments; the seed is read with dropout only."""
-    dropout = (dropout_p, seed, *visible.dropout()) if dropout_p > 0 else NO_DROPOUT
+    dropout = dropout_arguments(visible, dropout_p, seed)
     out, lse = call(OPS.gather_attention.default, q, k, v, indices, bias, scale, *dropout)
     return out, lse
 
 
-# dropout_p, seed and who the rows are.
-NO_DROPOUT = (0.0, None, None, None, None, None, 0)
+def dropout_arguments(visible: Visible, dropout_p: float, seed: Tensor | None) -> tuple[Any, ...]:
+    """What the ops take for dropout: dropout_p, seed and who the rows are."""
+    if dropout_p > 0:
+        return (dropout_p, seed, *visible.dropout())
+    return (0.0, None, None, None, None, None, 0)
 
 
 def _expand_bias(bias: Tensor, q: Tensor, indices: Tensor) -> Tensor:

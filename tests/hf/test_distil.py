@@ -45,10 +45,16 @@ def blurred(model: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "num_sketches"),
-    [("llama", "head"), ("llama", "kv"), ("gpt2", "head"), ("bert", "kv"), ("llama", "layer")],
+    ("name", "num_sketches", "gain"),
+    [
+        ("llama", "head", 0.05),
+        ("llama", "kv", 0.05),
+        ("llama", "layer", 0.03),  # one sketch for all heads holds less
+        ("gpt2", "head", 0.05),
+        ("bert", "kv", 0.05),
+    ],
 )
-def test_sketches_learn_and_the_model_stays(name: str, num_sketches: str) -> None:
+def test_sketches_learn_and_the_model_stays(name: str, num_sketches: str, gain: float) -> None:
     model = blurred(hf.convert(made(name), **FEW, num_sketches=num_sketches)).train()
     before = means(hf.report(model, BATCHES[0]))
     kept = {name: x.detach().clone() for name, x in model.named_parameters()}
@@ -58,7 +64,7 @@ def test_sketches_learn_and_the_model_stays(name: str, num_sketches: str) -> Non
     assert last == hf.report(model, BATCHES[-1])
     after = means(hf.report(model, BATCHES[0]))
     assert after["loss"] - after["floor"] < 0.7 * (before["loss"] - before["floor"])
-    assert after["mass"] > before["mass"] + 0.03
+    assert after["mass"] > before["mass"] + gain
     assert after["error"] < before["error"]
     now = dict(model.named_parameters())
     assert not any(torch.equal(now[name], x) for name, x in learned.items())
