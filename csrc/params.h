@@ -67,7 +67,7 @@ struct SketchSampleParams {
   const float* k_tiles;  // packed k_sketch, interleaved, see PackParams; none where queries are few
   const float* key_bias;  // packed key_mask, interleaved
   const float* tile_norm;
-  float* scanned;  // of few queries: weights [sequences, H_s, most_queries, padded_keys()], scratch
+  float* scanned;  // of few queries: [sequences, H_s, most_queries, scanned_row_size()], scratch
   int32_t* indices;      // [B, H_i, rows, K] out: rows of k_sketch
   float* log_inclusion;  // [B, H_i, rows, K] out, or null
   int32_t* error;        // [1] out
@@ -78,9 +78,22 @@ inline int64_t padded_keys(const SketchSampleParams& p) {
   return (p.most_keys + kTile - 1) / kTile * kTile;
 }
 
+// Tiles of a row whose sums belong together, see Moments; a task of sketch_scan reads them.
+constexpr int64_t kPartTiles = 64;
+
+inline int64_t parts_of_row(const SketchSampleParams& p) {
+  return (padded_keys(p) + kPartTiles * kTile - 1) / (kPartTiles * kTile);
+}
+
+// Floats of a row that is scanned: its weights, and of each part the sums of its blocks and its
+// moments, which take two vectors of no more than kTile floats.
+inline int64_t scanned_row_size(const SketchSampleParams& p) {
+  return padded_keys(p) + parts_of_row(p) * (kPartTiles + kTile);
+}
+
 // Floats of all rows that are scanned.
 inline int64_t scanned_size(const SketchSampleParams& p) {
-  return p.visible.queries.count() * p.H_s * p.most_queries * padded_keys(p);
+  return p.visible.queries.count() * p.H_s * p.most_queries * scanned_row_size(p);
 }
 
 // Where no sequence has more queries than this, keys are not packed: sketch_scan reads them as they

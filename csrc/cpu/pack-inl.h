@@ -10,8 +10,9 @@ namespace smartbird::SMARTBIRD_ISA {
 // that one head of a few hundred keys already splits among threads.
 constexpr int64_t kPackTilesPerTask = 8;
 
-// How many tiles ahead of its use a row is fetched.
-constexpr int64_t kPrefetchTiles = 4;
+// How many tiles ahead of its use a row is fetched, into outer caches: memory is slow, and the
+// innermost has few lines on the way at a time.
+constexpr int64_t kPrefetchTiles = 16;
 
 inline int64_t pack_tasks_per_head(const PackParams& p) {
   return ceil_div(p.rows.blocks_per_batch(kTile), kPackTilesPerTask);
@@ -31,20 +32,38 @@ SMARTBIRD_INLINE I interleaved(I j) {
   return j - c + (c & (V - 1)) * L + c / V;
 }
 
-// v[i] lane l becomes v[l] lane i: pairs that differ in one bit of their number change places, bit
-// by bit.
-template <int kBit = 1>
-SMARTBIRD_INLINE void transpose(Vec<float> (&v)[kLanes<float>]) {
-  constexpr int L = kLanes<float>;
-  if constexpr (kBit < L) {
-    const auto swap = [&]<int... I>(std::integer_sequence<int, I...>, int i) {
-      const Vec<float> a = v[i], b = v[i + kBit];
-      v[i] = __builtin_shufflevector(a, b, (I & kBit ? I - kBit + L : I)...);
-      v[i + kBit] = __builtin_shufflevector(a, b, (I & kBit ? I + L : I + kBit)...);
+#if SMARTBIRD_VEC_BYTES > 0
+// Of each four lanes, the rows of v[0] to v[3] become columns.
+SMARTBIRD_INLINE void transpose_fours(Vec<float>* v) {
+  [&]<int... I>(std::integer_sequence<int, I...>) {
+    constexpr int L = sizeof...(I);
+    const auto low = [](Vec<float> a, Vec<float> b) {  // a[0] b[0] a[1] b[1] of each four
+      return __builtin_shufflevector(a, b, (I / 4 * 4 + I % 4 / 2 + I % 2 * L)...);
     };
-    for (int i = 0; i < L; ++i)
-      if ((i & kBit) == 0) swap(std::make_integer_sequence<int, L>{}, i);
-    transpose<kBit * 2>(v);
+    const auto high = [](Vec<float> a, Vec<float> b) {  // a[2] b[2] a[3] b[3]
+      return __builtin_shufflevector(a, b, (I / 4 * 4 + I % 4 / 2 + 2 + I % 2 * L)...);
+    };
+    const auto first = [](Vec<float> a, Vec<float> b) {  // a[0] a[1] b[0] b[1]
+      return __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 + I % 4 / 2 * L)...);
+    };
+    const auto last = [](Vec<float> a, Vec<float> b) {  // a[2] a[3] b[2] b[3]
+      return __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 + 2 + I % 4 / 2 * L)...);
+    };
+    const Vec<float> ab = low(v[0], v[1]), AB = high(v[0], v[1]), cd = low(v[2], v[3]),
+                     CD = high(v[2], v[3]);
+    v[0] = first(ab, cd);
+    v[1] = last(ab, cd);
+    v[2] = first(AB, CD);
+    v[3] = last(AB, CD);
+  }(std::make_integer_sequence<int, kLanes<float>>{});
+}
+
+// columns[d] lane l becomes x[l * stride + d], for as many rows and columns as lanes. Loads put
+// fours of a row in place, so that shuffles need not cross them.
+SMARTBIRD_INLINE void load_transposed(const float* x, int64_t stride, Vec<float>* columns) {
+  for (int d = 0; d < kLanes<float>; d += 4) {
+    for (int l = 0; l < 4; ++l) columns[d + l] = load_fours(x + l * stride + d, 4 * stride);
+    transpose_fours(columns + d);
   }
 }
 
@@ -55,24 +74,31 @@ inline void pack_whole_tile(const T* __restrict x, int64_t stride, int64_t D,
   constexpr int L = kLanes<float>, V = kTile / L;
   for (int v = 0; v < V; ++v)
     for (int64_t d = 0; d < D; d += L) {
-      Vec<float> rows[L];
-      for (int l = 0; l < L; ++l) {
-        const T* row = x + (l * V + v) * stride + d;
-        __builtin_prefetch(row + kPrefetchTiles * kTile * stride);
-        rows[l] = load(row);
+      const T* rows = x + v * stride + d;
+      for (int l = 0; l < L; ++l)
+        __builtin_prefetch(rows + (l * V + kPrefetchTiles * kTile) * stride, 0, /*locality=*/1);
+      Vec<float> columns[L];
+      if constexpr (std::is_same_v<T, float>) {
+        load_transposed(rows, V * stride, columns);
+      } else {
+        float wide[L * L];
+        for (int l = 0; l < L; ++l) store(wide + l * L, load(rows + l * V * stride));
+        load_transposed(wide, L, columns);
       }
-      transpose(rows);
-      for (int l = 0; l < L; ++l) store(tile + (d + l) * kTile + v * L, rows[l]);
+      for (int l = 0; l < L; ++l) store(tile + (d + l) * kTile + v * L, columns[l]);
     }
 }
+#endif
 
 // x [n <= 32, D] -> tile [D, 32]; a masked key's features are not even read.
 template <typename T, typename A>
 inline void pack_tile(const T* __restrict x, int64_t stride, int64_t D, int64_t n, double scale,
                       bool interleave, const uint8_t* __restrict mask, A* __restrict tile) {
+#if SMARTBIRD_VEC_BYTES > 0
   if constexpr (!std::is_same_v<T, double> && !std::is_same_v<A, double>)
     if (n == kTile && mask == nullptr && interleave && scale == 1 && D % kLanes<float> == 0)
       return pack_whole_tile(x, stride, D, tile);
+#endif
   for (int64_t c = 0; c < kTile; ++c) {
     A* column = tile + (interleave ? interleaved(c) : c);
     if (c < n && (mask == nullptr || mask[c])) {

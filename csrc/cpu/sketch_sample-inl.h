@@ -55,16 +55,29 @@ struct KeyList {
   int64_t size;
 };
 
+// Of weights: the largest lane of `top` is the largest; the lanes of `square` add up to the sum of
+// their squares. A row's are those of its parts of kPartTiles tiles, put together in their order:
+// whoever makes them, in whatever order, makes the same.
+struct Moments {
+  Vec<float> top, square;
+
+  void add(const Moments& part) {
+    top = max(top, part.top);
+    square += part.square;
+  }
+};
+
 // A row of weights with its running sums, all in the order of an interleaved tile, see
 // interleaved(); weights are 0 where the key cannot be drawn.
 struct Row {
   float* weight;     // [padded M]
-  float* cum;        // [padded M] inclusive running sum within each block of kTile
+  float* cum;        // [padded M] inclusive running sum within each block of kTile; null of a
+                     // scanned row: few draws fall into its blocks, which are summed again for them
   float* block_sum;  // [blocks] of each block's weights
+  Moments* parts;    // [parts] of a scanned row, else null
   int64_t blocks;
-  double reference;   // weight = 2^(score - reference)
-  Vec<float> top;     // its largest lane is the largest weight
-  Vec<float> square;  // lanes add up to the sum of the weights' squares
+  double reference;  // weight = 2^(score - reference)
+  Moments all;
 
   // What find_keys needs, made by index_blocks.
   double total;
@@ -127,11 +140,12 @@ inline Scratch lay_out(const SketchSampleParams& p, ScratchAllocator* arena) {
   s.rows[0].start = arena->take<int32_t>(blocks + 1);
   s.rows[0].guide = arena->take<int32_t>((int64_t{1} << guide_bits(blocks)) + L);
   for (Row& row : s.rows) {
-    if (!scans(p)) row.weight = arena->take<float>(padded);
-    row.cum = arena->take<float>(padded);
-    row.block_sum = arena->take<float>(blocks);
     row.start = s.rows[0].start;
     row.guide = s.rows[0].guide;
+    if (scans(p)) continue;
+    row.weight = arena->take<float>(padded);
+    row.cum = arena->take<float>(padded);
+    row.block_sum = arena->take<float>(blocks);
   }
   return s;
 }
@@ -201,33 +215,66 @@ inline void normalise(int64_t blocks, Row* row) {
   row->reference = static_cast<double>(reference);
 }
 
-// The running sums of block t. Vector v holds the keys v, v + V, v + 2 V, ... of the block, V the
-// vectors of a block: sums go down the vectors first, and across lanes but once.
-SMARTBIRD_INLINE void sum_block(int64_t t, Row* row) {
-  constexpr int L = kLanes<float>, V = kTile / L;
-  const float* weight = row->weight + t * kTile;
-  Vec<float> sums[V], top = row->top, square = row->square;
+// The running sums of a block. Vector v holds the keys v, v + V, v + 2 V, ... of the block, V the
+// vectors of a block: sums go down the vectors first, and across lanes but once. Returns the last.
+template <int V = kTile / kLanes<float>>
+SMARTBIRD_INLINE float running_sums(const float* weight, Vec<float> (&sums)[V]) {
+  constexpr int L = kLanes<float>;
   for (int v = 0; v < V; ++v) {
     const Vec<float> w = load(weight + v * L);
     sums[v] = v == 0 ? w : sums[v - 1] + w;
-    top = max(top, w);
-    square = add_square(square, w);
   }
   const Vec<float> across = prefix_sum(sums[V - 1]), before = shift_up(across);
-  for (int v = 0; v < V; ++v) store(row->cum + t * kTile + v * L, before + sums[v]);
-  row->top = top;
-  row->square = square;
-  row->block_sum[t] = across[L - 1];
+  for (int v = 0; v < V; ++v) sums[v] += before;
+  return across[L - 1];
+}
+
+// Sums block t, and adds it to `moments`.
+SMARTBIRD_INLINE void sum_block(int64_t t, Row* row, Moments* moments) {
+  constexpr int L = kLanes<float>, V = kTile / L;
+  const float* weight = row->weight + t * kTile;
+  for (int v = 0; v < V; ++v) {
+    const Vec<float> w = load(weight + v * L);
+    moments->top = max(moments->top, w);
+    moments->square = add_square(moments->square, w);
+  }
+  Vec<float> sums[V];
+  row->block_sum[t] = running_sums(weight, sums);
+  if (row->cum == nullptr) return;
+  for (int v = 0; v < V; ++v) store(row->cum + t * kTile + v * L, sums[v]);
 }
 
 inline void begin_sums(int64_t blocks, Row* row) {
   row->blocks = blocks;
-  row->top = row->square = Vec<float>{};
+  row->all = Moments{};
+}
+
+// Sums the blocks of a part.
+inline Moments sum_part(int64_t part, Row* row) {
+  Moments moments{};
+  const int64_t end = min_of((part + 1) * kPartTiles, row->blocks);
+  for (int64_t t = part * kPartTiles; t < end; ++t) sum_block(t, row, &moments);
+  return moments;
 }
 
 inline void sum_row(int64_t blocks, Row* row) {
   begin_sums(blocks, row);
-  for (int64_t t = 0; t < blocks; ++t) sum_block(t, row);
+  for (int64_t part = 0; part * kPartTiles < blocks; ++part) row->all.add(sum_part(part, row));
+}
+
+// Sums a row as sketch_scan has left it, but for what is blank, in ascending order, which it did
+// not know: parts with such keys, and the last one, are summed again.
+inline void sum_scanned(const KeyList& blank, int64_t blocks, Row* row) {
+  constexpr int64_t kPart = kPartTiles * kTile;
+  begin_sums(blocks, row);
+  put(blank, 0, row->weight);
+  int64_t n = 0;
+  for (int64_t part = 0; part * kPartTiles < blocks; ++part) {
+    const int64_t first = n;
+    while (n < blank.size && blank.key[n] < (part + 1) * kPart) ++n;
+    const bool whole = n == first && (part + 1) * kPartTiles <= blocks;
+    row->all.add(whole ? row->parts[part] : sum_part(part, row));
+  }
 }
 
 inline void add_blocks(Row* row) {
@@ -297,7 +344,15 @@ inline void find_keys(const Row& row, int32_t* __restrict draws, int64_t count,
   }
   for (int64_t n = 0; n < count; n += L)
     store(weights + n, __builtin_convertvector(load_int(draws + n), Vec<float>) * row.draw_weight);
-  for (int64_t n = 0; n < count; ++n) keys[n] += count_le(row.cum + keys[n], weights[n]);
+  if (row.cum != nullptr) {
+    for (int64_t n = 0; n < count; ++n) keys[n] += count_le(row.cum + keys[n], weights[n]);
+  } else {
+    for (int64_t n = 0; n < count; ++n) {
+      Vec<float> sums[kTile / L];
+      running_sums(row.weight + keys[n], sums);
+      for (const Vec<float> sum : sums) keys[n] += __builtin_popcount(lane_bits(sum <= weights[n]));
+    }
+  }
   // Rounding may take a draw past the last sum of its block: never past the last key.
   const VecI last = VecI{} + static_cast<int32_t>(row.blocks * kTile - 1);
   for (int64_t n = 0; n < count; n += L) {
@@ -460,20 +515,19 @@ inline int64_t take_out(float least, int64_t most, Row* row, Scratch* s) {
   constexpr int L = kLanes<float>, V = kTile / L;
   int64_t taken = 0;
   int32_t* keys = s->taken.key;
-  row->top = row->square = Vec<float>{};
+  row->all = Moments{};
   for (int64_t t = 0; t < row->blocks; ++t) {
     float* weight = row->weight + t * kTile;
-    Vec<float> top = row->top, square = row->square;
+    Moments moments = row->all;
     VecI reach{};
     for (int v = 0; v < V; ++v) {
       const Vec<float> w = load(weight + v * L);
       reach |= w >= least;
-      top = max(top, w);
-      square = add_square(square, w);
+      moments.top = max(moments.top, w);
+      moments.square = add_square(moments.square, w);
     }
     if (!any(reach)) {
-      row->top = top;
-      row->square = square;
+      row->all = moments;
       continue;
     }
     for (int v = 0; v < V; ++v)
@@ -491,7 +545,7 @@ inline int64_t take_out(float least, int64_t most, Row* row, Scratch* s) {
         weight[v * L + l] = 0;
         ++taken;
       }
-    sum_block(t, row);
+    sum_block(t, row, &row->all);
   }
   s->taken.size = taken;
   merge_heavy(s, [](int64_t) { return true; });
@@ -560,10 +614,10 @@ inline double find_heavy(const RowContext& c, double places, double repeats, Row
       score_rest(c, row, s);
       add_blocks(row);
     }
-    const float largest = reduce_max(row->top);
+    const float largest = reduce_max(row->all.top);
     const double cap = row->total / places;
     if (static_cast<double>(largest) < cap) return places;
-    if (0.5 * static_cast<double>(reduce_add(row->square)) < repeats * cap * cap) return places;
+    if (0.5 * static_cast<double>(reduce_add(row->all.square)) < repeats * cap * cap) return places;
     const float least = first ? estimate_least(places, *row) : static_cast<float>(cap);
     places -= static_cast<double>(
         take_out(min_of(least, largest), static_cast<int64_t>(__builtin_ceil(places)), row, s));
@@ -630,7 +684,7 @@ struct Plan {
 inline Plan plan_race(const RowContext& c, double places, const Row& row, const Scratch& s) {
   constexpr int L = kLanes<float>;
   fill_up(s.heavy.size, s.heavy_weight);
-  const double half_square = 0.5 * static_cast<double>(reduce_add(row.square));
+  const double half_square = 0.5 * static_cast<double>(reduce_add(row.all.square));
   const double want = static_cast<double>(c.to_draw) + 1,
                heavy = static_cast<double>(s.heavy.size - c.forced.size);
   double time = places / row.total;
@@ -1039,11 +1093,14 @@ inline bool check_norms(const SketchSampleParams& p, float query_norm, float key
   return false;
 }
 
-// What sketch_scan makes of query i of a sketch: weights or, of topk, scores.
-inline float* scanned_weights(const TaskContext& task, int64_t sketch, int64_t i) {
+// Lets a row be what sketch_scan makes of query i of a sketch: weights, with the sums of blocks and
+// the moments of parts, or, of topk, scores.
+inline void use_scanned(const TaskContext& task, int64_t sketch, int64_t i, Row* row) {
   const SketchSampleParams& p = *task.p;
-  return p.scanned +
-         ((task.sequence.segment * p.H_s + sketch) * p.most_queries + i) * padded_keys(p);
+  row->weight = p.scanned + ((task.sequence.segment * p.H_s + sketch) * p.most_queries + i) *
+                                scanned_row_size(p);
+  row->block_sum = row->weight + padded_keys(p);
+  row->parts = reinterpret_cast<Moments*>(row->block_sum + parts_of_row(p) * kPartTiles);
 }
 
 // Of query i, the r-th of those scored together: everything but the scaled query itself.
@@ -1076,6 +1133,7 @@ inline void score_rows(const RowContext* rows, int64_t count, Scratch* s) {
   const TaskContext& task = *rows[0].task;
   const int64_t S = task.p->S;
   int64_t next[kRows] = {};  // of each row's blank keys
+  Moments part[kRows] = {};
   int64_t blocks = 0;
   for (int64_t r = 0; r < count; ++r) {
     begin_sums(rows[r].blocks(), &s->rows[r]);
@@ -1093,14 +1151,17 @@ inline void score_rows(const RowContext* rows, int64_t count, Scratch* s) {
       const KeyList& blank = rows[r].blank;
       while (next[r] < blank.size && blank.key[next[r]] < (t + 1) * kTile)
         s->rows[r].weight[interleaved(blank.key[next[r]++])] = 0;
-      sum_block(t, &s->rows[r]);
+      sum_block(t, &s->rows[r], &part[r]);
+      if ((t + 1) % kPartTiles != 0 && t + 1 != rows[r].blocks()) continue;
+      s->rows[r].all.add(part[r]);
+      part[r] = Moments{};
     }
   }
 }
 
 // Whether the weights of score_rows<true> serve, so that no maximum need be taken out.
 inline bool is_plain(const Row& row) {
-  const float largest = reduce_max(row.top);
+  const float largest = reduce_max(row.all.top);
   return largest >= kLeastPlainWeight && largest <= kMostPlainWeight;
 }
 
@@ -1122,10 +1183,7 @@ inline void draw_rows(const RowContext* rows, int64_t count, Scratch* s) {
   if (!topk && !scanned) score_rows<true>(rows, count, s);
   for (int64_t r = 0; r < count; ++r) {
     if (rows[r].to_draw == 0) continue;
-    if (!topk && scanned) {
-      put(rows[r].blank, 0, s->rows[r].weight);
-      sum_row(rows[r].blocks(), &s->rows[r]);
-    }
+    if (!topk && scanned) sum_scanned(rows[r].blank, rows[r].blocks(), &s->rows[r]);
     rest[r] = topk || !is_plain(s->rows[r]);
     any_rest |= rest[r];
     if (rest[r]) continue;
@@ -1168,13 +1226,6 @@ inline void write_certain_row(const RowContext& c, Scratch* s) {
 
 // ---- few queries --------------------------------------------------------------------------------
 
-// Tiles that a task of sketch_scan reads: enough work to pay for handing it out.
-constexpr int64_t kScanTiles = 64;
-
-inline int64_t scan_tasks_per_head(const SketchSampleParams& p) {
-  return ceil_div(padded_keys(p), kScanTiles * kTile);
-}
-
 // Whether query i sees any of the keys [begin, end).
 inline bool sees_any(const TaskContext& task, int64_t i, int64_t begin, int64_t end) {
   const Visible& v = task.p->visible;
@@ -1185,46 +1236,48 @@ inline bool sees_any(const TaskContext& task, int64_t i, int64_t begin, int64_t 
   return false;
 }
 
-// weight[r] + j = what tile t, whose first key is j, makes of query r of a sketch; of the R queries
-// `count` exist.
+// Adds what tile t makes of the queries of a sketch to their rows; of R queries `count` exist.
 template <int R>
-inline void scan_tile(const float* q, int64_t S, const KeyTile& tile, int64_t j, bool topk,
-                      int64_t count, float* const* weight) {
+inline void scan_tile(const float* q, int64_t S, const KeyTile& tile, int64_t t, bool topk,
+                      int64_t count, Row* rows, Moments* moments) {
   score_tile<R>(q, S, tile.features, S, tile.bias, [&](int r, int column, Vec<float> score) {
-    if (r < count) store(weight[r] + j + column, topk ? score : exp2(score));
+    if (r < count) store(rows[r].weight + t * kTile + column, topk ? score : exp2(score));
   });
+  for (int64_t r = 0; !topk && r < count; ++r) sum_block(t, &rows[r], &moments[r]);
 }
 
 }  // namespace sampling
 
 inline int64_t sketch_scan_num_tasks(const SketchSampleParams& p) {
-  return p.visible.queries.count() * p.H_ks * sampling::scan_tasks_per_head(p);
+  return p.visible.queries.count() * p.H_ks * parts_of_row(p);
 }
 
-// Of all sketches that share one of the keys: queries and where their weights go; and a tile.
+// Of all sketches that share one of the keys: queries and their rows; and a tile.
 inline int64_t sketch_scan_scratch_bytes(const SketchSampleParams& p) {
   const int64_t sketches = p.H_s / p.H_ks;
   ScratchAllocator arena(nullptr);
   arena.take<float>((p.S + 1) * kTile);
   arena.take<float>(sketches * kScanQueries * p.S);
-  arena.take<float*>(sketches * kScanQueries);
+  arena.take<sampling::Row>(sketches * kScanQueries);
+  arena.take<sampling::Moments>(sketches * kScanQueries);
   return arena.bytes();
 }
 
 inline void sketch_scan(const SketchSampleParams& p, int64_t number, void* scratch) {
   using namespace sampling;
-  const int64_t parts = scan_tasks_per_head(p), sketches = p.H_s / p.H_ks,
+  const int64_t parts = parts_of_row(p), part = number % parts, sketches = p.H_s / p.H_ks,
                 first_sketch = number / parts % p.H_ks * sketches;
   const TaskContext task = task_context(p, number / parts / p.H_ks, first_sketch);
-  const int64_t count = task.sequence.num_queries, begin = number % parts * kScanTiles * kTile,
-                end = min_of(begin + kScanTiles * kTile, task.sequence.num_keys);
+  const int64_t count = task.sequence.num_queries, begin = part * kPartTiles * kTile,
+                end = min_of(begin + kPartTiles * kTile, task.sequence.num_keys);
   if (!task.sequence.exists || count == 0 || begin >= end) return;
   if (task.sequence.first_query >= p.row_end || task.sequence.first_query + count <= p.row_begin)
     return;  // drawn for in another call
   ScratchAllocator arena(scratch);
   float* room = arena.take<float>((p.S + 1) * kTile);
   float* q = arena.take<float>(sketches * kScanQueries * p.S);
-  float** weight = arena.take<float*>(sketches * kScanQueries);
+  Row* rows = arena.take<Row>(sketches * kScanQueries);
+  Moments* moments = arena.take<Moments>(sketches * kScanQueries);
   std::memset(q, 0, static_cast<size_t>(sketches * kScanQueries * p.S) * sizeof(float));
   float query_norm = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -1232,7 +1285,9 @@ inline void sketch_scan(const SketchSampleParams& p, int64_t number, void* scrat
     const bool sees = sees_any(task, i, begin, end) || sees_any(task, i, 0, task.sequence.num_keys);
     for (int64_t n = 0; n < sketches; ++n) {
       const int64_t row = n * kScanQueries + i, sketch = first_sketch + n;
-      weight[row] = scanned_weights(task, sketch, i);
+      rows[row] = Row{};
+      moments[row] = Moments{};
+      use_scanned(task, sketch, i, &rows[row]);
       if (!sees) continue;  // such a query is not looked at, whatever it holds
       dispatch_dtype(p.dtype, [&](auto type) {
         const float norm = load_query<decltype(type)>(task, sketch, i, q + row * p.S);
@@ -1246,13 +1301,17 @@ inline void sketch_scan(const SketchSampleParams& p, int64_t number, void* scrat
     if (!check_norms(p, query_norm, largest_norm(tile.features, p.S))) return;
     for (int64_t n = 0; n < sketches; ++n) {
       const float* queries = q + n * kScanQueries * p.S;
-      float* const* own = weight + n * kScanQueries;
+      Row* own = rows + n * kScanQueries;
+      Moments* sums = moments + n * kScanQueries;
       if (count == 1)
-        scan_tile<1>(queries, p.S, tile, t * kTile, topk, count, own);
+        scan_tile<1>(queries, p.S, tile, t, topk, count, own, sums);
       else
-        scan_tile<kScanQueries>(queries, p.S, tile, t * kTile, topk, count, own);
+        scan_tile<kScanQueries>(queries, p.S, tile, t, topk, count, own, sums);
     }
   }
+  for (int64_t n = 0; n < sketches; ++n)
+    for (int64_t i = 0; i < count; ++i)
+      rows[n * kScanQueries + i].parts[part] = moments[n * kScanQueries + i];
 }
 
 inline int64_t sketch_sample_num_tasks(const SketchSampleParams& p) {
@@ -1292,7 +1351,7 @@ inline void sketch_sample(const SketchSampleParams& p, int64_t number, void* scr
       for (int r = 0; r < rows; ++r) {
         context[r] = row_context(task, i0 + r, r, s);
         draws |= context[r].to_draw > 0;
-        if (scans(p)) s.rows[r].weight = scanned_weights(task, task.sketch, i0 + r);
+        if (scans(p)) use_scanned(task, task.sketch, i0 + r, &s.rows[r]);
         if (context[r].valid == 0) continue;  // such a query is not looked at, whatever it holds
         const float norm = load_query<decltype(dtype)>(task, task.sketch, i0 + r, s.q + r * p.S);
         query_norm = is_finite(norm) ? max_of(query_norm, norm) : __builtin_inff();

@@ -137,6 +137,21 @@ inline Vec<A> iota() {
   return v;
 }
 
+// Four numbers at each of p, p + step, p + 2 step, ..., for as many as there are lanes.
+#if defined(__AVX512F__)
+SMARTBIRD_INLINE Vec<float> load_fours(const float* p, int64_t step) {
+  const auto four = [&](int i) { return _mm_loadu_ps(p + i * step); };
+  __m512 v = _mm512_castps128_ps512(four(0));
+  v = _mm512_insertf32x4(v, four(1), 1);
+  v = _mm512_insertf32x4(v, four(2), 2);
+  return bit_cast<Vec<float>>(_mm512_insertf32x4(v, four(3), 3));
+}
+#elif defined(__AVX2__)
+SMARTBIRD_INLINE Vec<float> load_fours(const float* p, int64_t step) {
+  return bit_cast<Vec<float>>(_mm256_loadu2_m128(p + step, p));
+}
+#endif
+
 template <typename A>
 inline Vec<A> load(const A* p) {
   Vec<A> v;
