@@ -123,6 +123,14 @@ def _add_train(commands: _Commands) -> argparse.ArgumentParser:
     add("--log-every", type=int, metavar="STEPS", help="interval of train rows in metrics.jsonl")
     add("--eval-every", type=int, metavar="STEPS", help="interval of validations")
     add("--checkpoint-every", type=int, metavar="STEPS", help="interval of checkpoints")
+    add("--fsdp", action=switch, help="each process of torchrun has a part of the weights")
+    add(
+        "--context-parallel",
+        type=int,
+        metavar="P",
+        help="processes of torchrun that share the tokens of a sequence",
+    )
+    add("--dcp", action=switch, help="each process writes its part of a checkpoint")
     add("--threads", type=int, metavar="T", help="threads of a process; default: PyTorch's choice")
     add("--out", metavar="DIR", help="directory of the run; default: runs/TASK-ATTENTION")
     add("--resume", action="store_true", default=False, help="go on with the run in --out")

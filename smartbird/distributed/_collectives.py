@@ -7,6 +7,7 @@ Tensors are [B, C, tokens, F]: ``local`` tokens of a rank or all ``length`` of t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +40,23 @@ def shards_of(group: str, head_tail: bool, length: int) -> Shards:
     return Shards(of.rank(), of.size(), head_tail, length)
 
 
+@contextmanager
+def with_others(group: str) -> Iterator[dist.ProcessGroup]:
+    """The group, for an exchange; where that fails, it is said what that means.
+
+    Raises:
+        DistBackendError: a RuntimeError, from that of the backend.
+    """
+    of = group_named(group)
+    try:
+        yield of
+    except RuntimeError as error:
+        raise dist.DistBackendError(
+            f"rank {of.rank()} of the {of.size()} that share a sequence has lost the others: one "
+            "has failed, as its own message says, or did not make the same call in time"
+        ) from error
+
+
 # ---- in the background --------------------------------------------------------------------------
 
 
@@ -47,10 +65,12 @@ def start_gather(x: Tensor, *layout: Any) -> Callable[[], Tensor]:
     shards = shards_of(*layout)
     send = shards.split(x)
     parts = send.new_empty((shards.size * send.shape[0], *send.shape[1:]))
-    work = _all_gather(_bytes(parts), _bytes(send), group=group_named(layout[0]), async_op=True)
+    with with_others(layout[0]) as group:
+        work = _all_gather(_bytes(parts), _bytes(send), group=group, async_op=True)
 
     def finish() -> Tensor:
-        work.wait()
+        with with_others(layout[0]):
+            work.wait()
         return shards.join_whole(parts)
 
     return finish
@@ -62,10 +82,12 @@ def start_sum(x: Tensor, *layout: Any) -> Callable[[], Tensor]:
     # Sums of 16 bits would lose more with every rank.
     send = shards.split_whole(x).to(torch.promote_types(x.dtype, torch.float32))
     parts = send.new_empty((send.shape[0] // shards.size, *send.shape[1:]))
-    work = _reduce_scatter(parts, send, group=group_named(layout[0]), async_op=True)
+    with with_others(layout[0]) as group:
+        work = _reduce_scatter(parts, send, group=group, async_op=True)
 
     def finish() -> Tensor:
-        work.wait()
+        with with_others(layout[0]):
+            work.wait()
         return shards.join(parts).to(x.dtype)
 
     return finish
@@ -132,19 +154,22 @@ def _to_tokens(x: Tensor, group: str, head_tail: bool, length: int) -> Tensor:
 
 def _exchange(send: Tensor, group: str) -> Tensor:
     parts = torch.empty_like(send)
-    dist.all_to_all_single(_bytes(parts), _bytes(send), group=group_named(group))
+    with with_others(group) as of:
+        dist.all_to_all_single(_bytes(parts), _bytes(send), group=of)
     return parts
 
 
 def _of_first(x: Tensor, group: str) -> Tensor:
     x = x.clone()
-    dist.broadcast(x, group=group_named(group), group_src=0)
+    with with_others(group) as of:
+        dist.broadcast(x, group=of, group_src=0)
     return x
 
 
 def _sum_ranks(x: Tensor, group: str) -> Tensor:
     x = x.clone()
-    dist.all_reduce(x, group=group_named(group))
+    with with_others(group) as of:
+        dist.all_reduce(x, group=of)
     return x
 
 

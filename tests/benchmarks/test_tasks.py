@@ -76,8 +76,8 @@ def test_training_batches_depend_on_the_step_alone(name, request):
     again = task.train_batch(7)
     assert first.tokens.equal(again.tokens)
     assert first.targets.equal(again.targets)
-    if first.start is not None:
-        assert first.start.equal(again.start)
+    if first.positions is not None:
+        assert first.positions.equal(again.positions)
     assert first.tokens.shape != second.tokens.shape or not first.tokens.equal(second.tokens)
 
 
@@ -154,16 +154,16 @@ def test_mqar_trains_every_position_from_the_first_stage_on():
     short = task.train_batch(0)
     # 512 sequences of 4 tokens in 32 places: each of the 29 starts is missed with probability
     # (28 / 29)^512 < 2e-8.
-    assert short.start.unique().tolist() == list(range(29))
-    assert not task.train_batch(config.steps - 1).start.any()
-    assert next(task.eval_batches("test")).start is None
+    assert short.positions[:, 0].unique().tolist() == list(range(29))
+    assert not task.train_batch(config.steps - 1).positions[:, 0].any()
+    assert next(task.eval_batches("test")).positions is None
 
 
-def test_start_moves_tokens_to_later_positions(mqar):
+def test_tokens_are_embedded_by_their_positions(mqar):
     torch.manual_seed(0)
     encoder = Encoder(default_config("mqar", attention="dense", dim=16, heads=2), mqar).eval()
     tokens, start = torch.randint(0, 16, (3, 8)), torch.tensor([0, 5, 9])
-    moved = encoder(tokens, start=start)
+    moved = encoder(tokens, positions=start[:, None] + torch.arange(8))
     for row in range(3):
         with torch.no_grad():
             rolled = copy.deepcopy(encoder)

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -26,6 +28,7 @@ from smartbird._visible import check_visible
 from smartbird.distributed import ContextParallel
 from smartbird.distributed import _collectives as wire
 from smartbird.functional import attend, smart_bird_attention
+from smartbird.ops import gather_attention, gather_scores
 from smartbird.ops.gather import attend_to
 
 K, S, D, DV = 6, 4, 8, 5
@@ -204,6 +207,7 @@ def received(run: Callable[[], Any]) -> dict[str, int]:
 
     def counted(kind: str, collective: Any) -> Any:
         def call(output: Tensor, *args: Any, **options: Any) -> Any:
+            output.zero_()  # as a group that only pretends to exchange leaves it
             # Of what is gathered or exchanged a part is this rank's own. Of a sum it is sent the
             # parts of all others.
             shares = ranks - 1 if kind == "summed" else (ranks - 1) / ranks
@@ -221,9 +225,11 @@ def received(run: Callable[[], Any]) -> dict[str, int]:
     return bytes_of
 
 
-def ranks_are_sent_what_the_page_says() -> None:
+def ranks_are_sent_what_the_page_says(
+    N: int = 48, exchanges: tuple[str, ...] = ("all_gather", "ulysses")
+) -> None:
     """By the formulas of docs/distributed.md, of a training step of the core."""
-    N, ranks = 48, dist.get_world_size()
+    ranks = dist.get_world_size()
     problem = Problem(N, (8, 4, 4, 4, 2), batch=1)
     H, H_kv, H_i, _, H_ks = problem.heads
     e = problem.dtype.itemsize
@@ -231,7 +237,7 @@ def ranks_are_sent_what_the_page_says() -> None:
     sketches, to_distil = e * H_ks * S, e * H_kv * D
     queries_and_outputs = e * H * (D + DV)
     lists = 4 * H_i * K
-    for exchange in ("all_gather", "ulysses"):
+    for exchange in exchanges:
         core = SampledAttention(H, num_kv_heads=H_kv, num_samples=K, is_causal=True)
         cp = cp_of(N, exchange=exchange)
         parallelize_module(core, mesh_of_all(), cp)
@@ -428,6 +434,107 @@ def compiled_layers_are_the_same() -> None:
             close(ours, theirs)
 
 
+# ---- DTensor ------------------------------------------------------------------------------------
+
+
+def gathered_tensors(heads: tuple[int, int, int], bias_heads: int) -> list[Any]:
+    """q, k, v, indices and a bias or None."""
+    H, H_kv, H_i = heads
+    B, N, M = 4, 8, 12
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    indices = torch.randint(-1, M, (B, H_i, N, K), generator=generator, dtype=torch.int32)
+    bias = normal(B, bias_heads, N, K) if bias_heads else None
+    return [normal(B, H, N, D), normal(B, H_kv, M, D), normal(B, H_kv, M, DV), indices, bias]
+
+
+def attend_and_differentiate(tensors: list[Any], weights: tuple[Tensor, ...]) -> list[Any]:
+    """Outputs of both gather ops and all gradients of their sum with ``weights``."""
+    q, k, v, indices, bias = tensors
+    out, lse = gather_attention(q, k, v, indices, bias=bias, return_lse=True)
+    scores = gather_scores(q, k, indices).exp()  # 0 where there is no key
+    total = sum((x * w).sum() for x, w in zip((out, lse.exp(), scores), weights, strict=True))
+    total.backward()
+    return [out, lse, scores, *(x.grad for x in (q, k, v, bias) if x is not None)]
+
+
+def dtensors_are_gathered_where_they_lie() -> None:
+    """Forward without a word between ranks, for all that the rules say, and backward."""
+    size = dist.get_world_size()
+    mesh = mesh_of_all()
+    everywhere, batch, heads_, queries = Replicate(), Shard(0), Shard(1), Shard(2)
+    by_heads = [heads_, heads_, heads_, heads_, heads_]
+    for heads, bias_heads, placements in (
+        ((8, 8, 8), 8, [batch] * 5),
+        ((8, 4, 8), 0, by_heads),
+        ((8, 4, 4), 4, by_heads),
+        ((8, 4, 1), 8, [heads_, heads_, heads_, everywhere, heads_]),
+        ((8, 4, 1), 1, [heads_, heads_, heads_, everywhere, everywhere]),
+        ((8, 1, 1), 0, [heads_, everywhere, everywhere, everywhere, heads_]),
+        ((4, 2, 2), 2, [queries, everywhere, everywhere, queries, queries]),
+        ((6, 3, 1), 0, [queries, everywhere, everywhere, queries, queries]),
+        ((6, 3, 1), 0, [everywhere] * 5),
+    ):
+        whole = gathered_tensors(heads, bias_heads)
+        generator = torch.Generator().manual_seed(1)
+        weights = tuple(
+            torch.randn(4, heads[0], 8, *width, generator=generator, dtype=torch.float64)
+            for width in ((DV,), (), (K,))
+        )
+        expected = attend_and_differentiate(whole, weights)
+        spread = [
+            None if x is None else distribute_tensor(x.detach(), mesh, [placement])
+            for x, placement in zip(whole, placements, strict=True)
+        ]
+        for x in spread:
+            if x is not None and x.dtype.is_floating_point:
+                x.requires_grad_()
+        with CommDebugMode() as sent:
+            q, k, v, indices, bias = spread
+            out = gather_attention(q, k, v, indices, bias=bias)
+        assert sent.get_total_counts() == 0, placements
+        assert out.placements == (placements[0],)
+        actual = attend_and_differentiate(
+            spread, tuple(distribute_tensor(w, mesh, [placements[0]]) for w in weights)
+        )
+        assert actual[3].placements == (placements[0],)
+        for ours, theirs in zip(actual, expected, strict=True):
+            close(ours.full_tensor(), theirs)
+
+    # What cannot stay is moved: heads that ranks cannot share, and keys.
+    heads = (3 * size, 3, 3) if size == 2 else (6, 3, 3)
+    whole = gathered_tensors(heads, 0)
+    expected_out = gather_attention(*whole[:4])
+    for placements in ([heads_] * 4, [queries] * 4):
+        spread = [
+            distribute_tensor(x.detach(), mesh, [p])
+            for x, p in zip(whole[:4], placements, strict=True)
+        ]
+        close(gather_attention(*spread).full_tensor(), expected_out)
+
+    # Dropout is that of the whole.
+    spread = [distribute_tensor(x.detach(), mesh, [batch]) for x in whole[:4]]
+    seed = distribute_tensor(SEED, mesh, [everywhere])
+    close(
+        gather_attention(*spread, dropout_p=0.4, seed=seed).full_tensor(),
+        gather_attention(*whole[:4], dropout_p=0.4, seed=SEED),
+    )
+
+
+def dtensors_on_a_mesh_of_two_dimensions() -> None:
+    """Batch and heads of four ranks."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    whole = gathered_tensors((8, 4, 4), 0)
+    expected = gather_attention(*whole[:4])
+    spread = [distribute_tensor(x.detach(), mesh, [Shard(0), Shard(1)]) for x in whole[:4]]
+    out = gather_attention(*spread)
+    assert out.placements == (Shard(0), Shard(1))
+    close(out.full_tensor(), expected)
+
+
 # ---- data parallel and sharded weights ----------------------------------------------------------
 
 
@@ -528,9 +635,9 @@ def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def data_parallel_training_is_that_of_one_process() -> None:
+def data_parallel_training_is_that_of_one_process(steps: int = 4) -> None:
     """By every wrapper, with the batch in one part and accumulated from two."""
-    steps, size, rank = 4, dist.get_world_size(), dist.get_rank()
+    size, rank = dist.get_world_size(), dist.get_rank()
     for parts in (1, 2):
 
         def run(wrap: Any, ranks: int, rank: int, parts: int = parts) -> list[Tensor]:
@@ -691,6 +798,21 @@ def what_is_not_served_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"indices"):
         core.eval()(*own, indices=torch.full((2, 4, own[0].shape[2], 2), 99, dtype=torch.int32))
+
+
+def an_error_on_one_rank_ends_the_wait_of_the_others() -> None:
+    """What only one rank can see to be wrong: a sketch that is not a number."""
+    own = [x.detach() for x in Problem(8).tensors()]
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    cp = ContextParallel(group, 8)
+    own = [cp.shard(x, 2) for x in own]
+    if dist.get_rank() == 1:
+        own[3][:] = torch.nan
+        with pytest.raises(ValueError, match="q_sketch"):
+            cp.attention(*own, K, is_causal=True)
+    else:
+        with pytest.raises(dist.DistBackendError, match=r"rank 0 of the 2 .* has lost the others"):
+            cp.attention(*own, K, is_causal=True)
 
 
 def the_page_runs() -> None:

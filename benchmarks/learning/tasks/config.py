@@ -23,11 +23,11 @@ class RunError(Exception):
 class Config:
     """Everything that decides the outcome of a run.
 
-    Two runs with equal configurations on one machine give equal weights, bit for bit. `threads`,
-    `out` and the three intervals (`log_every`, `eval_every`, `checkpoint_every`) say how a run is
-    carried out; see `RESUMABLE` for those that may change when it is resumed. The defaults of a
-    task are those of `default_config(task)`. A field that has a default here came later than the
-    first checkpoints: those that lack it were trained as the default says.
+    Two runs with equal configurations on one machine give equal weights, bit for bit. The three
+    intervals (`log_every`, `eval_every`, `checkpoint_every`) and what `RESUMABLE` lists, which may
+    change when it is resumed, say how a run is carried out. The defaults of a task are those of
+    `default_config(task)`. A field that has a default here came later than the first checkpoints:
+    those that lack it were trained as the default says.
 
     What is listed from `num_sinks` to `reuse` concerns `smartbird`; other attentions ignore it, and
     `check_used` refuses it where it was asked for.
@@ -80,6 +80,10 @@ class Config:
         log_every, eval_every, checkpoint_every: intervals in steps.
         out: directory of the run.
         threads: threads PyTorch may use; None leaves its own choice.
+        fsdp: whether processes have a part of the weights each, by FSDP2, instead of all.
+        context_parallel: processes that share the tokens of a sequence; divides their number.
+        dcp: whether each process writes the weights that it has into a checkpoint of its own part,
+            by torch.distributed.checkpoint, instead of the first all of them.
 
     Raises:
         ValueError: a field is out of its range.
@@ -127,6 +131,9 @@ class Config:
     share_sketch: int = 1
     num_sketches: str = "layer"
     num_kv_heads: int | None = None
+    fsdp: bool = False
+    context_parallel: int = 1
+    dcp: bool = False
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(Config).items():
@@ -137,7 +144,7 @@ class Config:
             *("seq_len", "num_samples", "sketch_dim", "layers", "dim", "heads", "steps"),
             *("batch_size", "log_every", "eval_every", "checkpoint_every", "threads"),
             *("vocab_size", "num_pairs", "num_index_heads", "reuse", "share_sketch"),
-            "num_kv_heads",
+            *("num_kv_heads", "context_parallel"),
         ):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= LARGEST_COUNT:
@@ -214,6 +221,6 @@ def _is_a(value: object, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
-# Fields that a resumed run may be given anew: they do not touch the arithmetic, except that
-# another number of threads may round differently.
-RESUMABLE = ("out", "threads")
+# Fields that a resumed run may be given anew: they do not touch the arithmetic, except that it may
+# round differently.
+RESUMABLE = ("out", "threads", "fsdp", "context_parallel", "dcp")

@@ -25,13 +25,13 @@ class Batch:
         tokens: int64 [B, N].
         targets: int64 [B], or [B, N] with `IGNORED` where no answer is asked.
         key_mask: bool [B, N], True where there is a token; None if there is one everywhere.
-        start: int64 [B], position of each row's first token; None if it is 0 everywhere.
+        positions: int64 [B, N], where the tokens stand; None if all rows begin at 0.
     """
 
     tokens: Tensor
     targets: Tensor
     key_mask: Tensor | None = None
-    start: Tensor | None = None
+    positions: Tensor | None = None
 
 
 class Task(Protocol):

@@ -93,16 +93,15 @@ class Encoder(nn.Module):
         self.head = nn.Linear(config.dim, task.num_classes)
 
     def forward(
-        self, tokens: Tensor, key_mask: Tensor | None = None, start: Tensor | None = None
+        self, tokens: Tensor, key_mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """Logits of `tokens` (int64 [B, N]): [B, N, classes] per position, else [B, classes].
 
         `key_mask` (bool [B, N], True = a token) keeps padding out of attention and of the mean.
-        `start` (int64 [B]) is the position of each row's first token, 0 without it.
+        `positions` (int64 [B, N]) is where they stand, without it from 0 on.
         """
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        if start is not None:
-            positions = start.unsqueeze(1) + positions
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.dropout(self.tokens(tokens) + self.positions(positions))
         shared = Shared()
         for position, layer in enumerate(self.layers):

@@ -57,7 +57,8 @@ class Recall:
         count, seq_len = self.batch_size << halvings, self.seq_len >> halvings
         batch = self._generate("train", random, count, seq_len, self.num_pairs >> halvings)
         start = random.integers(0, self.seq_len - seq_len, count, endpoint=True)
-        return dataclasses.replace(batch, start=torch.from_numpy(start))
+        positions = start[:, None] + np.arange(seq_len)
+        return dataclasses.replace(batch, positions=torch.from_numpy(positions))
 
     def halvings(self, step: int) -> int:
         """How often N and P are halved in training step `step`."""

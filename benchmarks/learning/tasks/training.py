@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
+import shutil
 import signal
 import threading
 import time
@@ -32,10 +34,12 @@ from benchmarks.learning.tasks.inspection import sample_recall
 from benchmarks.learning.tasks.model import Encoder
 from benchmarks.learning.tasks.ranks import ALONE, Ranks, joined_ranks
 from benchmarks.learning.tasks.registry import TASKS
+from benchmarks.learning.tasks.weights import gather, load_parts, save_parts, spread
 from smartbird.nn import DenseWarmup, SampleAnneal, seed_evaluation, sketch_loss
 
 WARMUP_SHARE = 0.05  # of the steps, in which the learning rate rises
 MAX_GRADIENT_NORM = 1.0
+PARTS = "parts"  # of a checkpoint: the folder of its model and optimizer, if it has them not itself
 
 Row = dict[str, Any]
 
@@ -58,7 +62,7 @@ class Result:
         parameters: number of weights.
         recall: of each layer, the share of dense attention's mass on the keys that it chooses, a
             mean over the heads and queries of the first test batch; see `sample_recall`. Empty for
-            runs that were finished before it was measured.
+            runs that were finished before it was measured, and where ranks share sequences.
         fingerprint: of the task's data. Empty for runs that were finished before it was kept.
     """
 
@@ -84,14 +88,16 @@ def train(
     last such line; "valid": every `eval_every` steps and at the end; "test": once, at the end, with
     the last weights), loss (mean cross-entropy in nats per target), accuracy, seconds (spent in
     training steps so far), peak_mib. `checkpoint.pt` is replaced every `checkpoint_every` steps.
+    With `dcp` it names a folder beside it, into which each process writes the weights that it has.
 
     The learning rate rises linearly over the first 5 % of the steps and falls to 0 as a half
     cosine; the optimizer is AdamW, gradients are clipped to norm 1. The sketch's own loss is added
     to the task's, times `config.distill_weight`.
 
-    Of the processes that torchrun starts each takes its share of every batch. They train what one
-    would but for random numbers and rounding, whatever their number, so a run may go on with
-    another. The first writes; Ctrl-C or SIGTERM of any stops all at the same step.
+    Of the processes that torchrun starts each takes its share of every batch: of the sequences and,
+    among `context_parallel` of them, of the tokens. With `fsdp` it has a part of the weights. They
+    train what one would but for random numbers and rounding, whatever their number, so a run may go
+    on with another. The first writes; Ctrl-C or SIGTERM of any stops all at the same step.
 
     Args:
         config: the run; see `default_config`.
@@ -103,12 +109,13 @@ def train(
     Raises:
         RunError: the directory holds a run already (without `resume`) or none to go on with, the
             checkpoint is broken or of another configuration, a package is missing, sizes do not
-            fit together, the loss is no longer finite, or another process is gone.
+            fit together, processes cannot share this work, the loss is no longer finite, or
+            another process is gone.
         OSError: the directory cannot be written.
         Interrupted: after Ctrl-C, once a checkpoint is written. A second Ctrl-C does not wait.
     """
     threads = torch.get_num_threads()
-    with joined_ranks() as ranks, torch.random.fork_rng(devices=[]):
+    with joined_ranks(config) as ranks, torch.random.fork_rng(devices=[]):
         torch.set_num_threads(config.threads or ranks.threads(threads))
         try:
             with contextlib.closing(_Run(config, resume, report or _ignore, ranks)) as run:
@@ -129,7 +136,7 @@ def load_model(checkpoint: str | Path) -> tuple[Encoder, Task]:
     state = load_checkpoint(path)
     config = _config_of(state, path)
     task, model = _build(config)
-    _restore(path, state, task, {"model": model, **_schedules(config, model)})
+    _restore(path, state, task, model, _schedules(config, model))
     return model.eval(), task
 
 
@@ -163,9 +170,11 @@ class _Run:
         self._saved_state()  # refuses a directory before the work of building
         torch.manual_seed(config.seed)
         self.task, self.model = _build(config)
+        ranks.spread(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr)
         self.schedules = _schedules(config, self.model)
         self.step = 0
+        self.parts = ""
         self.evaluated_at = 0
         self.valid: list[float] = []
         self.test: list[float] = []
@@ -188,8 +197,7 @@ class _Run:
             self._begin()
             try:
                 self._loop()
-                first = next(iter(self.task.eval_batches("test")))
-                peak, recall = self._peak(), sample_recall(self.model, first).mean(1)
+                peak, recall = self._peak(), self._recall()
             except _Stop:
                 self._save()
                 raise Interrupted(
@@ -206,9 +214,15 @@ class _Run:
             seconds=self.seconds,
             peak_mib=peak,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
-            recall=tuple(recall.tolist()),
+            recall=recall,
             fingerprint=self.task.fingerprint,
         )
+
+    def _recall(self) -> tuple[float, ...]:
+        if self.ranks.context is not None:
+            return ()
+        first = next(iter(self.task.eval_batches("test")))
+        return tuple(sample_recall(self.model, first).mean(1).tolist())
 
     def _begin(self) -> None:
         # Asked again: until the metrics were locked, another process may have trained here.
@@ -267,8 +281,8 @@ class _Run:
         task_loss, correct, count, tokens = self.ranks.sums(
             loss_sum.item(), own_correct, own_count, own_tokens
         )
-        # A sketch's loss is a mean over tokens.
-        weight = self.config.distill_weight * (own_tokens / tokens)
+        # A sketch's loss is a mean over the tokens of a group.
+        weight = self.config.distill_weight * (own_tokens * self.ranks.sharers / tokens)
         loss = loss_sum / count + weight * sketch_loss(self.model)
         if self.ranks.any(not math.isfinite(loss.item())):
             raise RunError(
@@ -291,15 +305,17 @@ class _Run:
     def _evaluate(self, split: str) -> list[float]:
         """Mean loss and accuracy over `split`, which also become a row of metrics."""
         total = [0.0, 0.0, 0.0]
+        batches, group = self.task.eval_batches(split), self.ranks.group
         self.model.eval()
-        with torch.inference_mode():
-            for number, batch in enumerate(self.task.eval_batches(split)):
-                if number % self.ranks.size == self.ranks.rank:
-                    loss_sum, correct, count = _score(self.model, batch)
+        with torch.no_grad():  # FSDP trains with what its forward pass has made here
+            while turn := list(itertools.islice(batches, self.ranks.groups)):
+                # At the end some groups look again at the last batch, as FSDP needs all of them.
+                batch = self.ranks.cut(turn[min(group, len(turn) - 1)])
+                loss_sum, correct, count = _score(self.model, batch)
+                if group < len(turn):
                     for place, part in enumerate((loss_sum.item(), correct, count)):
                         total[place] += part
-                if (number + 1) % self.ranks.size == 0:
-                    self._stop_if_interrupted()
+                self._stop_if_interrupted()
         total = self.ranks.sums(*total)
         self._write_row(split, total)
         return [total[0] / total[2], total[1] / total[2]]
@@ -327,6 +343,8 @@ class _Run:
             raise _Stop
 
     def _save(self) -> None:
+        # Of what is spread over ranks all of them have a part in this.
+        held = self._save_parts() if self.config.dcp else gather(self.model, self.optimizer)
         if self.metrics is None:
             return
         state = {
@@ -340,12 +358,22 @@ class _Run:
             "seconds": self.seconds,
             "peak_mib": self._peak(),
             "metrics_bytes": self.metrics.sync(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **held,
             **{name: schedule.state_dict() for name, schedule in self.schedules.items()},
             "random": torch.get_rng_state(),
         }
         save_checkpoint(self.checkpoint, state)
+        for folder in self.checkpoint.parent.glob(f"{self.checkpoint.stem}-[0-9]*"):
+            if folder.name != held.get(PARTS):
+                shutil.rmtree(folder)
+
+    def _save_parts(self) -> dict[str, Any]:
+        # Those of the last checkpoint must stay until there are others.
+        parts = f"{self.checkpoint.stem}-{self.step}"
+        if parts != self.parts:
+            save_parts(self.checkpoint.parent / parts, self.model, self.optimizer)
+            self.parts = parts
+        return {PARTS: parts}
 
     def _saved_state(self) -> dict[str, Any] | None:
         """What to go on from; None where the run begins."""
@@ -362,8 +390,10 @@ class _Run:
         return state
 
     def _load(self, state: dict[str, Any]) -> None:
-        parts = {"model": self.model, "optimizer": self.optimizer, **self.schedules}
-        _restore(self.checkpoint, state, self.task, parts)
+        self.parts = state.get(PARTS, "")
+        if self.ranks.fsdp and not self.parts:
+            spread(state, self.model)
+        _restore(self.checkpoint, state, self.task, self.model, self.schedules, self.optimizer)
         self.step, self.evaluated_at = state["step"], state["evaluated_at"]
         self.valid, self.test, self.pending = state["valid"], state["test"], state["pending"]
         self.seconds, self.peak_before = state["seconds"], state["peak_mib"]
@@ -380,7 +410,7 @@ def learning_rate(config: Config, step: int) -> float:
 
 def _score(model: nn.Module, batch: Batch) -> tuple[Tensor, int, int]:
     """Summed cross-entropy, right answers, and number of targets of a batch."""
-    logits = model(batch.tokens, batch.key_mask, batch.start).flatten(0, -2)
+    logits = model(batch.tokens, batch.key_mask, batch.positions).flatten(0, -2)
     targets = batch.targets.flatten()
     asked = targets != IGNORED
     logits, targets = logits[asked], targets[asked]
@@ -423,11 +453,23 @@ def _config_of(state: dict[str, Any], path: Path) -> Config:
         raise RunError(f"{path}: its configuration is of another version ({error})") from error
 
 
-def _restore(path: Path, state: dict[str, Any], task: Task, parts: dict[str, Any]) -> None:
+def _restore(
+    path: Path,
+    state: dict[str, Any],
+    task: Task,
+    model: Encoder,
+    schedules: dict[str, DenseWarmup | SampleAnneal],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
     if state["fingerprint"] != task.fingerprint:
         raise RunError(f"{path}: was trained on other data than its task gives here")
     # Checkpoints from before there was one lack it.
-    state.setdefault("anneal", parts["anneal"].state_dict())
+    state.setdefault("anneal", schedules["anneal"].state_dict())
+    parts: dict[str, Any] = dict(schedules)
+    if PARTS in state:
+        load_parts(path.parent / state[PARTS], model, optimizer)
+    else:
+        parts |= {"model": model} if optimizer is None else {"model": model, "optimizer": optimizer}
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
