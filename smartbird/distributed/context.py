@@ -371,14 +371,20 @@ class ContextParallel(ParallelStyle):
         )
 
     def _check_ranks(self, device: torch.device) -> None:
-        """Refuse ranks whose kernels round differently, at the first call."""
+        """Refuse ranks that round differently or were told otherwise, on all, at the first call."""
         if self._ranks_agree or device.type != "cpu" or torch.compiler.is_compiling():
             return
         info = build_info()
-        mine = f"smartbird {info['version']} with SMARTBIRD_CPU_ISA={info['cpu_isa']}"
-        number = torch.tensor(zlib.crc32(mine.encode()))
-        if not torch.equal(number, OPS.of_first_rank(number, self.group.group_name)):
-            raise RuntimeError(f"rank 0 must have {mine}, as rank {self.group.rank()} has")
+        mine = (
+            f"smartbird {info['version']}, SMARTBIRD_CPU_ISA={info['cpu_isa']}, "
+            f"length={self.length}, layout={self.layout!r}, exchange={self.exchange!r}"
+        )
+        number, group = torch.tensor(zlib.crc32(mine.encode())), self.group.group_name
+        differs = number != OPS.of_first_rank(number, group)
+        if OPS.sum_of_ranks(differs.int(), group):
+            raise RuntimeError(
+                f"ranks must agree on what they are and know: rank {self.group.rank()} has {mine}"
+            )
         self._ranks_agree = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContextParallel:

@@ -729,6 +729,13 @@ def what_is_not_served_is_refused() -> None:
     with pytest.raises(ValueError, match="mesh must have one dimension, got 2"):
         ContextParallel(two, 8)
 
+    cp = ContextParallel(mesh, 8 + 8 * (dist.get_rank() == 1))
+    whole = [torch.zeros(1, 2, cp.length, 4) for _ in range(3)]
+    whole += [torch.zeros(1, cp.length, 4) for _ in range(2)]
+    own = [cp.shard(x, x.dim() - 2) for x in whole]
+    with pytest.raises(RuntimeError, match=r"ranks must agree .*: rank \d has .* length=\d+"):
+        cp.attention(*own, K)
+
     cp = ContextParallel(mesh, 8)
     with pytest.raises(ValueError, match=r"x must have 8 tokens in dimension 1"):
         cp.shard(torch.zeros(2, 9))
