@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -163,7 +165,8 @@ def refuse_to_share_tokens(folder: Path) -> None:
             ranks.spread(model)
 
 
-def start(config: tasks.Config, *extra: str) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def started(config: tasks.Config, *extra: str) -> Iterator[subprocess.Popen[str]]:
     """torchrun of two processes."""
     flags = [
         part
@@ -172,7 +175,7 @@ def start(config: tasks.Config, *extra: str) -> subprocess.Popen[str]:
     ]
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     train = ["-m", "benchmarks.learning", "train", "--task", "mqar", "--out", config.out]
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, *launch, *train, *flags, *extra],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -180,7 +183,12 @@ def start(config: tasks.Config, *extra: str) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
         start_new_session=True,  # so that Ctrl-C meets these processes alone
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for_step(config: tasks.Config, step: int, process: subprocess.Popen[str]) -> None:
@@ -190,6 +198,7 @@ def wait_for_step(config: tasks.Config, step: int, process: subprocess.Popen[str
         if metrics.exists() and any(row["step"] >= step for row in files.read_metrics(metrics)):
             return
         time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
     raise AssertionError(f"no step {step}: {process.communicate()}")
 
 
@@ -215,22 +224,22 @@ def test_a_run_goes_on_with_other_processes_after_what_happened_to_them(
     tasks.train(whole)
     config = configuration(tmp_path / "run", **many)
     # SIGTERM to torchrun, or Ctrl-C to all: ranks stop at one step, with a checkpoint.
-    process = start(config, *flags)
-    wait_for_step(config, 24, process)
-    if stop == signal.SIGINT:
-        os.killpg(process.pid, stop)
-    else:
-        process.send_signal(stop)
-    _, errors = process.communicate(timeout=60)
+    with started(config, *flags) as process:
+        wait_for_step(config, 24, process)
+        if stop == signal.SIGINT:
+            os.killpg(process.pid, stop)
+        else:
+            process.send_signal(stop)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert errors.count("stopped at step") == 1, errors
     stopped_at = state_of(config)["step"]
     assert 24 <= stopped_at < 400
     # A rank is killed: the others say so, and torchrun ends.
-    process = start(config, "--resume", *flags)
-    wait_for_step(config, stopped_at + 60, process)
-    os.kill(children(process.pid)[-1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    with started(config, "--resume", *flags) as process:
+        wait_for_step(config, stopped_at + 60, process)
+        os.kill(children(process.pid)[-1], signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "lost another process" in errors or "SIGKILL" in errors, errors
     assert stopped_at < state_of(config)["step"] < 400
