@@ -55,17 +55,18 @@ class Shards:
     # ---- tokens and parts ----
 
     def split(self, x: Tensor) -> Tensor:
-        """[B, C, local, F] as this rank's parts."""
-        return torch.stack(torch.split(x, self.block, 2))
+        """[B, C, local, F] as this rank's parts, copied only where that needs it."""
+        return torch.unflatten(x, 2, (-1, self.block)).movedim(2, 0).contiguous()
 
     def join(self, parts: Tensor) -> Tensor:
         """The way back."""
-        return torch.cat(parts.unbind(), 2)
+        return parts.movedim(0, 2).flatten(2, 3)
 
     def split_whole(self, x: Tensor) -> Tensor:
         """[B, C, length, F] as the parts of all ranks, with zeros for padding."""
         missing = self.size * self.local - self.length
-        parts = torch.split(F.pad(x, (0, 0, 0, missing)), self.block, 2)
+        x = F.pad(x, (0, 0, 0, missing)) if missing else x
+        parts = torch.split(x, self.block, 2)
         return torch.stack([parts[number] for number in self._order])
 
     def join_whole(self, parts: Tensor) -> Tensor:
