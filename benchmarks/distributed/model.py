@@ -95,10 +95,14 @@ def fit(times: Sequence[Time]) -> Model:
     det = aa * bb - ab * ab
     pair, query = (sum(a) * bb - sum(b) * ab) / det, (sum(b) * aa - sum(a) * ab) / det
     error = max(abs(pair * x + query * y - 1) for x, y in zip(a, b, strict=True))
-    moved = sum(
+    # Likewise of (one + moved / bandwidth) / many - 1.
+    one = [statistics.median(time.one) for time in times]
+    many = [statistics.median(time.many) for time in times]
+    moved = [
         time.length * bytes_of_token(time.ranks, "all_gather", time.backward, gloo=True)
         for time in times
-    )
-    longer = sum(statistics.median(time.many) - statistics.median(time.one) for time in times)
-    bandwidth = moved / longer if longer > 0 else math.inf
+    ]
+    longer = sum(m * (b - a) / b**2 for a, b, m in zip(one, many, moved, strict=True))
+    squares = sum((m / b) ** 2 for b, m in zip(many, moved, strict=True))
+    bandwidth = squares / longer if longer > 0 else math.inf
     return Model(times[0].backward, pair, query, bandwidth, error)
