@@ -17,7 +17,7 @@ from benchmarks.speed.machine import describe
 
 PARTS = ("traffic", "memory", "times")
 LENGTHS, QUICK_LENGTHS = (4096, 16384, 65536), (256, 512)
-REPETITIONS, LONG_REPETITIONS = 9, 3
+REPETITIONS, LONG_REPETITIONS = 9, 2
 LONG = 1 << 16  # from here on fewer repetitions
 MIDDLE = 1  # of the lengths, that bytes and memory are of
 
@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--page", type=Path, help="Markdown whose tables are made anew")
     parser.add_argument("--only", nargs="*", choices=PARTS, help="parts (default: all)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", help="N of times; others stay as they are in the JSON"
+    )
     parser.add_argument("--quick", action="store_true", help="short sequences")
     options = parser.parse_args(arguments)
     results = Results.load(options.out) if options.out.exists() else Results()
@@ -56,12 +59,14 @@ def main(arguments: list[str] | None = None) -> int:
             keep(results.memory[-1])
 
     def times() -> None:
-        results.times = []
-        for length in lengths:
+        timed = options.lengths or lengths
+        results.times = [x for x in results.times if options.lengths and x.length not in timed]
+        for length in timed:
             for backward in (False, True):
                 repetitions = REPETITIONS if length < LONG else LONG_REPETITIONS
                 results.times.append(time_attention(length, 2, backward, repetitions))
-                keep(results.times[-1])
+                results.times.sort(key=lambda x: (x.length, x.backward))
+                keep(length)
 
     measure: dict[str, Callable[[], None]] = {"traffic": traffic, "memory": memory, "times": times}
     for part in PARTS if options.only is None else options.only:
