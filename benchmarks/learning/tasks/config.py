@@ -215,5 +215,5 @@ def _is_a(value: object, hint: Any) -> bool:
 
 
 # Fields that a resumed run may be given anew: they do not touch the arithmetic, except that
-# another number of threads may round differently.
-RESUMABLE = ("out", "threads")
+# another number of threads may round differently, and more steps let it go on.
+RESUMABLE = ("out", "threads", "steps")

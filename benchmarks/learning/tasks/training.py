@@ -97,13 +97,14 @@ def train(
         config: the run; see `default_config`.
         resume: go on from the checkpoint in `config.out`, bit for bit as if the run had never
             stopped (with the same number of threads and processes); a finished run just gives its
-            result.
+            result. With more `steps` than before, it trains longer: from there on the learning rate
+            and the curriculum are those of a run of so many steps.
         report: is called with every row of metrics.
 
     Raises:
         RunError: the directory holds a run already (without `resume`) or none to go on with, the
-            checkpoint is broken or of another configuration, a package is missing, sizes do not
-            fit together, the loss is no longer finite, or another process is gone.
+            checkpoint is broken, of another configuration or of more steps, a package is missing,
+            sizes do not fit together, the loss is no longer finite, or another process is gone.
         OSError: the directory cannot be written.
         Interrupted: after Ctrl-C, once a checkpoint is written. A second Ctrl-C does not wait.
     """
@@ -359,13 +360,19 @@ class _Run:
                 raise RunError(
                     f"{self.checkpoint}: was made with {name}={saved[name]}, not {name}={value}"
                 )
+        if self.config.steps < state["step"]:
+            raise RunError(
+                f"{self.checkpoint}: has made {state['step']} steps, more than "
+                f"steps={self.config.steps}"
+            )
         return state
 
     def _load(self, state: dict[str, Any]) -> None:
         parts = {"model": self.model, "optimizer": self.optimizer, **self.schedules}
         _restore(self.checkpoint, state, self.task, parts)
         self.step, self.evaluated_at = state["step"], state["evaluated_at"]
-        self.valid, self.test, self.pending = state["valid"], state["test"], state["pending"]
+        self.valid, self.pending = state["valid"], state["pending"]
+        self.test = state["test"] if self.step == self.config.steps else []
         self.seconds, self.peak_before = state["seconds"], state["peak_mib"]
         torch.set_rng_state(state["random"])
 
