@@ -9,7 +9,7 @@ global state are not touched.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -259,9 +259,12 @@ def plot_recall(recall: Tensor, *, best: Tensor, chance: Tensor) -> Figure:
     flat = [place for line in places for place in line]
     axis.bar(flat, (100 * recall).flatten().tolist(), color="#e69f00", label="drawn")
     left, right = [place - 0.4 for place in flat], [place + 0.4 for place in flat]
-    for label, line, shares in (("best possible", "solid", best), ("chance", "dotted", chance)):
+    dashes: Literal["solid", "dotted"]
+    for label, dashes, shares in (("best possible", "solid", best), ("chance", "dotted", chance)):
         levels = (100 * shares).flatten().tolist()
-        axis.hlines(levels, left, right, colors="black", linestyles=line, linewidth=2, label=label)
+        axis.hlines(
+            levels, left, right, colors="black", linestyles=dashes, linewidth=2, label=label
+        )
     axis.set_xticks(flat, [str(head + 1) for _ in places for head in range(heads)], fontsize=8)
     for number, line in enumerate(places, start=1):
         middle = (line[0] + line[-1]) / 2
