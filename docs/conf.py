@@ -4,6 +4,9 @@ The source directory is the root of the repository, so that links between pages,
 files, are the same in the site and in the tree.
 """
 
+import re
+from typing import Any
+
 from sphinx.application import Sphinx
 
 from smartbird import __version__
@@ -54,5 +57,13 @@ def add_navigation(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{lines}\n```\n"
 
 
+def escape_letters(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """A sentence of one letter, such as "K.", would begin a list."""
+    lines[:] = [re.sub(r"^(.*: |\s*)([A-Z])\.$", r"\1\2\\.", line) for line in lines]
+
+
 def setup(app: Sphinx) -> None:
     app.connect("source-read", add_navigation)
+    app.connect("autodoc-process-docstring", escape_letters, priority=900)  # after napoleon
