@@ -46,7 +46,7 @@ CPP_FILES := $(SOURCES) $(CUDA) $(shell find tests -name '*.cpp' -o -name '*.h' 
 CMAKE      = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 
 .PHONY: help setup build test test-quick test-isa test-slow nightly test-versions test-emulated cpp-test \
-        race-test cuda lint gpu-check format demo demo-lm demo-embed bench bench-gains bench-quick \
+        race-test cuda lint docs figures gpu-check format demo demo-lm demo-embed bench bench-gains bench-quick \
         study study-quick wheel clean
 
 help:  ## list the targets
@@ -133,6 +133,14 @@ format: $(READY)  ## rewrite the sources as lint wants them
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP_FILES)
 
+# Warnings are errors: a link that leads nowhere, a docstring that cannot be read.
+docs: $(BUILT)  ## the documentation as a site with a search: build/docs/index.html
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs -d build/doctrees . build/docs
+	cp build/docs/README.html build/docs/index.html
+
+figures: $(BUILT)  ## tables of README.md and docs/settings.md, docs/pictures, from the JSON files in docs
+	$(BIN)/python -m benchmarks.overview
+
 demo: $(BUILT)  ## train Smart Bird beside dense attention on real text; report in build/demo
 	$(BIN)/python -m benchmarks.learning.demo $(DEMO_FLAGS)
 
@@ -158,7 +166,8 @@ bench: $(BUILT)  ## the whole benchmark: JSON and plots in docs/performance, tab
 	$(BIN)/python -m benchmarks.speed.attention --preset standard --isa $(BENCH_ISA) \
 	    --out docs/performance/attention-$(BENCH_ISA).json
 	$(BIN)/python -m benchmarks.speed.report docs/performance/attention-$(BENCH_ISA).json \
-	    --update README.md docs/performance.md
+	    --update docs/performance.md
+	$(MAKE) figures
 
 study-quick: $(BUILT)  ## train every attention on a small recall task, a quarter of an hour; tables in runs/study
 	$(BIN)/python -m benchmarks.learning study studies/quick.toml $(STUDY_FLAGS)
@@ -174,6 +183,7 @@ wheel: $(READY)  ## build a wheel in dist and try it
 	rm -rf dist build/wheel
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
 	$(BIN)/abi3audit --strict dist/*.whl
+	$(BIN)/auditwheel -q show dist/*.whl
 	$(BIN)/pip install -q --no-deps --target build/wheel dist/*.whl
 	cd build/wheel && PYTHONPATH=. $(CURDIR)/$(BIN)/python -c \
 	    'import smartbird; assert "build/wheel" in smartbird.__file__; print(smartbird.build_info())'

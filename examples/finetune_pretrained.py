@@ -90,7 +90,7 @@ def arguments(folder: str, options: argparse.Namespace) -> TrainingArguments:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Fine-tune a converted model with Trainer.")
     parser.add_argument("--model", help="a path or a name; needs --text (default: a random one)")
     parser.add_argument("--text", type=Path, nargs="+", help="files, each of them a document")
     parser.add_argument("--out", type=Path, help="where the trained model and its sketches go")

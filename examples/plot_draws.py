@@ -29,7 +29,8 @@ def main(directory: Path) -> None:
         layer(x)
 
     call = calls["core"]  # by the name in the model of what draws keys
-    drawn = call.indices  # [1, 4, N, 4]
+    drawn = call.indices  # [1, 4, N, 4]; None where a layer attends to all keys
+    assert drawn is not None
     plot_arcs(drawn, words).savefig(directory / "arcs.png")
     panels = {f"head {h}": drawn[:, h] for h in range(4)}
     plot_heat_map(panels, len(words), tokens=words).savefig(directory / "heat_map.png")

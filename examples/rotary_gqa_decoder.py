@@ -56,22 +56,26 @@ class Attention(nn.Module):
         return self.out(out.transpose(1, 2).flatten(2))
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = nn.RMSNorm(DIM), Attention()
+        self.norm, self.feed_forward = nn.RMSNorm(DIM), feed_forward()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.feed_forward(self.norm(x))
+
+
 class Decoder(nn.Module):
     def __init__(self, layers: int = 2) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, DIM)
-        self.layers = nn.ModuleList(
-            nn.ModuleList([nn.RMSNorm(DIM), Attention(), nn.RMSNorm(DIM), feed_forward()])
-            for _ in range(layers)
-        )
+        self.layers = nn.Sequential(*(Block() for _ in range(layers)))
         self.head = nn.Sequential(nn.RMSNorm(DIM), nn.Linear(DIM, VOCABULARY))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for attention_norm, attention, norm, feed_forward in self.layers:
-            x = x + attention(attention_norm(x))
-            x = x + feed_forward(norm(x))
-        return self.head(x)
+        return self.head(self.layers(self.embedding(tokens)))
 
 
 def feed_forward() -> nn.Module:

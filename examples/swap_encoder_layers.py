@@ -6,6 +6,8 @@ The sketches start untrained and learn here from what the dense attention of the
     python examples/swap_encoder_layers.py
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ def sharpen(encoder: nn.TransformerEncoder) -> None:
     """Stands in for training: make the attention of random weights prefer similar tokens."""
     with torch.no_grad():
         for layer in encoder.layers:
+            assert isinstance(layer, nn.TransformerEncoderLayer)
             q, k, _ = layer.self_attn.in_proj_weight.chunk(3)
             k.copy_(q)
             q.mul_(2)
@@ -38,7 +41,8 @@ def main() -> None:
     dense = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
     sharpen(dense)
 
-    sparse_layer = SmartBirdEncoderLayer(
+    # nn.TransformerEncoder's annotation names its own layer, but any with its interface serves.
+    sparse_layer: Any = SmartBirdEncoderLayer(
         D_MODEL, HEADS, dropout=0.0, batch_first=True, num_samples=KEYS, sketch_dim=16
     )
     sparse = nn.TransformerEncoder(sparse_layer, num_layers=2, enable_nested_tensor=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _CPU = Path(__file__).with_name("_C.abi3.so")
 _CUDA = Path(__file__).with_name("_C_cuda.abi3.so")

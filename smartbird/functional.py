@@ -315,8 +315,8 @@ def smart_bird_attention(
         correction: subtract ``log_inclusion`` from the logits, which makes the result the
             self-normalised Horvitz-Thompson estimate of dense attention. Of keys that are not
             drawn at random there is nothing to correct: ``"topk"``, ``"dealt"``.
-        is_causal, key_mask, window, num_sinks, global_mask, query_offset, cu_seqlens_q,
-            cu_seqlens_k, sequence_ids, first_head: as in ``smartbird.ops.sketch_sample``.
+        is_causal, key_mask, window, num_sinks, global_mask: as in ``smartbird.ops.sketch_sample``.
+        query_offset, cu_seqlens_q, cu_seqlens_k, sequence_ids, first_head: likewise.
         query_mask: bool [B, N], True where a query is real. The others, and the keys that
             ``key_mask`` hides, are taken out before anything is computed: they cost nothing and
             give zeros, and the rest is what it would be without padding, wherever that is.
@@ -706,8 +706,8 @@ def deal_keys(
         k_sketch: [B, M, S] or [B, H_ks, M, S], dtype of ``q_sketch``.
         num_samples: K.
         num_index_heads: H_i, a multiple of H_s.
-        scale, is_causal, key_mask, window, num_sinks, global_mask, query_offset, cu_seqlens_q,
-            cu_seqlens_k: as in ``smartbird.ops.sketch_sample``.
+        is_causal, key_mask, window, num_sinks, global_mask: as in ``smartbird.ops.sketch_sample``.
+        scale, query_offset, cu_seqlens_q, cu_seqlens_k: likewise.
         sequence_ids: as there; nothing is drawn here, so they change nothing.
         first_head: must be 0, as what a head is dealt depends on all heads of its sketch.
 

@@ -9,7 +9,7 @@ global state are not touched.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ _MAX_LABELS = 48  # tokens that can be read along an axis of a panel
 _LEAST_RATE = 0.1  # where the colour scale of a heat map ends; 0 has no logarithm
 _INCHES = 0.26  # per token of an arc diagram
 _ARC_FLATNESS = 0.6  # height of an arc over its width
+_EARLIER, _LATER = "#d55e00", "#0072b2"  # arcs to keys before and after their query
 
 
 def draw_rates(
@@ -221,7 +222,7 @@ def plot_arcs(
                 height=_ARC_FLATNESS * width,
                 theta1=180 if below else 0,
                 theta2=360 if below else 180,
-                color="tab:orange" if below else "tab:blue",
+                color=_LATER if below else _EARLIER,
                 alpha=0.15 + 0.85 * strength,
                 linewidth=0.6 + 1.4 * strength,
             )
@@ -256,14 +257,14 @@ def plot_recall(recall: Tensor, *, best: Tensor, chance: Tensor) -> Figure:
     # Heads of a layer stand side by side, layers one bar apart.
     places = [[layer * (heads + 1) + head for head in range(heads)] for layer in range(num_layers)]
     flat = [place for line in places for place in line]
-    axis.bar(flat, (100 * recall).flatten().tolist(), color="tab:blue", label="drawn")
+    axis.bar(flat, (100 * recall).flatten().tolist(), color="#e69f00", label="drawn")
     left, right = [place - 0.4 for place in flat], [place + 0.4 for place in flat]
-    for label, color, shares in (
-        ("best possible", "black", best),
-        ("chance", "tab:orange", chance),
-    ):
+    dashes: Literal["solid", "dotted"]
+    for label, dashes, shares in (("best possible", "solid", best), ("chance", "dotted", chance)):
         levels = (100 * shares).flatten().tolist()
-        axis.hlines(levels, left, right, colors=color, linewidth=2, label=label)
+        axis.hlines(
+            levels, left, right, colors="black", linestyles=dashes, linewidth=2, label=label
+        )
     axis.set_xticks(flat, [str(head + 1) for _ in places for head in range(heads)], fontsize=8)
     for number, line in enumerate(places, start=1):
         middle = (line[0] + line[-1]) / 2

@@ -80,8 +80,8 @@ def sketch_sample(
         num_index_heads: H_i.
         method: one of the four above.
         scale: factor of the scores, 1/sqrt(S) if None.
-        is_causal, key_mask, window, num_sinks, global_mask, query_offset, cu_seqlens_q,
-            cu_seqlens_k, sequence_ids, first_head: see above.
+        is_causal, key_mask, window, num_sinks, global_mask: see above.
+        query_offset, cu_seqlens_q, cu_seqlens_k, sequence_ids, first_head: likewise.
         seed: int64 [2]; drawn from ``generator`` if None.
         generator: source of ``seed``; torch's default if None.
 
@@ -268,8 +268,8 @@ def sketch_lse(
         q_sketch: [B, N, S] or [B, H_s, N, S].
         k_sketch: [B, M, S] or [B, H_ks, M, S].
         scale: factor of the scores, 1/sqrt(S) if None.
-        is_causal, key_mask, window, num_sinks, global_mask, query_offset, cu_seqlens_q,
-            cu_seqlens_k, sequence_ids, first_head: see above.
+        is_causal, key_mask, window, num_sinks, global_mask: see above.
+        query_offset, cu_seqlens_q, cu_seqlens_k, sequence_ids, first_head: likewise.
         rows: int64 [R], the queries whose result is wanted; None: all.
 
     Returns:
@@ -334,8 +334,8 @@ def distill_loss(
         log_inclusion: [B, H_i, N, K], subtracted from the sampled logits; ignored in unused slots.
         scale: factor of the attention scores, 1/sqrt(D) if None.
         sketch_scale: factor of the sketch scores, 1/sqrt(S) if None.
-        is_causal, key_mask, window, num_sinks, global_mask, query_offset, cu_seqlens_q,
-            cu_seqlens_k, sequence_ids, first_head: see above.
+        is_causal, key_mask, window, num_sinks, global_mask: see above.
+        query_offset, cu_seqlens_q, cu_seqlens_k, sequence_ids, first_head: likewise.
         rows: int64 [R], the queries that count; None: all.
         reduction: "mean" over rows with a free key and over sketches, or their "sum".
 
@@ -441,8 +441,8 @@ def smart_bird_attention(
         generator: source of ``seed``; torch's default if None.
         return_indices: also return the keys drawn.
         method: see :func:`sketch_sample`.
-        is_causal, key_mask, window, num_sinks, global_mask, query_offset, cu_seqlens_q,
-            cu_seqlens_k, sequence_ids, first_head: see above.
+        is_causal, key_mask, window, num_sinks, global_mask: see above.
+        query_offset, cu_seqlens_q, cu_seqlens_k, sequence_ids, first_head: likewise.
         dropout_p: see :func:`gather_attention`.
 
     Returns:

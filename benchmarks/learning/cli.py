@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import Any, NoReturn, TypeAlias
 from tqdm import tqdm
 
 from benchmarks.learning import tasks
+from smartbird import build_info
 from smartbird.functional import METHODS
 from smartbird.nn import LEARNING_ROUTES
 from smartbird.nn.attention import SKETCHES
@@ -41,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         argument exits with 2, as argparse does.
     """
     parser = _Parser(prog=PROG, description="Trains models with Smart Bird attention.")
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run: dict[str, Callable[..., int]] = {"train": _train, "inspect": _inspect, "study": _study}
     parsers = {
@@ -63,6 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
+def _version() -> str:
+    info = build_info()
+    return f"smartbird {info['version']} ({info['cpu_isa']}), torch {info['torch']}"
+
+
 def _is_first() -> bool:
     """Of the processes of a run, as torchrun starts them."""
     return os.environ.get("RANK", "0") == "0"
@@ -78,63 +86,115 @@ def _add_train(commands: _Commands) -> argparse.ArgumentParser:
         "batch.",
         argument_default=argparse.SUPPRESS,
     )
-    add, switch = train.add_argument, argparse.BooleanOptionalAction
-    add("--task", choices=tuple(tasks.TASKS), help="what to learn; needed unless --resume")
-    add("--attention", choices=tuple(tasks.ATTENTIONS), help="default: smartbird")
-    add("--seq-len", type=int, metavar="N", help="longest sequence, in tokens")
-    add("--num-samples", type=int, metavar="K", help="keys per query and head")
-    add("--window", type=int, metavar="W", help="nearest keys that are always among the K")
-    add("--num-sinks", type=int, metavar="N", help="leading keys that are always among the K")
-    add("--num-index-heads", type=int, metavar="H", help="sets of keys per query")
-    add("--sketch-dim", type=int, metavar="S", help="width of a sketch")
-    add("--num-sketches", choices=SKETCHES, help="whom each sketch is for")
-    add("--method", choices=METHODS, help="how keys are drawn")
-    add("--eval-method", choices=METHODS, help="how keys are drawn in evaluation")
-    add("--correction", action=switch, help="estimate dense attention from the sample")
-    add("--temperature", type=float, metavar="T", help="of drawing in training")
-    add("--uniform-share", type=float, metavar="R", help="of the K, drawn uniformly in training")
-    add("--learning", nargs="+", choices=LEARNING_ROUTES, help="how the sketch learns")
-    add("--distill-weight", type=float, metavar="W", help="factor of the sketch's loss")
-    add("--distill-temperature", type=float, metavar="T", help="of the attention it learns from")
-    add("--distill-correction", action=switch, help="it learns from an estimate of dense attention")
-    add("--dense-warmup", type=int, metavar="STEPS", help="attend densely for so many steps first")
-    add("--anneal-samples", type=int, metavar="K", help="keys at the first step, more than later")
-    add("--anneal-steps", type=int, metavar="STEPS", help="steps until there are K")
-    add("--share-sketch", type=int, metavar="L", help="sketch in every L-th layer only")
-    add("--reuse", type=int, metavar="L", help="draw keys in every L-th layer only")
-    add("--layers", type=int, help="encoder layers")
-    add("--dim", type=int, help="model width")
-    add("--heads", type=int, help="attention heads per layer")
-    add("--num-kv-heads", type=int, metavar="H", help="heads of keys and values; default: heads")
-    add("--dropout", type=float, metavar="P", help="dropout probability")
-    add("--embedding-std", type=float, metavar="STD", help="of new embeddings")
-    add("--vocab-size", type=int, metavar="V", help="tokens (sotu, mqar, continuation)")
-    add("--num-pairs", type=int, metavar="P", help="questions per sequence (mqar, continuation)")
+    switch = argparse.BooleanOptionalAction
+
+    def group(title: str) -> Callable[..., None]:
+        """Adds options with their defaults to a group of this title."""
+        section = train.add_argument_group(title)
+
+        def add(flag: str, help: str, **options: Any) -> None:
+            default = _default(flag.removeprefix("--").replace("-", "_"))
+            section.add_argument(flag, help=f"{help}; {default}" if default else help, **options)
+
+        return add
+
+    add = group("the run")
+    add("--task", "what to learn; needed unless --resume", choices=tuple(tasks.TASKS))
+    add("--out", "directory of the run; default: runs/TASK-ATTENTION", metavar="DIR")
+    add(
+        "--resume",
+        "go on with the run in --out, with more --steps also where it is finished",
+        action="store_true",
+        default=False,
+    )
+    add("--seed", "of weights, data order, sampling and dropout", type=int)
+    add("--threads", "threads of a process; default: PyTorch's choice", type=int, metavar="T")
+    add("--log-every", "interval of train rows in metrics.jsonl", type=int, metavar="STEPS")
+    add("--eval-every", "interval of validations", type=int, metavar="STEPS")
+    add("--checkpoint-every", "interval of checkpoints", type=int, metavar="STEPS")
+
+    add = group("data and training")
+    add("--seq-len", "longest sequence, in tokens", type=int, metavar="N")
+    add("--vocab-size", "tokens (sotu, mqar, continuation)", type=int, metavar="V")
+    add("--num-pairs", "questions per sequence (mqar, continuation)", type=int, metavar="P")
     add(
         "--curriculum",
+        "of the steps on shorter data (the recall tasks)",
         type=float,
         metavar="SHARE",
-        help="of the steps on shorter data (the recall tasks)",
     )
-    add("--steps", type=int, help="optimizer steps")
-    add("--batch-size", type=int, metavar="B", help="sequences per step")
-    add("--lr", type=float, help="peak learning rate")
-    add("--seed", type=int, help="of weights, data order, sampling and dropout")
-    add("--log-every", type=int, metavar="STEPS", help="interval of train rows in metrics.jsonl")
-    add("--eval-every", type=int, metavar="STEPS", help="interval of validations")
-    add("--checkpoint-every", type=int, metavar="STEPS", help="interval of checkpoints")
-    add("--fsdp", action=switch, help="each process of torchrun has a part of the weights")
+    add("--steps", "optimizer steps", type=int)
+    add("--batch-size", "sequences per step", type=int, metavar="B")
+    add("--lr", "peak learning rate", type=float)
+    add("--dropout", "dropout probability", type=float, metavar="P")
+
+    add = group("the model")
+    add("--layers", "encoder layers", type=int)
+    add("--dim", "model width", type=int)
+    add("--heads", "attention heads per layer", type=int)
+    add("--num-kv-heads", "heads of keys and values; default: heads", type=int, metavar="H")
+    add("--embedding-std", "of new embeddings", type=float, metavar="STD")
+    add("--attention", "how tokens attend", choices=tuple(tasks.ATTENTIONS))
+
+    add = group("which keys are held")
+    add("--num-samples", "keys per query and head", type=int, metavar="K")
+    add("--window", "nearest keys that are always among the K", type=int, metavar="W")
+    add("--num-sinks", "leading keys that are always among the K", type=int, metavar="N")
     add(
-        "--context-parallel",
+        "--num-index-heads",
+        "sets of keys per query; default: key/value heads, or sketches where those are more",
         type=int,
-        metavar="P",
-        help="processes of torchrun that share the tokens of a sequence",
+        metavar="H",
     )
-    add("--dcp", action=switch, help="each process writes its part of a checkpoint")
-    add("--threads", type=int, metavar="T", help="threads of a process; default: PyTorch's choice")
-    add("--out", metavar="DIR", help="directory of the run; default: runs/TASK-ATTENTION")
-    add("--resume", action="store_true", default=False, help="go on with the run in --out")
+    add("--method", "how keys are drawn", choices=METHODS)
+    add("--eval-method", "how keys are drawn in evaluation; default: --method", choices=METHODS)
+    add("--correction", "estimate dense attention from the sample", action=switch)
+    add("--temperature", "of drawing in training", type=float, metavar="T")
+    add("--uniform-share", "of the K, drawn uniformly in training", type=float, metavar="R")
+    add("--dense-warmup", "attend densely for so many steps first", type=int, metavar="STEPS")
+    add("--anneal-samples", "keys at the first step, more than later", type=int, metavar="K")
+    add("--anneal-steps", "steps until there are K", type=int, metavar="STEPS")
+    add("--reuse", "draw keys in every L-th layer only", type=int, metavar="L")
+
+    add = group("the sketch")
+    add("--sketch-dim", "width of a sketch", type=int, metavar="S")
+    add("--num-sketches", "whom each sketch is for", choices=SKETCHES)
+    add("--share-sketch", "sketch in every L-th layer only", type=int, metavar="L")
+    add("--learning", "how the sketch learns", nargs="+", choices=LEARNING_ROUTES)
+    add("--distill-weight", "factor of the sketch's loss", type=float, metavar="W")
+    add("--distill-temperature", "of the attention it learns from", type=float, metavar="T")
+    add(
+        "--distill-correction",
+        "it learns from an estimate of dense attention; default: as --correction",
+        action=switch,
+    )
+
+    add = group("processes of torchrun")
+    add("--fsdp", "each process has a part of the weights", action=switch)
+    add("--context-parallel", "processes that share the tokens of a sequence", type=int, metavar="P")
+    add("--dcp", "each process writes its part of a checkpoint", action=switch)
     return train
+
+
+@functools.cache
+def _default_configs() -> dict[str, tasks.Config]:
+    return {task: tasks.default_config(task) for task in tasks.TASKS}
+
+
+def _default(name: str) -> str:
+    """Of a field of `Config`, in words; empty where it has none, or the option tells itself."""
+    values: dict[str, list[str]] = {}
+    for task, config in _default_configs().items():
+        value = getattr(config, name, None)
+        if value is None or name in ("task", "out"):
+            continue
+        text = " ".join(value) if isinstance(value, tuple) else str(value)
+        text = ("no", "yes")[value] if isinstance(value, bool) else text
+        values.setdefault(text, []).append(task)
+    if len(values) < 2:
+        return "".join(f"default: {text}" for text in values)
+    told = (f"{text} ({', '.join(names)})" for text, names in values.items())
+    return f"default: {', '.join(told)}"
 
 
 def _add_inspect(commands: _Commands) -> argparse.ArgumentParser:
@@ -229,10 +289,7 @@ def _add_study(commands: _Commands) -> argparse.ArgumentParser:
         "writes tables and plots of them. The same command goes on with a study that was stopped.",
     )
     add = study.add_argument
-    # Not every system says which cores are ours.
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = _num_cores()
     add("config", type=Path, metavar="CONFIG", help="the study, for example studies/quick.toml")
     add(
         "--out",
@@ -241,30 +298,40 @@ def _add_study(commands: _Commands) -> argparse.ArgumentParser:
         default=Path("runs/study"),
         help="directory of the runs, which studies may share; default: %(default)s",
     )
-    add("--jobs", type=int, metavar="N", default=cores, help="runs at a time; default: %(default)s")
+    add("--jobs", type=int, metavar="N", help=f"runs at a time; default: {cores}, the cores")
     add("--budget", type=float, metavar="MINUTES", help="stop after this time; 0 only reports")
     add("--page", type=Path, metavar="MARKDOWN", help="update the marked tables of this page")
     return study
+
+
+def _num_cores() -> int:
+    # Not every system says which cores are ours.
+    has_own = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_own else os.cpu_count() or 1
 
 
 def _study(
     parser: argparse.ArgumentParser,
     config: Path,
     out: Path,
-    jobs: int,
+    jobs: int | None,
     budget: float | None,
     page: Path | None,
 ) -> int:
     with _named_if_missing():
         from benchmarks.learning.study import run_study
 
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         parser.error(f"--jobs must be at least 1, got {jobs}")
     if budget is not None and not budget >= 0.0:
         parser.error(f"--budget must not be negative, got {budget}")
+    if budget == 0.0 and jobs is not None:
+        parser.error(f"--jobs means nothing with --budget 0, which only reports, got {jobs}")
     seconds = math.inf if budget is None else 60 * budget
     try:
-        progress, made = run_study(config, out, jobs=jobs, budget=seconds, page=page)
+        progress, made = run_study(
+            config, out, jobs=jobs or _num_cores(), budget=seconds, page=page
+        )
     except ValueError as error:
         parser.error(str(error))
     print("\n".join(f"{name}\n\n{table}" for name, table in made.items()))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.common.axes import tidy
 from benchmarks.common.markdown import table, update_tables
+from benchmarks.common.marks import MARKS
 from smartbird.functional import dense_attention, smart_bird_attention
 
 METHODS = ("gumbel", "systematic", "multinomial")
@@ -29,14 +30,6 @@ NUM_SAMPLES = (8, 16, 32, 64, 128, 256)
 NUM_TOKENS = 512
 DRAWS = 1024
 TOPK, EXACT_TOPK = "topk", "exact top-k"
-# Okabe and Ito's colours, which stay apart for colour-blind eyes.
-_COLOURS = {
-    "gumbel": "#d55e00",
-    "systematic": "#e69f00",
-    "multinomial": "#0072b2",
-    TOPK: "#cc79a7",
-    EXACT_TOPK: "#000000",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,9 +209,9 @@ def draw_errors(errors: Sequence[Error], problem: Problem) -> Figure:
             axes.plot(
                 columns,
                 [getattr(error, attribute) for error in series],
-                color=_COLOURS[series[0].method],
+                color=MARKS[series[0].method].colour,
                 linestyle="-" if series[0].correction else "--",
-                marker="o" if series[0].drawn else "D",
+                marker=MARKS[series[0].method].marker,
                 markersize=4,
                 linewidth=2.2 if series[0].correction else 1.2,
                 label=name,

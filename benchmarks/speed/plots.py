@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks.common.axes import tidy
+from benchmarks.common.marks import MARKS
 from benchmarks.speed.contenders import (
     BIGBIRD,
     COMPOSITION,
@@ -33,22 +34,21 @@ from benchmarks.speed.contenders import (
 from benchmarks.speed.ratios import headlines
 from benchmarks.speed.results import Case, Results, factor
 
-# Okabe and Ito's colours, which stay apart for colour-blind eyes. Ours are drawn thick.
 _WINDOW = "FlexAttention window"
 _DTYPE = "float32"  # of which plots are drawn
-_STYLE: dict[str, tuple[str, str, str]] = {
-    GUMBEL: ("#d55e00", "-", "o"),
-    SYSTEMATIC: ("#e69f00", "-", "o"),
-    GUMBEL + DISTILL: ("#d55e00", "--", "o"),
-    SDPA: ("#000000", "-", "s"),
-    _WINDOW: ("#0072b2", "-", "^"),
-    FLEX_BLOCKS: ("#56b4e9", "-", "^"),
-    LONGFORMER: ("#009e73", "-", "v"),
-    BIGBIRD: ("#009e73", "--", "v"),
-    EXACT_TOPK: ("#cc79a7", "-", "D"),
-    COMPOSITION: ("#cc79a7", "--", "D"),
+_STYLE = {
+    GUMBEL: MARKS["smartbird"],
+    SYSTEMATIC: MARKS["systematic"],
+    GUMBEL + DISTILL: MARKS["distilled"],
+    SDPA: MARKS["dense"],
+    _WINDOW: MARKS["window"],
+    FLEX_BLOCKS: MARKS["random"],
+    LONGFORMER: MARKS["longformer"],
+    BIGBIRD: MARKS["bigbird"],
+    EXACT_TOPK: MARKS["oracle"],
+    COMPOSITION: MARKS["composition"],
 }
-_OURS = (GUMBEL, SYSTEMATIC, GUMBEL + DISTILL)
+_OURS = (GUMBEL, SYSTEMATIC, GUMBEL + DISTILL)  # drawn thick
 _LABEL = {name: f"Smart Bird, {name}" for name in _OURS} | {
     _WINDOW: "FlexAttention, window (best block size)",
     FLEX_BLOCKS: "FlexAttention, random blocks",
@@ -91,7 +91,12 @@ def _draw_headline(results: Results) -> Figure:
                 ratio = line.sdpa / seconds
                 # From even, which on a logarithmic axis is where a bar has no length.
                 axes.barh(
-                    place + side, ratio - 1, left=1, height=0.36, color=_STYLE[name][0], zorder=2
+                    place + side,
+                    ratio - 1,
+                    left=1,
+                    height=0.36,
+                    color=_STYLE[name].colour,
+                    zorder=2,
                 )
                 axes.text(
                     *(max(ratio, 1.0) * 1.05, place + side),
@@ -99,7 +104,7 @@ def _draw_headline(results: Results) -> Figure:
                     va="center",
                     fontsize=7,
                 )
-    bars = {name: Patch(color=_STYLE[name][0]) for name in (GUMBEL, SYSTEMATIC)}
+    bars = {name: Patch(color=_STYLE[name].colour) for name in (GUMBEL, SYSTEMATIC)}
     figure.legend(
         list(bars.values()), list(bars), loc="outside lower right", ncols=2, frameon=False
     )
@@ -214,7 +219,9 @@ def _draw_stages(results: Results) -> Figure:
             # None: disturbed, which the text says.
             fraction = stage.fraction or 0.0
             ours = not name.startswith("(")
-            axes.barh(place, fraction, color="#d55e00" if ours else "#999999", height=0.65)
+            axes.barh(
+                place, fraction, color=MARKS["smartbird"].colour if ours else "#999999", height=0.65
+            )
             axes.text(
                 fraction + 0.02,
                 place,

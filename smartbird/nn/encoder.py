@@ -25,8 +25,8 @@ class SmartBirdEncoderLayer(nn.Module):
     is zero.
 
     Args:
-        d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
-            norm_first, bias, device, dtype: as ``nn.TransformerEncoderLayer``.
+        d_model, nhead, dim_feedforward, dropout, activation: as ``nn.TransformerEncoderLayer``.
+        layer_norm_eps, batch_first, norm_first, bias, device, dtype: likewise.
         attention: any other keyword argument of :class:`SmartBirdAttention`, such as
             ``num_samples``. (Keys and sketches of another layer are given to ``self_attn`` only.)
     """

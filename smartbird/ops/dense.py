@@ -49,8 +49,8 @@ def sketch_lse(
         q_sketch: [B, N, S] or [B, H_s, N, S].
         k_sketch: [B, M, S] or [B, H_ks, M, S], dtype of ``q_sketch``, H_s a multiple of H_ks.
         scale: factor of the scores; None: ``S ** -0.5``.
-        is_causal, key_mask, window, num_sinks, global_mask, query_offset, cu_seqlens_q,
-        cu_seqlens_k: as in :func:`sketch_sample`.
+        is_causal, key_mask, window, num_sinks, global_mask: as in :func:`sketch_sample`.
+        query_offset, cu_seqlens_q, cu_seqlens_k: likewise.
         sequence_ids, first_head: as there; nothing is drawn here, so they change nothing.
         rows: int64 [R], the queries to look at, of every batch element; None: all.
 

@@ -80,8 +80,8 @@ def distill_loss(
         log_inclusion: float32 [B, H_i, N, K]; needs ``indices``.
         scale: of the attention logits; None: ``D ** -0.5``.
         sketch_scale: of the sketch scores; None: ``S ** -0.5``.
-        is_causal, key_mask, window, num_sinks, global_mask, query_offset, cu_seqlens_q,
-        cu_seqlens_k: as in :func:`sketch_sample`.
+        is_causal, key_mask, window, num_sinks, global_mask: as in :func:`sketch_sample`.
+        query_offset, cu_seqlens_q, cu_seqlens_k: likewise.
         sequence_ids, first_head: as there; nothing is drawn here, so they change nothing.
         rows: int64 [R], the queries to judge, of every batch element; None: all. Work falls as R.
         reduction: "mean" over rows with a free key and over sketches, or their "sum".

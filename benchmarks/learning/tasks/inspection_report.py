@@ -19,11 +19,13 @@ from benchmarks.common.page import (
     svg_figure,
     text_table,
 )
+from benchmarks.learning.tasks.attention import forced_keys
 from benchmarks.learning.tasks.config import Config
+from benchmarks.learning.tasks.draws import drawn_words, key_rates
 from benchmarks.learning.tasks.inspection import Document, look, read_document
 from benchmarks.learning.tasks.training import load_model
 from smartbird.inspection import LayerKeys
-from smartbird.plot import draw_rates, plot_heat_map, plot_recall
+from smartbird.plot import plot_heat_map, plot_recall
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,7 +95,7 @@ def numbers(found: Inspection) -> dict[str, Any]:
                     "recall": recall,
                     "best": best,
                     "chance": chance,
-                    "drawn_most": drawn_most(found.document, layer, head),
+                    "drawn_most": drawn_most(found, layer, head),
                 }
                 for head, (recall, best, chance) in enumerate(
                     zip(*(_means(x) for x in (layer.recall, layer.best, layer.chance)), strict=True)
@@ -126,24 +128,27 @@ def summary_table(found: Inspection) -> str:
     return text_table(summary(found))
 
 
-def drawn_most(document: Document, layer: LayerKeys, head: int) -> list[dict[str, Any]]:
-    """The keys that a head draws most, from the most drawn on; empty for dense attention."""
-    rates = enumerate(key_rates(layer, head))
+def drawn_most(found: Inspection, layer: LayerKeys, head: int) -> list[dict[str, Any]]:
+    """The words that a head draws more than by chance, the most drawn first; none if dense."""
+    rates = head_rates(found, layer, head)
+    document = found.document
     return [
-        {"position": position, "token": document.pieces[position], "times_chance": rate}
-        for position, rate in sorted(rates, key=lambda entry: -entry[1])[:SHOWN_KEYS]
-    ]
+        {"position": position, "word": word, "times_chance": rate}
+        for word, position, rate in drawn_words(document.pieces, document.begins, rates)
+    ][:SHOWN_KEYS]
 
 
-def key_rates(layer: LayerKeys, head: int) -> list[float]:
-    """How often each key is drawn by a head, times chance; empty for dense attention."""
+def head_rates(found: Inspection, layer: LayerKeys, head: int) -> list[float]:
+    """Of each key and a head, see `key_rates`; all 1 for dense attention."""
+    config, num_keys = found.config, len(found.document.pieces)
     if layer.indices is None:
-        return []
-    indices = head_indices(layer.indices, layer.recall.shape[1], head)
-    num_keys = indices.shape[-2]
-    (drawn,) = draw_rates(indices, num_keys, is_causal=layer.is_causal, cells=(1, num_keys))
-    rates: list[float] = drawn.tolist()
-    return rates
+        return [1.0] * num_keys
+    return key_rates(
+        head_indices(layer.indices, layer.recall.shape[1], head),
+        num_keys,
+        forced=forced_keys(config),
+        is_causal=layer.is_causal,
+    )
 
 
 def head_indices(indices: Tensor, heads: int, head: int) -> Tensor:
@@ -209,7 +214,7 @@ def page(found: Inspection) -> str:
     else:
         chosen = f"""<p>One panel for each layer and head. Queries down, keys across; 1 is what
 drawing all keys that a query sees alike would give.</p>
-{png_figure(keys, "heat maps of drawn keys")}
+{png_figure(keys, "Which keys the queries of each layer and head draw.", wide=True)}
 {"".join(_layer_section(found, number) for number in range(len(found.layers)))}"""
     body = f"""<p>A model of task {html.escape(config.task)} with attention
 {html.escape(config.attention)}, {num_keys} keys for each query and head, {config.layers}
@@ -221,7 +226,7 @@ over queries. Dense attention is the softmax of that head's own queries and keys
 Best possible is the recall of the K keys with the largest probabilities; chance that of as many
 random keys.</p>
 {html_table(summary(found))}
-{svg_figure(recall_picture(found))}
+{svg_figure(recall_picture(found), "Recall of each layer and head.", wide=True)}
 <h2>Which keys were chosen</h2>
 {chosen}"""
     return html_page(f"Keys of {config.attention} attention", body)
@@ -232,18 +237,20 @@ def _layer_section(found: Inspection, number: int) -> str:
     heads = []
     for head, recall in enumerate(_means(layer.recall)):
         most = ", ".join(
-            f"{html.escape(key['token'])}&nbsp;({key['times_chance']:.1f}, at {key['position']})"
-            for key in drawn_most(document, layer, head)
+            f"{html.escape(key['word'])}&nbsp;({key['times_chance']:.1f}, at {key['position']})"
+            for key in drawn_most(found, layer, head)
         )
-        text = marked_text(document.pieces, document.begins, key_rates(layer, head), SHOWN_TOKENS)
+        rates = head_rates(found, layer, head)
+        text = marked_text(document.pieces, document.begins, rates, SHOWN_TOKENS)
         heads.append(
             f"""<details{" open" if head == 0 else ""}>
 <summary>Head {head + 1}, recall {recall:.1%}</summary>
 <blockquote>{text}</blockquote>
-<p>Drawn most, times chance: {most}.</p>
+<p>Drawn most, times chance: {most or "no word more than by chance"}.</p>
 </details>"""
         )
     return f"""<h3>Layer {number + 1}</h3>
 <p class="note">The first {min(SHOWN_TOKENS, len(document.pieces))} tokens; a dark one is drawn 8
-times as often as by chance or more, an unmarked one no more often than by chance.</p>
+times as often as by chance at its place or more, an unmarked one no more often than chance may
+give. Keys that every row must hold are left out.</p>
 {"".join(heads)}"""

@@ -103,14 +103,15 @@ def train(
         config: the run; see `default_config`.
         resume: go on from the checkpoint in `config.out`, bit for bit as if the run had never
             stopped (with the same number of threads and processes); a finished run just gives its
-            result.
+            result. With more `steps` than before, it trains longer: from there on the learning rate
+            and the curriculum are those of a run of so many steps.
         report: is called with every row of metrics.
 
     Raises:
         RunError: the directory holds a run already (without `resume`) or none to go on with, the
-            checkpoint is broken or of another configuration, a package is missing, sizes do not
-            fit together, processes cannot share this work, the loss is no longer finite, or
-            another process is gone.
+            checkpoint is broken, of another configuration or of more steps, a package is missing,
+            sizes do not fit together, processes cannot share this work, the loss is no longer
+            finite, or another process is gone.
         OSError: the directory cannot be written.
         Interrupted: after Ctrl-C, once a checkpoint is written. A second Ctrl-C does not wait.
     """
@@ -387,6 +388,11 @@ class _Run:
                 raise RunError(
                     f"{self.checkpoint}: was made with {name}={saved[name]}, not {name}={value}"
                 )
+        if self.config.steps < state["step"]:
+            raise RunError(
+                f"{self.checkpoint}: has made {state['step']} steps, more than "
+                f"steps={self.config.steps}"
+            )
         return state
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -395,7 +401,8 @@ class _Run:
             spread(state, self.model)
         _restore(self.checkpoint, state, self.task, self.model, self.schedules, self.optimizer)
         self.step, self.evaluated_at = state["step"], state["evaluated_at"]
-        self.valid, self.test, self.pending = state["valid"], state["test"], state["pending"]
+        self.valid, self.pending = state["valid"], state["pending"]
+        self.test = state["test"] if self.step == self.config.steps else []
         self.seconds, self.peak_before = state["seconds"], state["peak_mib"]
         torch.set_rng_state(state["random"])
 
