@@ -67,8 +67,8 @@ struct SketchSampleParams {
   const float* k_tiles;  // packed k_sketch, interleaved, see PackParams; none where queries are few
   const float* key_bias;  // packed key_mask, interleaved
   const float* tile_norm;
-  float* scanned;  // of few queries: [sequences, H_s, most_queries, scanned_row_size()], scratch
-  int32_t* indices;      // [B, H_i, rows, K] out: rows of k_sketch
+  float* scanned;    // of few queries: [sequences, H_s, most_queries, scanned_row_size()], scratch
+  int32_t* indices;  // [B, H_i, rows, K] out: rows of k_sketch
   float* log_inclusion;  // [B, H_i, rows, K] out, or null
   int32_t* error;        // [1] out
 };

@@ -171,7 +171,9 @@ def _add_train(commands: _Commands) -> argparse.ArgumentParser:
 
     add = group("processes of torchrun")
     add("--fsdp", "each process has a part of the weights", action=switch)
-    add("--context-parallel", "processes that share the tokens of a sequence", type=int, metavar="P")
+    add(
+        "--context-parallel", "processes that share the tokens of a sequence", type=int, metavar="P"
+    )
     add("--dcp", "each process writes its part of a checkpoint", action=switch)
     return train
 
