@@ -97,7 +97,8 @@ class Kernel:
 
     @property
     def wants_tensor_cores(self) -> bool:
-        return "Features)" in self.name and ("__half" in self.name or "bfloat16" in self.name)
+        is_scored = "Features)" in self.name or self.base == "sketch_sample"
+        return is_scored and ("__half" in self.name or "bfloat16" in self.name)
 
 
 PATTERNS = {
