@@ -96,8 +96,8 @@ __device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
 __device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 __device__ __forceinline__ float log2_of(float x) { return log2f(x); }
 __device__ __forceinline__ double log2_of(double x) { return log2(x); }
-// 2^x as the special function unit makes it, to about two units in the last place; what is below the
-// least normal number is 0.
+// 2^x as the special function unit makes it, to about two units in the last place; what is below
+// the least normal number is 0.
 __device__ __forceinline__ float exp2_approx(float x) {
 #ifdef SMARTBIRD_EMULATED
   const float y = exp2f(x);

@@ -13,10 +13,10 @@
 // those that hold so much of a row's mass that draws would only repeat them. They weigh nothing in
 // the running sums, and the second pass lists them. `systematic` takes them for certain, topk
 // chooses by nothing else. `gumbel` is a race, as on the CPU: keys arrive by Poisson processes of
-// rate weight, and the first K distinct arrivals are successive sampling. A key beyond the threshold
-// has an exponential time of its own; of the others the first n arrivals are n sorted draws, with
-// times that do not depend on where they fall. The (K + 1)-th key to come gives kappa. Where fewer
-// came, the race goes on from there with n more arrivals.
+// rate weight, and the first K distinct arrivals are successive sampling. A key beyond the
+// threshold has an exponential time of its own; of the others the first n arrivals are n sorted
+// draws, with times that do not depend on where they fall. The (K + 1)-th key to come gives kappa.
+// Where fewer came, the race goes on from there with n more arrivals.
 //
 // A row's draws are the same to the last bit whatever stands beside it: how its keys are cut
 // depends on its limit alone, and so does every sum. `systematic` and `topk` choose the CPU's keys
@@ -34,8 +34,8 @@ constexpr int kWarpParts = kParts / kWarps;
 constexpr int kLaneRows = kRows / 8;  // a lane has the rows lane / 4 + 8 i
 constexpr int kChunk = 8;             // neighbouring keys that a lane takes at a time
 constexpr uint32_t kWholeChunk = (1u << kChunk) - 1;
-constexpr int kBins = 256;      // of the radix select
-constexpr int kBuckets = 256;   // of the sort of draws
+constexpr int kBins = 256;         // of the radix select
+constexpr int kBuckets = 256;      // of the sort of draws
 constexpr int kMostAtOnce = 1024;  // draws of a row in one pass, unless one head has more
 
 // Draws are integers in [0, kWhole), as are the running sums over parts, scaled to kWhole + 1.
@@ -213,25 +213,25 @@ struct Shared {
   Block block;
 };
 
-// Behind it come the rows' sketches, see stage_queries. Rows of float end 4 features later than they
-// need to, for the banks' sake.
+// Behind it come the rows' sketches, see stage_queries. Rows of float end 4 features later than
+// they need to, for the banks' sake.
 __device__ __forceinline__ char* staged_queries(Shared& s) {
   return reinterpret_cast<char*>(&s) + (sizeof(Shared) + 15) / 16 * 16;
 }
 size_t shared_bytes(const SketchSampleParams& p) {
   const size_t size = static_cast<size_t>(p.S);
-  return (sizeof(Shared) + 15) / 16 * 16 +
-         kRows * (p.dtype == DType::kFloat32 ? ((size + 3) / 4 * 4 + 4) * sizeof(float)
-                                             : (size + 15) / 16 * 16 * 2);
+  return (sizeof(Shared) + 15) / 16 * 16 + kRows * (p.dtype == DType::kFloat32
+                                                        ? ((size + 3) / 4 * 4 + 4) * sizeof(float)
+                                                        : (size + 15) / 16 * 16 * 2);
 }
 
 // What a launch knows beside its problem.
 struct SampleLaunch {
   SketchSampleParams problem;
   int tiles, row_blocks, batches;  // of rows and a sketch: of each batch element so many by H_s
-  float score_factor;           // of what the tensor cores make
-  bool is_wide;                 // 8 bytes of a key's features can be read at a time
-  uint32_t key_bytes;           // from key to key
+  float score_factor;              // of what the tensor cores make
+  bool is_wide;                    // 8 bytes of a key's features can be read at a time
+  uint32_t key_bytes;              // from key to key
 };
 
 // The kernel's parameters and shared memory.
@@ -414,7 +414,8 @@ __device__ __forceinline__ void load_keys(bool is_wide, int d, int size, Key&& k
   if (is_wide) {
 #pragma unroll
     for (int i = 0; i < n; ++i)
-      x[i] = load_features<Features::kVectors, features>(reinterpret_cast<const T*>(key(i)), d, size);
+      x[i] =
+          load_features<Features::kVectors, features>(reinterpret_cast<const T*>(key(i)), d, size);
   } else {
 #pragma unroll
     for (int i = 0; i < n; ++i)
@@ -442,8 +443,8 @@ __device__ __forceinline__ void score_chunk(DType dtype, const char* query, int 
 #pragma unroll 1
     for (int begin = 0; begin < size; begin += 16, fragment += 2 * kWarpSize) {
       Pack<uint16_t, 4> column[kChunk / 2];
-      load_keys(is_wide, begin + 4 * t, size, [&](int n) { return key(g / 2, 2 * n + g % 2); },
-                column);
+      load_keys(
+          is_wide, begin + 4 * t, size, [&](int n) { return key(g / 2, 2 * n + g % 2); }, column);
 #pragma unroll
       for (int m = 0; m < kLaneRows / 2; ++m) {
         const uint4 a = fragment[m * kWarpSize];
@@ -451,7 +452,7 @@ __device__ __forceinline__ void score_chunk(DType dtype, const char* query, int 
         for (int n = 0; n < kChunk / 2; ++n) {
           uint32_t b[2];
           memcpy(b, &column[n], sizeof(b));
-          float(&low)[kChunk] = score[2 * m], (&high)[kChunk] = score[2 * m + 1];
+          float (&low)[kChunk] = score[2 * m], (&high)[kChunk] = score[2 * m + 1];
           float d[4] = {low[2 * n], low[2 * n + 1], high[2 * n], high[2 * n + 1]};
           if (dtype == DType::kBFloat16)
             mma_m16n8k16<bfloat16>(d, {a.x, a.y, a.z, a.w}, b);
@@ -531,8 +532,7 @@ __device__ __forceinline__ float first_draw(const Tile& tile, int r, int part) {
   const int at = r * kParts + part, draws = row.draws * row.heads;
   const auto place = [&](int m) { return draw_place(tile, r, m); };
   const int begin = lower_bound(draws, tile.s.start[at], place);
-  const int end =
-      part + 1 < kParts ? lower_bound(draws, tile.s.start[at + 1], place) : draws;
+  const int end = part + 1 < kParts ? lower_bound(draws, tile.s.start[at + 1], place) : draws;
   tile.s.cursor[at] = {begin, end};
   return next_draw(tile, r, part);
 }
@@ -611,8 +611,7 @@ __device__ __forceinline__ Pass next_pass(const Row* rows) {
 __device__ __forceinline__ void stream(const Tile& tile) {
   Shared& s = tile.s;
   const Pass& pass = s.block.pass;
-  const int g = lane() / 4, t = lane() % 4, first_part = kWarpParts * warp(),
-            part = first_part + t;
+  const int g = lane() / 4, t = lane() % 4, first_part = kWarpParts * warp(), part = first_part + t;
   // Of the block's and the rows' values few are kept in registers, as these are few.
   const Block& block = s.block;
   float sum[kLaneRows];   // NaN where the row takes no part
@@ -794,8 +793,7 @@ __device__ void settle(const Tile& tile, int r, Row* row) {
   const SketchSampleParams& p = tile.p;
   const int at = r * kParts + lane();
   const float top = max_lanes(tile.s.top[at]);
-  if (top > -kInf &&
-      (top - row->reference < kLeastPlain || top - row->reference > kMostPlain)) {
+  if (top > -kInf && (top - row->reference < kLeastPlain || top - row->reference > kMostPlain)) {
     row->reference = top;
     return;
   }
@@ -818,13 +816,11 @@ __device__ void settle(const Tile& tile, int r, Row* row) {
   SMARTBIRD_DEVICE_CHECK(row->certain <= tile.scratch().size.certain,
                          "smartbird: sketch_sample counted too many certain keys");
   tile.s.above[at] = above_before + min_of(ties_before, row->num_ties);
-  tile.s.ties[at] = row->num_ties == INT32_MAX ? INT32_MAX
-                                               : max_of(0, row->num_ties - ties_before);
+  tile.s.ties[at] = row->num_ties == INT32_MAX ? INT32_MAX : max_of(0, row->num_ties - ties_before);
   if (row->draws > 0) {
     const int last = max_lanes(own > 0 ? lane() : 0);  // beyond it no draw may fall
     const double before = (scan_lanes(own) - own) * (0x1p31 / total);
-    tile.s.start[at] =
-        lane() > last ? kWhole : static_cast<int32_t>(min_of(before, kWhole - 1.0));
+    tile.s.start[at] = lane() > last ? kWhole : static_cast<int32_t>(min_of(before, kWhole - 1.0));
     row->log_mass = log2f(static_cast<float>(total));
     row->draw_weight = static_cast<float>(total * 0x1p-31);
   }
@@ -929,7 +925,8 @@ __device__ void sort_places(const int32_t* unsorted, int n, int slots, int* coun
       const uint32_t x = place[m];
       const int32_t own = slot[m];
       int at = m;
-      for (; at > begin && (place[at - 1] > x || (place[at - 1] == x && slot[at - 1] > own)); --at) {
+      for (; at > begin && (place[at - 1] > x || (place[at - 1] == x && slot[at - 1] > own));
+           --at) {
         place[at] = place[at - 1];
         slot[at] = slot[at - 1];
       }
@@ -979,7 +976,8 @@ struct Found {
   }
 };
 
-// Calls f(rank, list, n) for each n-th key of each list, ranked among all. They have none in common.
+// Calls f(rank, list, n) for each n-th key of each list, ranked among all. They have none in
+// common.
 template <int lists, typename F>
 __device__ __forceinline__ void merge(const Found (&found)[lists], F&& f) {
 #pragma unroll
@@ -1059,16 +1057,14 @@ __device__ bool write_race(const Tile& tile, int r, int local, Row* row) {
     const int from = r * scratch.size.certain + n;
     key[n] = scratch.certain_key[from];
     score[n] = scratch.certain_score[from];
-    const PhiloxBlock x =
-        philox4x32(philox_counter(tile.draw_head(head), tile.position(r),
-                                  static_cast<uint32_t>(n / 4)),
-                   tile.s.block.arrival_key);
+    const PhiloxBlock x = philox4x32(
+        philox_counter(tile.draw_head(head), tile.position(r), static_cast<uint32_t>(n / 4)),
+        tile.s.block.arrival_key);
     const uint32_t bits = n % 4 == 0   ? x.word[0]
                           : n % 4 == 1 ? x.word[1]
                           : n % 4 == 2 ? x.word[2]
                                        : x.word[3];
-    time[n] = score[n] == kInf ? -kInf
-                               : log2f(-logf(uniform(bits))) - (score[n] - row->reference);
+    time[n] = score[n] == kInf ? -kInf : log2f(-logf(uniform(bits))) - (score[n] - row->reference);
   }
   for (int n = lane(); n < row->past; n += kWarpSize) {
     const int from = r * scratch.size.past + n;
@@ -1108,9 +1104,8 @@ __device__ bool write_race(const Tile& tile, int r, int local, Row* row) {
   };
   uint32_t low = 0, high = ordered(horizon);
   int reached = count(high);
-  Found found[3] = {{key, score, row->certain},
-                    past,
-                    {key + drawn_begin, score + drawn_begin, row->draws}};
+  Found found[3] = {
+      {key, score, row->certain}, past, {key + drawn_begin, score + drawn_begin, row->draws}};
   if (reached <= K) {
     compact(&found[2], time + drawn_begin,
             [&](int n, bool is_key) { return is_key && time[drawn_begin + n] < kInf; });
@@ -1156,9 +1151,8 @@ __device__ bool write_race(const Tile& tile, int r, int local, Row* row) {
       ties = max_of(0, ties - __popc(tied));
       return is_key && (own_time < kappa || (own_time == kappa && wins));
     });
-  write(tile, r, head, found, [&](int, float x) {
-    return log_one_minus_exp(exp2f(x - row->reference + kappa));
-  });
+  write(tile, r, head, found,
+        [&](int, float x) { return log_one_minus_exp(exp2f(x - row->reference + kappa)); });
   return true;
 }
 
@@ -1166,8 +1160,7 @@ __device__ bool write_race(const Tile& tile, int r, int local, Row* row) {
 __device__ void write_head(const Tile& tile, int r, int local, const Row& row) {
   const SketchSampleParams& p = tile.p;
   const Scratch& scratch = tile.scratch();
-  const int drawn = r * scratch.size.draws + local * row.draws,
-            certain = r * scratch.size.certain;
+  const int drawn = r * scratch.size.draws + local * row.draws, certain = r * scratch.size.certain;
   Found found[2] = {{scratch.certain_key + certain, scratch.certain_score + certain, row.certain},
                     {scratch.key + drawn, scratch.score + drawn, row.draws}};
   // Beyond what settle_systematic rules out: a slot is left unused, and no key is there twice.
@@ -1229,7 +1222,8 @@ __global__ void __launch_bounds__(kThreads, 2) sketch_sample_kernel(const Sample
        n = s.block.tile + static_cast<int>(gridDim.x)) {
     const int H_s = static_cast<int>(p.H_s), sketch = n % H_s, batch = n / H_s % launched.batches,
               number = launched.row_blocks - 1 - n / H_s / launched.batches;
-    const SegmentBlock at = segment_block(v.queries, kRows, int64_t{batch} * launched.row_blocks + number);
+    const SegmentBlock at =
+        segment_block(v.queries, kRows, int64_t{batch} * launched.row_blocks + number);
     const int rows = static_cast<int>(at.end - at.begin);
     const Sequence sequence = sequence_at(v, at.segment);
     __syncthreads();  // the rows before are done
@@ -1241,10 +1235,11 @@ __global__ void __launch_bounds__(kThreads, 2) sketch_sample_kernel(const Sample
       block.sequence = sequence;
       block.sketch = sketch;
       block.first_query = at.begin;
-      block.first_key = static_cast<const char*>(p.k_sketch) +
-                        (sequence.batch * p.k_stride[0] + sketch / (p.H_s / p.H_ks) * p.k_stride[1] +
-                         sequence.first_key * p.k_stride[2]) *
-                            element_bytes;
+      block.first_key =
+          static_cast<const char*>(p.k_sketch) +
+          (sequence.batch * p.k_stride[0] + sketch / (p.H_s / p.H_ks) * p.k_stride[1] +
+           sequence.first_key * p.k_stride[2]) *
+              element_bytes;
       block.last_key = static_cast<int>(sequence.num_keys) - 1;
       block.key_mask = mask_of(v, sequence, v.key_mask);
       block.global_mask = mask_of(v, sequence, v.global_mask);
@@ -1269,9 +1264,7 @@ __global__ void __launch_bounds__(kThreads, 2) sketch_sample_kernel(const Sample
       const Pass next = next_pass(s.row);
       if (next.stage == kDone) break;
       if (thread() == 0) s.block.pass = next;
-      for (int b = thread(); next.stage < kSum && b < kRows * kBins;
-           b += kThreads)
-        s.bins[b] = 0;
+      for (int b = thread(); next.stage < kSum && b < kRows * kBins; b += kThreads) s.bins[b] = 0;
       __syncthreads();
       stream(tile);
       __syncthreads();
