@@ -34,15 +34,17 @@ constexpr int kWarpParts = kParts / kWarps;
 constexpr int kLaneRows = kRows / 8;  // a lane has the rows lane / 4 + 8 i
 constexpr int kChunk = 8;             // neighbouring keys that a lane takes at a time
 constexpr uint32_t kWholeChunk = (1u << kChunk) - 1;
-constexpr int kBins = 256;         // of the radix select
-constexpr int kBuckets = 256;      // of the sort of draws
-constexpr int kMostAtOnce = 1024;  // draws of a row in one pass, unless one head has more
+constexpr int kBins = 256;                 // of the radix select
+constexpr int kBuckets = 256;              // of the sort of draws
+constexpr int kMostAtOnce = 1024;          // draws of a row in one pass, unless one head has more
+constexpr uint32_t kTakenBack = 1u << 31;  // a race: the first of the random numbers for that
 
 // Draws are integers in [0, kWhole), as are the running sums over parts, scaled to kWhole + 1.
 constexpr int32_t kWhole = INT32_MAX;
 // While a row's largest score is within these (base 2), weights are 2^score; else they are relative
-// to the largest. As on the CPU, the row alone decides.
-constexpr float kLeastPlain = -40, kMostPlain = 86;
+// to the largest. Below the upper one the sum of squares stays in range, too. The row alone
+// decides.
+constexpr float kLeastPlain = -40, kMostPlain = 50;
 
 // Registers are few.
 __device__ __forceinline__ int thread() { return static_cast<int>(fresh_thread_id()); }
@@ -52,9 +54,10 @@ __device__ __forceinline__ int warp() { return static_cast<int>(fresh_thread_id(
 // What a row does in the next pass over its keys.
 enum Stage : int {
   kSelect = 0,  // topk: counts scores by a digit, in four passes
-  kSum = 4,     // sums weights, and counts the certain keys
-  kDraw = 5,    // lists the certain keys, and finds the draws' keys
-  kDone = 6,
+  kCount = 4,   // counts scores by how far below the largest they are
+  kSum = 5,     // sums weights, and counts the certain keys
+  kDraw = 6,    // lists the certain keys, and finds the draws' keys
+  kDone = 7,
 };
 
 __host__ __device__ __forceinline__ int most_draws(int K) { return 2 * K + 16; }
@@ -68,8 +71,10 @@ struct alignas(16) Row {
   float reference;             // weight = 2^(score - reference)
 
   int sink_end, window_begin, window_end, global_end;
-  int places;    // left by the forced keys; 0 where nothing is drawn
-  bool is_race;  // gumbel, and some are
+  int places;       // left by the forced keys; 0 where nothing is drawn
+  bool is_race;     // gumbel, and some are
+  bool is_listed;   // the certain keys have been written
+  bool is_counted;  // the last step towards the threshold was kCount
   int stage;
   int part_keys;  // a multiple of kChunk
 
@@ -78,7 +83,6 @@ struct alignas(16) Row {
   int num_ties;
   uint32_t prefix;  // of topk: the digits of the threshold found so far
   int certain;      // keys
-  bool is_listed;   // they have been written
 
   float log_mass;     // base 2, of the sum of weights
   float draw_weight;  // that sum / 2^31
@@ -87,7 +91,7 @@ struct alignas(16) Row {
   float per_head;     // 1 / heads
   double step;        // of systematic draws, on the grid of kWhole
   // A race that goes on.
-  int stretch, past;  // passes, and light keys, before this one
+  int stretch, past;  // passes, and drawn keys, before this one
   float elapsed;      // time, in units of 1 / sum of weights
 };
 
@@ -103,8 +107,9 @@ struct Sizes {
   int draws;    // of a row in a pass, all heads together
   int listed;   // entries of the list that they are taken from
   int certain;  // keys
-  int past;     // of a race that goes on
-  int found;    // by warp: keys among which a race decides
+  int spans;    // of a race: heads in a pass
+  int past;     // of a race that goes on: keys
+  int came;     // by warp: certain keys that a race decides about
 };
 
 __host__ __device__ inline Sizes sizes_of(const SketchSampleParams& p) {
@@ -117,9 +122,9 @@ __host__ __device__ inline Sizes sizes_of(const SketchSampleParams& p) {
   n.draws = max_of(most, heads < kMostAtOnce ? min_of(heads * usual, kMostAtOnce) : kMostAtOnce);
   n.listed = p.method == SampleMethod::kSystematic ? min_of(heads, n.draws) : n.draws;
   if (!is_race) return n;
-  n.certain = 2 * K + 2;  // see plan_row and settle_race
+  n.certain = n.came = 2 * K + 2;  // see plan_row and room
+  n.spans = heads;
   n.past = K;
-  n.found = n.certain + n.past + most;
   return n;
 }
 
@@ -129,13 +134,13 @@ struct Scratch {
   int32_t* slot;    // [kRows, listed] where what they find goes
   int32_t* key;     // [kRows, draws] by head and rank: places before they are sorted, then keys
   float* score;     // of the key, base 2
-  float* time;      // [kRows, draws or 0] of arrival, base 2, see write_race
+  float* span;      // [kRows, spans] time from a head's first draw to its last, as Row::elapsed
   int32_t* certain_key;  // [kRows, certain]
   float* certain_score;  // infinite where the key is forced
   int32_t* past_key;     // [kRows, past]
-  float *past_score, *past_time;
-  int32_t* found_key;  // [kWarps, found]
-  float *found_score, *found_time;
+  float* past_score;
+  int32_t* came_key;  // [kWarps, came]
+  float *came_score, *came_time;
 
   __host__ __device__ int64_t lay_out(const SketchSampleParams& p, char* base, int64_t block) {
     size = sizes_of(p);
@@ -146,7 +151,6 @@ struct Scratch {
       if (base != nullptr) *pointer = reinterpret_cast<X*>(base) + used;
       used += count;
     };
-    const int timed = size.past > 0 ? size.draws : 0;
     for (int pass = 0; pass < 2; ++pass) {  // the first to learn how much a block has
       if (pass == 1) {
         if (base == nullptr) break;
@@ -157,15 +161,14 @@ struct Scratch {
       take(&slot, kRows * size.listed);
       take(&key, kRows * size.draws);
       take(&score, kRows * size.draws);
-      take(&time, kRows * timed);
+      take(&span, kRows * size.spans);
       take(&certain_key, kRows * size.certain);
       take(&certain_score, kRows * size.certain);
       take(&past_key, kRows * size.past);
       take(&past_score, kRows * size.past);
-      take(&past_time, kRows * size.past);
-      take(&found_key, kWarps * size.found);
-      take(&found_score, kWarps * size.found);
-      take(&found_time, kWarps * size.found);
+      take(&came_key, kWarps * size.came);
+      take(&came_score, kWarps * size.came);
+      take(&came_time, kWarps * size.came);
     }
     return used * 4;
   }
@@ -208,9 +211,15 @@ struct Shared {
       int ties[kRows * kParts];
       int buckets[kWarps * kBuckets];
     };
-    int bins[kRows * kBins];
+    // Of scores, see bin_of: those of a row lie where nothing but its own is, as others may wait
+    // for their draws.
+    int bins[kBins / kParts][kRows * kParts];
   };
   Block block;
+
+  __device__ __forceinline__ int* bin(int r, int b) {
+    return bins[b / kParts] + r * kParts + b % kParts;
+  }
 };
 
 // Behind it come the rows' sketches, see stage_queries. Rows of float end 4 features later than
@@ -491,6 +500,24 @@ __device__ __forceinline__ void score_chunk(DType dtype, const char* query, int 
 
 // ---- a pass over the keys -----------------------------------------------------------------------
 
+// Where a score is counted. For topk, by the next digit of those that begin with the digits known.
+// Else by how far below the largest it is, base 2: bins are 1/64 wide at first, and 16 of them
+// later twice as much.
+__device__ __forceinline__ float depth_of_bin(int b) {
+  return 0.25f * (__int_as_float((b << 19) + 0x3F800000) - 1);
+}
+__device__ __forceinline__ int bin_of(const Row& row, int stage, float score) {
+  if (!(score > -kInf)) return -1;
+  if (stage == kCount) {
+    const float depth = __fmaf_rn(row.reference - score, 4.0f, 1.0f);
+    return min_of((__float_as_int(depth) - 0x3F800000) >> 19, kBins - 1);
+  }
+  const uint32_t x = ordered(score);
+  const int shift = 24 - 8 * stage;
+  if (shift < 24 && x >> (shift + 8) != row.prefix) return -1;
+  return static_cast<int>(x >> shift & (kBins - 1));
+}
+
 // m / heads. A half keeps m clear of where rounding counts.
 __device__ __forceinline__ int round_of(const Row& row, int m) {
   return static_cast<int>((static_cast<float>(m) + 0.5f) * row.per_head);
@@ -663,14 +690,10 @@ __device__ __forceinline__ void stream(const Tile& tile) {
         take_apart(tile, pass.stage, r, part, j, valid_keys, global_keys, score[i], &probe);
       }
       if (pass.stage < kSum) {
-        const int shift = 24 - 8 * pass.stage;
-        const uint32_t prefix = row.prefix;
 #pragma unroll
         for (int k = 0; k < kChunk; ++k) {
-          const uint32_t x = ordered(score[i][k]);
-          // The prefix is all bits above shift + 8: none at first.
-          if (score[i][k] > -kInf && (shift == 24 || x >> (shift + 8) == prefix))
-            atomicAdd(s.bins + r * kBins + static_cast<int>(x >> shift & (kBins - 1)), 1);
+          const int b = bin_of(row, pass.stage, score[i][k]);
+          if (b >= 0) atomicAdd(s.bin(r, b), 1);
         }
         continue;
       }
@@ -723,68 +746,95 @@ __device__ __forceinline__ void stream(const Tile& tile) {
 // ---- what a pass has shown: by one warp, all lanes of which know the row ------------------------
 
 // One more digit of the threshold of topk.
-__device__ void select_digit(const int* count, Row* row) {
+__device__ void select_digit(const Tile& tile, int r, Row* row) {
   if (row->stage == kSelect) row->num_ties = row->places;  // of the keys that begin with `prefix`
   // Lane l has the bins 255 - 8 l, ..., 248 - 8 l.
   constexpr int kPer = kBins / kWarpSize;
   const int first = kBins - 1 - lane() * kPer;
   int own = 0;
-  for (int e = 0; e < kPer; ++e) own += count[first - e];
+  for (int e = 0; e < kPer; ++e) own += *tile.s.bin(r, first - e);
   int above = scan_lanes(own) - own, bin = first;
   const bool here = above < row->num_ties && row->num_ties <= above + own;
-  for (int e = 0; here && above + count[bin] < row->num_ties && e < kPer; ++e)
-    above += count[bin--];
+  for (int e = 0; here && above + *tile.s.bin(r, bin) < row->num_ties && e < kPer; ++e)
+    above += *tile.s.bin(r, bin--);
   const int source = __ffs(__ballot_sync(kAllLanes, here)) - 1;
   row->prefix = row->prefix << 8 | static_cast<uint32_t>(__shfl_sync(kAllLanes, bin, source));
   row->num_ties -= __shfl_sync(kAllLanes, above, source);
-  if (++row->stage < kSum) return;
+  if (++row->stage < kCount) return;
+  row->stage = kSum;
   row->threshold = from_ordered(row->prefix);
   row->plain_end = 0;
 }
 
-// Lowers the threshold to `bound`, if keys of the rest reach it: they go over to the certain ones,
-// and the rest is summed again.
-__device__ __forceinline__ bool lower_threshold(float bound, float top, Row* row) {
-  if (top < bound) return false;
-  row->threshold = bound;
+// The places for which keys that are not certain yet run. Of `systematic` those that the certain
+// ones leave; of a race a few more than are left until K + 1 keys have come.
+__device__ __forceinline__ float room(const Tile& tile, const Row& row) {
+  const float certain = static_cast<float>(row.certain - (static_cast<int>(tile.p.K) - row.places)),
+              places = static_cast<float>(row.places);
+  return (row.is_race ? 1.25f * (places + 1) : places) - certain;
+}
+
+// Lowers the threshold to the border of two bins, so that the keys above it get a place each and
+// the others, by their weights, the rest: from the numbers of keys in the bins, as if each weighed
+// what the heaviest of its bin may. What is left to do is for exact sums.
+__device__ void lower_by_count(const Tile& tile, int r, Row* row) {
+  const float places = room(tile, *row);
+  // Lane l has the bins 8 l, ..., 8 l + 7.
+  constexpr int kPer = kBins / kWarpSize;
+  const int first = lane() * kPer;
+  const auto shrink = [](int from, int to) { return exp2f(depth_of_bin(from) - depth_of_bin(to)); };
+  // Of the bins from one on: their weights, beside that of its heaviest key.
+  float rest = 0;
+  int own = 0;
+  for (int b = first + kPer - 1; b >= first; --b) {
+    const int count = *tile.s.bin(r, b);
+    rest = static_cast<float>(count) + rest * shrink(b, b + 1);
+    own += count;
+  }
+  for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
+    const float behind = __shfl_sync(kAllLanes, rest, min_of(lane() + lanes, kWarpSize - 1));
+    if (lane() + lanes < kWarpSize) rest += behind * shrink(first, first + lanes * kPer);
+  }
+  const int above = scan_lanes(own) - own;
+  // The last bin for which there is room.
+  float behind = __shfl_sync(kAllLanes, rest, min_of(lane() + 1, kWarpSize - 1));
+  if (lane() == kWarpSize - 1) behind = 0;
+  int last = 0, upto = above + own;
+  for (int b = first + kPer - 1; b >= first; --b) {
+    const int count = *tile.s.bin(r, b);
+    upto -= count;
+    behind = static_cast<float>(count) + behind * shrink(b, b + 1);
+    if (last == 0 && static_cast<float>(upto) + behind <= places) last = b;
+  }
+  last = max_lanes(last);
+  // No key of bin `last` reaches it.
+  row->threshold = from_ordered(ordered(row->reference - depth_of_bin(last)) + 1);
   row->plain_end = 0;
-  return true;
+  int heaviest = kBins;  // of the bins left that hold a key
+  for (int b = first + kPer - 1; b >= max_of(first, last); --b)
+    if (*tile.s.bin(r, b) > 0) heaviest = b;
+  heaviest = reduce_lanes(heaviest, [](int a, int b) { return min_of(a, b); });
+  if (heaviest < kBins) row->reference -= depth_of_bin(heaviest);
+  row->stage = kSum;
 }
 
-// Keys whose inclusion probability reaches 1 are certain. So are those that come so close to it
-// that rounding could draw them twice. Returns whether that changed the threshold.
-__device__ bool settle_systematic(double total, float top, Row* row) {
-  const float places = static_cast<float>(row->draws);
-  const float margin = min_of(places * 0x1p-21f, 0.25f / places);
-  const float cap = static_cast<float>(total / row->draws) * (1 - margin);
-  return lower_threshold(row->reference + log2f(cap), top, row);
-}
-
-// The same for keys whose draws would repeat them, where that costs more than to let them run by
-// themselves; else how many draws of the others are enough for a race, but for about one row and
-// head in 10^4. `half_square` is half of the sum of their weights' squares.
-__device__ bool settle_race(double total, float top, float half_square, int heavy, Row* row) {
-  const float mass = static_cast<float>(total), want = static_cast<float>(row->places + 1),
-              runners = static_cast<float>(heavy), room = 1.25f * want - runners;
-  if (room > 0) {
-    const float cap = mass / room;
-    if (half_square > 0.1f * want * cap * cap &&
-        lower_threshold(row->reference + log2f(cap), top, row))
-      return true;
-  }
-  // By `unit` each key at the threshold has come once, in the mean, or enough others have; by time
-  // units, so many distinct keys of both kinds at least.
-  const float unit = max_of(exp2f(row->reference - row->threshold), max_of(room, 0.0f) / mass);
-  const float most = static_cast<float>(most_draws(row->places));
-  float time = 0.5f;
-  for (; time < 256; time *= 1.04f) {
-    const float draws = mass * unit * time, late = runners * expf(-time),
+// How many draws are enough for a race of `want` keys, but for about one row and head in 10^4:
+// `certain` keys run beside those of a mass of `mass`, the sum of whose weights' squares is twice
+// half_square. By `unit`, a time, each key at the threshold has come once in the mean, or enough
+// others have; by `time` units, so many distinct keys of both kinds at least.
+__device__ int plan_race(float want, float certain, float mass, float half_square, float unit,
+                         float most) {
+  for (float begin = 0.5f;; begin *= 4) {
+    const float time = begin * exp2f(static_cast<float>(lane()) / (kWarpSize / 2)),
+                draws = mass * unit * time, late = certain * expf(-time),
                 repeats = min_of(half_square * unit * time * unit * time, 0.4f * draws);
-    if (draws > most) break;
-    if (runners - late + draws - repeats > want + 1 + 4 * sqrtf(late + repeats)) break;
+    const bool enough = draws > most || begin > 100 ||
+                        certain - late + draws - repeats > want + 1 + 4 * sqrtf(late + repeats);
+    const unsigned lanes = __ballot_sync(kAllLanes, enough);
+    if (lanes == 0) continue;
+    const float planned = __shfl_sync(kAllLanes, draws, __ffs(lanes) - 1);
+    return static_cast<int>(max_of(1.0f, min_of(most, ceilf(planned))));
   }
-  row->draws = static_cast<int>(max_of(1.0f, min_of(most, ceilf(mass * unit * time))));
-  return false;
 }
 
 // From the sums of a row's parts to what draws are made from; or to what must be known before, in
@@ -792,26 +842,49 @@ __device__ bool settle_race(double total, float top, float half_square, int heav
 __device__ void settle(const Tile& tile, int r, Row* row) {
   const SketchSampleParams& p = tile.p;
   const int at = r * kParts + lane();
-  const float top = max_lanes(tile.s.top[at]);
-  if (top > -kInf && (top - row->reference < kLeastPlain || top - row->reference > kMostPlain)) {
-    row->reference = top;
-    return;
-  }
   const double own = tile.s.sum[at], total = sum_lanes(own);
   const int above = tile.s.above[at], ties = tile.s.ties[at];
   const int above_before = scan_lanes(above) - above, ties_before = scan_lanes(ties) - ties;
   row->certain = __shfl_sync(kAllLanes, above_before + above, kWarpSize - 1) +
                  min_of(row->num_ties, __shfl_sync(kAllLanes, ties_before + ties, kWarpSize - 1));
   row->draws = 0;
-  if (row->places > 0 && top > -kInf && p.method != SampleMethod::kTopK) {
-    const int heavy = row->certain - (static_cast<int>(p.K) - row->places);
-    row->draws = max_of(0, row->places - heavy);
-    if (p.method == SampleMethod::kSystematic && row->draws > 0 &&
-        settle_systematic(total, top, row))
+  const float top = max_lanes(tile.s.top[at]);
+  if (row->places > 0 && p.method != SampleMethod::kTopK && top > -kInf) {
+    if (top - row->reference < kLeastPlain || top - row->reference > kMostPlain) {
+      row->reference = top;
       return;
-    if (p.method == SampleMethod::kGumbel &&
-        settle_race(total, top, 0.5f * sum_lanes(tile.s.square[at]), heavy, row))
-      return;
+    }
+    row->draws = row->places;
+    if (p.method != SampleMethod::kMultinomial) {
+      // Keys whose share of the room is a whole place are certain. So are those that come so close
+      // to it that rounding could draw them twice. A race takes them for such where draws would
+      // repeat them so often that it costs more than to let them run by themselves.
+      const float room_left = room(tile, *row), places = static_cast<float>(row->places);
+      const float margin = min_of(places * 0x1p-21f, 0.25f / places);
+      const float mass = static_cast<float>(total), cap = mass / room_left * (1 - margin),
+                  half_square = row->is_race ? 0.5f * sum_lanes(tile.s.square[at]) : 0.0f;
+      const float bound = row->reference + log2f(cap);
+      if (room_left > 0 && top >= bound &&
+          (!row->is_race || half_square > 0.1f * (places + 1) * cap * cap)) {
+        row->is_counted = !row->is_counted;
+        if (row->is_counted) {
+          row->reference = top;
+          row->stage = kCount;
+        } else {
+          row->threshold = bound;
+          row->plain_end = 0;
+        }
+        return;
+      }
+      const int certain = row->certain - (static_cast<int>(p.K) - row->places);
+      if (row->is_race)
+        row->draws = plan_race(
+            places + 1, static_cast<float>(certain), mass, half_square,
+            max_of(exp2f(row->reference - row->threshold), max_of(room_left, 0.0f) / mass),
+            static_cast<float>(most_draws(row->places)));
+      else
+        row->draws -= certain;
+    }
   }
   SMARTBIRD_DEVICE_CHECK(row->certain <= tile.scratch().size.certain,
                          "smartbird: sketch_sample counted too many certain keys");
@@ -830,14 +903,13 @@ __device__ void settle(const Tile& tile, int r, Row* row) {
 // ---- lists of draws -----------------------------------------------------------------------------
 
 // Places of row.draws independent draws of a head, ascending, from one spacing more: exponential
-// variables, whose running sums over their total are the order statistics. Of a race, also when
-// they come: the last at the end of the stretch, the others at any time within it. The total does
-// not depend on the places; times the n-th root of a uniform number it is when arrival n comes.
+// variables, whose running sums over their total are the order statistics. Of a race the draws are
+// arrivals: the total, which does not depend on the places, is when one more comes, and times the
+// n-th root of a uniform number when the last of them does.
 __device__ void draw_places(const Tile& tile, int r, const Row& row, int local) {
   const int n = row.draws, blocks = n / 4 + 1;
   const int64_t head = tile.draw_head(row.head + local), position = tile.position(r);
-  const uint32_t first =
-      static_cast<uint32_t>(row.stretch) * (2 * static_cast<uint32_t>(blocks) + 1);
+  const uint32_t first = static_cast<uint32_t>(row.stretch) * static_cast<uint32_t>(blocks + 1);
   const auto random = [&](int block) {
     return philox4x32(philox_counter(head, position, first + static_cast<uint32_t>(block)),
                       tile.s.block.sample_key);
@@ -875,21 +947,10 @@ __device__ void draw_places(const Tile& tile, int r, const Row& row, int local) 
     }
     before += __shfl_sync(kAllLanes, upto, kWarpSize - 1);
   }
-  if (!row.is_race) return;
-  const PhiloxBlock end = random(2 * blocks);
-  const float span =
-      static_cast<float>(total) * exp2f(log2f(uniform(end.word[0])) / static_cast<float>(n));
-  const int last = static_cast<int>(uint64_t{end.word[1]} * static_cast<uint32_t>(n) >> 32);
-  for (int block = lane(); 4 * block < n; block += kWarpSize) {
-    const PhiloxBlock x = random(blocks + block);
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const int rank = 4 * block + w;
-      const float share = rank == last ? 1.0f : uniform(x.word[w]);
-      if (rank < n)
-        tile.scratch().time[begin + rank] = log2f(row.elapsed + span * share) - row.log_mass;
-    }
-  }
+  if (!row.is_race || lane() > 0) return;
+  tile.scratch().span[r * tile.scratch().size.spans + local] =
+      static_cast<float>(total) *
+      exp2f(log2f(uniform(random(blocks).word[0])) / static_cast<float>(n));
 }
 
 // Sorts the n places in `unsorted` into place [n]; slot[m] = number of the m-th * slots. Into
@@ -974,6 +1035,10 @@ struct Found {
   __device__ __forceinline__ int below(int x) const {
     return lower_bound(size, x, [&](int m) { return key[m]; });
   }
+  __device__ __forceinline__ bool holds(int x) const {
+    const int at = below(x);
+    return at < size && key[at] == x;
+  }
 };
 
 // Calls f(rank, list, n) for each n-th key of each list, ranked among all. They have none in
@@ -991,28 +1056,28 @@ __device__ __forceinline__ void merge(const Found (&found)[lists], F&& f) {
     }
 }
 
-// Moves the keys n of a list for which keep(n) is true to its front, which all lanes ask together.
+// Copies the keys n of a list for which keep(n, true) is true, which all lanes ask together, with
+// false where n is beyond it. `to` may be where the list lies.
 template <typename Keep>
-__device__ __forceinline__ void compact(Found* found, float* time, Keep&& keep) {
-  int kept = 0;
-  for (int first = 0; first < found->size; first += kWarpSize) {
+__device__ __forceinline__ Found compact(const Found& from, int32_t* key, float* score,
+                                         Keep&& keep) {
+  Found to{key, score, 0};
+  for (int first = 0; first < from.size; first += kWarpSize) {
     const int n = first + lane();
-    const bool kept_here = keep(n, n < found->size);
-    const unsigned lanes = __ballot_sync(kAllLanes, kept_here);
-    const int at = kept + __popc(lanes & ((1u << lane()) - 1));
-    const int32_t key = kept_here ? found->key[n] : 0;
-    const float score = kept_here ? found->score[n] : 0,
-                own_time = kept_here && time != nullptr ? time[n] : 0;
+    const bool kept = keep(n, n < from.size);
+    const unsigned lanes = __ballot_sync(kAllLanes, kept);
+    const int at = to.size + __popc(lanes & ((1u << lane()) - 1));
+    const int32_t own_key = kept ? from.key[n] : 0;
+    const float own_score = kept ? from.score[n] : 0;
     __syncwarp();
-    if (kept_here) {
-      found->key[at] = key;
-      found->score[at] = score;
-      if (time != nullptr) time[at] = own_time;
+    if (kept) {
+      key[at] = own_key;
+      score[at] = own_score;
     }
-    kept += __popc(lanes);
+    to.size += __popc(lanes);
     __syncwarp();
   }
-  found->size = kept;
+  return to;
 }
 
 // A head's results: the keys of all lists in ascending order, then -1, and log_inclusion(score),
@@ -1042,116 +1107,142 @@ __device__ __forceinline__ void write(const Tile& tile, int r, int head,
 // those that came are past.
 //
 // Times are logarithms, base 2, relative to the row's reference: a key of weight w whose
-// exponential is e comes at log2(e) - log2(w), which no weight is too small for.
+// exponential is e comes at log2(e) - log2(w), which no weight is too small for. Draws have none:
+// given how many they are and when the last came, they came at independent uniform times. So they
+// are taken back one by one from the last, until K keys are left: the last of m is any of them, and
+// what is left of its time, times the (m - 1)-th root of a uniform number, is when the last of the
+// others came. The time of the key that goes last is kappa.
 __device__ bool write_race(const Tile& tile, int r, int local, Row* row) {
   const Scratch& scratch = tile.scratch();
-  const int K = static_cast<int>(tile.p.K), head = row->head + local;
-  const int own = warp() * scratch.size.found;
-  int32_t* const key = scratch.found_key + own;
-  float *const score = scratch.found_score + own, *const time = scratch.found_time + own;
-  // Certain keys, those that came in earlier stretches, and those of this one.
-  const int past_begin = row->certain, drawn_begin = row->certain + row->past,
-            end = drawn_begin + row->draws;
+  const Sizes& size = scratch.size;
+  const int K = static_cast<int>(tile.p.K);
+  const int64_t head = tile.draw_head(row->head + local), position = tile.position(r);
+  const Found certain{scratch.certain_key + r * size.certain,
+                      scratch.certain_score + r * size.certain, row->certain};
+  const Found past{scratch.past_key + r * size.past, scratch.past_score + r * size.past, row->past};
+  const int begin = r * size.draws + local * row->draws;
+  Found drawn{scratch.key + begin, scratch.score + begin, row->draws};
+  int32_t* const came_key = scratch.came_key + warp() * size.came;
+  float* const came_score = scratch.came_score + warp() * size.came;
+  float* const time = scratch.came_time + warp() * size.came;  // of the certain keys
   __syncwarp();
-  for (int n = lane(); n < row->certain; n += kWarpSize) {
-    const int from = r * scratch.size.certain + n;
-    key[n] = scratch.certain_key[from];
-    score[n] = scratch.certain_score[from];
-    const PhiloxBlock x = philox4x32(
-        philox_counter(tile.draw_head(head), tile.position(r), static_cast<uint32_t>(n / 4)),
-        tile.s.block.arrival_key);
+  for (int n = lane(); n < certain.size; n += kWarpSize) {
+    const PhiloxBlock x = philox4x32(philox_counter(head, position, static_cast<uint32_t>(n / 4)),
+                                     tile.s.block.arrival_key);
     const uint32_t bits = n % 4 == 0   ? x.word[0]
                           : n % 4 == 1 ? x.word[1]
                           : n % 4 == 2 ? x.word[2]
                                        : x.word[3];
-    time[n] = score[n] == kInf ? -kInf : log2f(-logf(uniform(bits))) - (score[n] - row->reference);
-  }
-  for (int n = lane(); n < row->past; n += kWarpSize) {
-    const int from = r * scratch.size.past + n;
-    key[past_begin + n] = scratch.past_key[from];
-    score[past_begin + n] = scratch.past_score[from];
-    time[past_begin + n] = scratch.past_time[from];
+    const float score = certain.score[n];
+    time[n] = score == kInf ? -kInf : log2f(-logf(uniform(bits))) - (score - row->reference);
   }
   __syncwarp();
-  const int drawn = r * scratch.size.draws + local * row->draws;
-  const int32_t* const drawn_key = scratch.key + drawn;
-  const float* const drawn_time = scratch.time + drawn;
-  const Found past{key + past_begin, score + past_begin, row->past};
-  float horizon = row->draws == 0 ? kInf : -kInf;  // up to which the race is known
-  for (int n = lane(); n < row->draws; n += kWarpSize) {
-    const int32_t j = drawn_key[n];
-    // A repeat never comes, and of one time the first counts.
-    const int in_past = past.below(j);
-    bool repeats = in_past < past.size && past.key[in_past] == j;
-    for (int m = n - 1; m >= 0 && drawn_key[m] == j; --m)
-      repeats = repeats || drawn_time[m] <= drawn_time[n];
-    for (int m = n + 1; m < row->draws && drawn_key[m] == j; ++m)
-      repeats = repeats || drawn_time[m] < drawn_time[n];
-    key[drawn_begin + n] = j;
-    score[drawn_begin + n] = scratch.score[drawn + n];
-    time[drawn_begin + n] = repeats ? kInf : drawn_time[n];
-    horizon = max_of(horizon, drawn_time[n]);
-  }
-  horizon = max_lanes(horizon);
-  __syncwarp();
-  const auto count = [&](uint32_t most) {
+  const auto came_by = [&](float t) {  // of the certain keys
     int came = 0;
-    for (int first = 0; first < end; first += kWarpSize) {
+    for (int first = 0; first < certain.size; first += kWarpSize) {
       const int n = first + lane();
-      came += __popc(__ballot_sync(kAllLanes, n < end && ordered(time[n]) <= most));
+      came += __popc(__ballot_sync(kAllLanes, n < certain.size && time[n] <= t));
     }
     return came;
   };
-  uint32_t low = 0, high = ordered(horizon);
-  int reached = count(high);
-  Found found[3] = {
-      {key, score, row->certain}, past, {key + drawn_begin, score + drawn_begin, row->draws}};
-  if (reached <= K) {
-    compact(&found[2], time + drawn_begin,
-            [&](int n, bool is_key) { return is_key && time[drawn_begin + n] < kInf; });
-    const Found light[2] = {found[1], found[2]};
-    merge(light, [&](int rank, int list, int n) {
-      const int to = r * scratch.size.past + rank;
-      scratch.past_key[to] = light[list].key[n];
-      scratch.past_score[to] = light[list].score[n];
-      scratch.past_time[to] = time[(list == 0 ? past_begin : drawn_begin) + n];
+  // A draw taken back has the complement of its key.
+  const auto key_of = [](int32_t x) { return x < 0 ? ~x : x; };
+  // Whether a draw that is not taken back is the first of its key.
+  const auto is_new = [&](int n) {
+    const int32_t j = drawn.key[n];
+    if (j < 0 || past.holds(j)) return false;
+    for (int m = n - 1; m >= 0 && key_of(drawn.key[m]) == j; --m)
+      if (drawn.key[m] == j) return false;
+    return true;
+  };
+
+  // When the last of the draws came that are left.
+  const float span = row->draws > 0 ? scratch.span[r * size.spans + local] : 0.0f;
+  float log_share = 0;
+  const auto last_time = [&](int left) {
+    return log2f(row->elapsed + (left > 0 ? span * exp2f(log_share) : 0.0f)) - row->log_mass;
+  };
+  int left = row->draws, light = past.size;  // draws, and keys among all draws
+  for (int first = 0; first < left; first += kWarpSize) {
+    const int n = first + lane();
+    light += __popc(__ballot_sync(kAllLanes, n < left && is_new(n)));
+  }
+  if (light + came_by(left > 0 ? last_time(left) : kInf) <= K) {
+    drawn = compact(drawn, drawn.key, drawn.score,
+                    [&](int n, bool is_draw) { return is_draw && is_new(n); });
+    const Found before =
+        compact(past, came_key, came_score, [](int, bool is_key) { return is_key; });
+    const Found all[2] = {before, drawn};
+    merge(all, [&](int rank, int list, int n) {
+      past.key[rank] = all[list].key[n];
+      past.score[rank] = all[list].score[n];
     });
-    row->past += found[2].size;
-    row->elapsed = exp2f(horizon + row->log_mass);
+    row->past = light;
+    row->elapsed += span;
     return false;
   }
-  // When key K + 1 came: the least time by which so many had.
-  while (high - low > 1 && reached != K + 1) {
-    const uint32_t middle = low + (high - low) / 2;
-    const int came = count(middle);
-    if (came > K) {
-      high = middle;
-      reached = came;
-    } else {
-      low = middle;
+
+  float kappa;
+  int certain_left;  // of the certain keys
+  int choice = 0;
+  float log_uniform = 0;
+  for (uint32_t tries = 0;;) {
+    kappa = last_time(left);
+    certain_left = came_by(kappa);
+    if (light + certain_left <= K) {  // but one more of the certain keys comes next
+      certain_left = K - light;
+      uint32_t low = ordered(-kInf),
+               high = ordered(kInf);  // few have come by `low`, more by `high`
+      while (high - low > 1) {
+        const uint32_t middle = low + (high - low) / 2;
+        (came_by(from_ordered(middle)) > certain_left ? high : low) = middle;
+      }
+      kappa = from_ordered(high);
+      break;
     }
+    // 32 choices at a time, of which one that is gone already does not count.
+    int n;
+    do {
+      if (tries % kWarpSize == 0) {
+        const PhiloxBlock x = philox4x32(
+            philox_counter(head, position, kTakenBack + tries + static_cast<uint32_t>(lane())),
+            tile.s.block.sample_key);
+        choice = static_cast<int>(uint64_t{x.word[0]} * static_cast<uint32_t>(row->draws) >> 32);
+        log_uniform = log2f(uniform(x.word[1]));
+      }
+      n = __shfl_sync(kAllLanes, choice, static_cast<int>(tries++ % kWarpSize));
+    } while (drawn.key[n] < 0);
+    const int32_t j = drawn.key[n];
+    bool is_last = !past.holds(j);  // of its key
+    for (int m = n - 1; m >= 0 && key_of(drawn.key[m]) == j; --m) is_last &= drawn.key[m] != j;
+    for (int m = n + 1; m < row->draws && key_of(drawn.key[m]) == j; ++m)
+      is_last &= drawn.key[m] != j;
+    __syncwarp();
+    if (lane() == 0) drawn.key[n] = ~j;
+    __syncwarp();
+    --left;
+    light -= is_last;
+    if (light + certain_left == K) break;
+    log_share += __shfl_sync(kAllLanes, log_uniform, static_cast<int>((tries - 1) % kWarpSize)) /
+                 static_cast<float>(max_of(left, 1));
   }
-  float kappa = -kInf;
-  int before = 0;  // keys that came before it
-  for (int n = lane(); n < end; n += kWarpSize)
-    if (ordered(time[n]) <= high) kappa = max_of(kappa, time[n]);
-  kappa = max_lanes(kappa);
-  for (int first = 0; first < end; first += kWarpSize) {
+  drawn = compact(drawn, drawn.key, drawn.score,
+                  [&](int n, bool is_draw) { return is_draw && is_new(n); });
+  // Keys that come at one time do so in their order.
+  int before = 0;
+  for (int first = 0; first < certain.size; first += kWarpSize) {
     const int n = first + lane();
-    before += __popc(__ballot_sync(kAllLanes, n < end && time[n] < kappa));
+    before += __popc(__ballot_sync(kAllLanes, n < certain.size && time[n] < kappa));
   }
-  int ties = K - before;  // of the keys that came at that very time
-  const int begins[3] = {0, past_begin, drawn_begin};
-#pragma unroll
-  for (int l = 0; l < 3; ++l)
-    compact(&found[l], nullptr, [&](int n, bool is_key) {
-      const float own_time = is_key ? time[begins[l] + n] : kInf;
-      const unsigned tied = __ballot_sync(kAllLanes, is_key && own_time == kappa);
-      const bool wins = __popc(tied & ((1u << lane()) - 1)) < ties;
-      ties = max_of(0, ties - __popc(tied));
-      return is_key && (own_time < kappa || (own_time == kappa && wins));
-    });
-  write(tile, r, head, found,
+  int ties = certain_left - before;
+  const Found came = compact(certain, came_key, came_score, [&](int n, bool is_key) {
+    const unsigned tied = __ballot_sync(kAllLanes, is_key && time[n] == kappa);
+    const bool wins = __popc(tied & ((1u << lane()) - 1)) < ties;
+    ties -= __popc(tied);
+    return is_key && (time[n] < kappa || (time[n] == kappa && wins));
+  });
+  const Found all[3] = {came, past, drawn};
+  write(tile, r, row->head + local, all,
         [&](int, float x) { return log_one_minus_exp(exp2f(x - row->reference + kappa)); });
   return true;
 }
@@ -1163,9 +1254,9 @@ __device__ void write_head(const Tile& tile, int r, int local, const Row& row) {
   const int drawn = r * scratch.size.draws + local * row.draws, certain = r * scratch.size.certain;
   Found found[2] = {{scratch.certain_key + certain, scratch.certain_score + certain, row.certain},
                     {scratch.key + drawn, scratch.score + drawn, row.draws}};
-  // Beyond what settle_systematic rules out: a slot is left unused, and no key is there twice.
+  // Beyond what settle rules out: a slot is left unused, and no key is there twice.
   if (p.method == SampleMethod::kSystematic)
-    compact(&found[1], nullptr, [&](int n, bool is_key) {
+    found[1] = compact(found[1], found[1].key, found[1].score, [&](int n, bool is_key) {
       return is_key && (n == 0 || found[1].key[n] != found[1].key[n - 1]);
     });
   const float log_draws = log2f(static_cast<float>(max_of(1, row.draws)));
@@ -1180,8 +1271,12 @@ __device__ void write_head(const Tile& tile, int r, int local, const Row& row) {
 
 // What a row does next, after a pass that it took part in.
 __device__ void go_on(const Tile& tile, int r, Row* row) {
-  if (row->stage < kSum) {
-    select_digit(tile.s.bins + r * kBins, row);
+  if (row->stage < kCount) {
+    select_digit(tile, r, row);
+    return;
+  }
+  if (row->stage == kCount) {
+    lower_by_count(tile, r, row);
     return;
   }
   if (row->stage == kSum) {
@@ -1264,7 +1359,11 @@ __global__ void __launch_bounds__(kThreads, 2) sketch_sample_kernel(const Sample
       const Pass next = next_pass(s.row);
       if (next.stage == kDone) break;
       if (thread() == 0) s.block.pass = next;
-      for (int b = thread(); next.stage < kSum && b < kRows * kBins; b += kThreads) s.bins[b] = 0;
+      for (int b = thread(); next.stage < kSum && b < kRows * kBins; b += kThreads) {
+        const Row& row = s.row[b / kBins];
+        if (row.stage == next.stage && row.part_keys == next.part_keys)
+          *s.bin(b / kBins, b % kBins) = 0;
+      }
       __syncthreads();
       stream(tile);
       __syncthreads();
