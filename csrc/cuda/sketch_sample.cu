@@ -500,22 +500,19 @@ __device__ __forceinline__ void score_chunk(DType dtype, const char* query, int 
 
 // ---- a pass over the keys -----------------------------------------------------------------------
 
-// Where a score is counted. For topk, by the next digit of those that begin with the digits known.
-// Else by how far below the largest it is, base 2: bins are 1/64 wide at first, and 16 of them
-// later twice as much.
+// Where a score is counted, or -1. For topk, by the next digit of those that begin with the digits
+// known. Else by how far below the largest it is, base 2: bins are 1/64 wide at first, and twice as
+// wide wherever the distance + 1/4 has doubled.
+constexpr int kDepthShift = 19;
 __device__ __forceinline__ float depth_of_bin(int b) {
-  return 0.25f * (__int_as_float((b << 19) + 0x3F800000) - 1);
+  return 0.25f * (__int_as_float((b << kDepthShift) + 0x3F800000) - 1);
 }
 __device__ __forceinline__ int bin_of(const Row& row, int stage, float score) {
-  if (!(score > -kInf)) return -1;
-  if (stage == kCount) {
-    const float depth = __fmaf_rn(row.reference - score, 4.0f, 1.0f);
-    return min_of((__float_as_int(depth) - 0x3F800000) >> 19, kBins - 1);
-  }
-  const uint32_t x = ordered(score);
-  const int shift = 24 - 8 * stage;
-  if (shift < 24 && x >> (shift + 8) != row.prefix) return -1;
-  return static_cast<int>(x >> shift & (kBins - 1));
+  const float depth = __fmaf_rn(row.reference - score, 4.0f, 1.0f);
+  const uint32_t x = stage != kCount
+                         ? ordered(score) >> (24 - 8 * stage)
+                         : min_of((__float_as_int(depth) - 0x3F800000) >> kDepthShift, kBins - 1);
+  return score > -kInf && x / kBins == row.prefix ? static_cast<int>(x % kBins) : -1;
 }
 
 // m / heads. A half keeps m clear of where rounding counts.
@@ -658,9 +655,9 @@ __device__ __forceinline__ void stream(const Tile& tile) {
     if (pass.stage == kDraw && row.draws > 0) mark[i] = first_draw(tile, r, part);
   }
   float probe = 0;
-  const int end = min_of(pass.part_keys, pass.limit - first_part * pass.part_keys);
 #pragma unroll 1
-  for (int step = 0; step < end; step += kChunk) {
+  for (int step = 0; step < pass.part_keys && first_part * pass.part_keys + step < pass.limit;
+       step += kChunk) {
     float score[kLaneRows][kChunk];
     score_chunk(
         tile.p.dtype, staged_queries(s), static_cast<int>(tile.p.S), tile.launched.is_wide,
