@@ -52,7 +52,7 @@ BLOCKS = {
     "gather_backward_queries": Block(128, 2048),
     "gather_scores": Block(128, 0),
     "key_starts": Block(128, 0),
-    "sketch_sample": Block(256, 46368),
+    "sketch_sample": Block(256, 45840),
 }
 
 

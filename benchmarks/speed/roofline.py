@@ -113,7 +113,8 @@ class KernelWork:
 def kernels(widths: Widths, length: int, item_bytes: int) -> dict[str, KernelWork]:
     """The work of every kernel by name; for sketch_sample on flat rows, of equal scores.
 
-    Peaked rows take further passes over the keys, for those that are taken out; none is in it.
+    Peaked rows take two further passes over the keys, or a few more, for those that are certain;
+    none is in it.
     """
     H, D, S, K = widths.heads, widths.head_dim, widths.sketch_dim, widths.num_samples
     N, e = length, item_bytes
@@ -140,12 +141,12 @@ def kernels(widths: Widths, length: int, item_bytes: int) -> dict[str, KernelWor
     return {
         # The key and the score of a draw are written and read.
         SAMPLE_SYSTEMATIC: sample(slots, 16, "tiles 4 N² S; 2 N² exponentials"),
-        # So are, before, where it falls, twice, where its key goes, and when it comes; and in the
-        # end all that its head chooses from, of which times are read some 12 times.
+        # So are, before, where it falls, some seven times until it is sorted, and where its key goes;
+        # and after, three times, what its head chooses from.
         SAMPLE_GUMBEL: sample(
             H * N * _race_draws(K, N),
-            120,
-            "the same; cached 120 H N n for the n draws of a row and head, a few more than K",
+            88,
+            "the same; cached 88 H N n for the n draws of a row and head, a few more than K",
         ),
         GATHER_SCORES: KernelWork(
             hbm_bytes=2 * heads * e + 4 * slots + slots * e,
@@ -219,7 +220,7 @@ def kernels(widths: Widths, length: int, item_bytes: int) -> dict[str, KernelWor
 
 
 def _race_draws(num_samples: int, length: int) -> float:
-    """Draws of a row and head, as ``settle_race`` of sketch_sample.cu plans them."""
+    """Draws of a row and head, as ``plan_race`` of sketch_sample.cu plans them."""
     want = num_samples + 1
     draws = float(want)
     for _ in range(8):

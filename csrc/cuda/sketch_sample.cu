@@ -1004,6 +1004,7 @@ __device__ void list_draws(const Tile& tile, int r, Row* row) {
   row->heads = min_of(row->heads, scratch.size.draws / row->draws);
   row->per_head = 1.0f / static_cast<float>(row->heads);
   row->step = 0x1p31 / row->draws;
+  __syncwarp();  // what the heads before have drawn is written
   int32_t* unsorted = scratch.key + r * scratch.size.draws;
   const bool is_systematic = tile.p.method == SampleMethod::kSystematic;
   if (is_systematic) {  // one uniform number for each
