@@ -141,8 +141,8 @@ def kernels(widths: Widths, length: int, item_bytes: int) -> dict[str, KernelWor
     return {
         # The key and the score of a draw are written and read.
         SAMPLE_SYSTEMATIC: sample(slots, 16, "tiles 4 N² S; 2 N² exponentials"),
-        # So are, before, where it falls, some seven times until it is sorted, and where its key goes;
-        # and after, three times, what its head chooses from.
+        # So are, before, where it falls, some seven times until it is sorted, and where its key
+        # goes; and after, three times, what its head chooses from.
         SAMPLE_GUMBEL: sample(
             H * N * _race_draws(K, N),
             88,
