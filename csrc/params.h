@@ -1,7 +1,7 @@
 // What the kernels take: raw pointers, sizes and strides, filled in (and checked) by
 // cpu/ops_cpu.cpp and cuda/ops_cuda.cpp. CUDA kernels read keys where they lie and report errors by
 // device assertions: fields of packed tiles, of errors and of a range of rows are the CPU's,
-// `device_seed` and `cols` are CUDA's.
+// `device_seed`, `scratch` and `cols` are CUDA's.
 //
 // Sizes: B batch, N queries, M keys, H heads, H_kv key/value heads, H_i index heads, H_s sketches,
 // H_ks sketches of keys (H_ks divides H_s, which divides H_i), D head dim, Dv value dim, S sketch
@@ -61,6 +61,7 @@ struct SketchSampleParams {
 
   const int64_t*
       device_seed;  // [2] (seed, offset) in place of the two above, not known to the host
+  void* scratch;    // of cuda::sketch_sample_scratch_bytes
 
   const void* k_sketch;  // [B, H_ks, M, S]
   int64_t k_stride[3];

@@ -52,7 +52,7 @@ BLOCKS = {
     "gather_backward_queries": Block(128, 2048),
     "gather_scores": Block(128, 0),
     "key_starts": Block(128, 0),
-    "sketch_sample": Block(256, 91744),
+    "sketch_sample": Block(256, 45840),
 }
 
 
@@ -97,6 +97,8 @@ class Kernel:
 
     @property
     def wants_tensor_cores(self) -> bool:
+        if self.base == "sketch_sample":
+            return True
         return "Features)" in self.name and ("__half" in self.name or "bfloat16" in self.name)
 
 

@@ -9,7 +9,8 @@ Dv = D, without masks; e is the size of an input element. Counted are
 
 - *HBM bytes*: each input, output and intermediate tensor once, as if caches were perfect;
 - *cached bytes*: every read and atomic addition beyond registers and shared memory, as the kernels
-  make them, but for the 16 rows that a score tile reads again. Whatever L1 and L2 do not hold comes
+  make them, but for the 16 rows that a score tile reads again; for sketch_sample, that the lists of
+  draws are written and read again is in it too. Whatever L1 and L2 do not hold comes
   from HBM again;
 - multiplications and additions of score tiles (on tensor cores in 16 bits, else as FMA), all others
   (FMA), and exponentials, which have a unit of their own.
@@ -42,9 +43,8 @@ LSE = "dense_lse, sketch"
 MEAN = "dense_mean, sketch, both gradients"
 DENSE_ATTENTION = "(dense attention, not ours)"
 
-# Of csrc/cuda: rows that share a pass over the keys, keys scored at once, blocks of keys whose sums
-# a row keeps, lanes of a warp, which takes as many draws at once.
-_TILE_ROWS, _TILE_COLS, _MAX_BLOCKS, _WARP = 16, 32, 256, 32
+# Of csrc/cuda: rows that share a pass over the keys; those that do in sketch_sample.
+_TILE_ROWS, _SAMPLE_ROWS = 16, 32
 _SECTOR = 32  # bytes: the least that a read takes from L2
 
 
@@ -113,8 +113,8 @@ class KernelWork:
 def kernels(widths: Widths, length: int, item_bytes: int) -> dict[str, KernelWork]:
     """The work of every kernel by name; for sketch_sample on flat rows, of equal scores.
 
-    On peaked rows draws fall into fewer blocks of keys, which are scored again, and repeats of
-    ``gumbel`` are drawn again; neither is in it.
+    Peaked rows take two further passes over the keys, or a few more, for those that are certain;
+    none is in it.
     """
     H, D, S, K = widths.heads, widths.head_dim, widths.sketch_dim, widths.num_samples
     N, e = length, item_bytes
@@ -125,24 +125,29 @@ def kernels(widths: Widths, length: int, item_bytes: int) -> dict[str, KernelWor
     # exp of each score, and one more to rescale the sum of a lane's eight.
     scored = 9 / 8 * pairs
 
-    def sample(blocks_again: float, formula: str) -> KernelWork:
-        keys_again = H * N * blocks_again * min(N, _keys_per_block(N))
+    def sample(draws: float, bytes_per_draw: int, formula: str) -> KernelWork:
         return KernelWork(
             hbm_bytes=2 * sketch * e + 4 * slots,
-            cached_bytes=row_blocks * sketch * e + keys_again * S * e + 4 * slots,
-            tile_flops=2 * pairs * S,
-            fma_flops=2 * keys_again * S,
-            # The second: running sums of the blocks, made twice.
-            exponentials=scored + 2 * H * N * _num_blocks(N) + keys_again,
+            cached_bytes=2 * math.ceil(N / _SAMPLE_ROWS) * sketch * e
+            + 2 * sketch * e
+            + draws * bytes_per_draw
+            + 4 * slots,
+            tile_flops=2 * 2 * pairs * S,
+            fma_flops=0,
+            exponentials=2 * pairs,
             formula=formula,
         )
 
     return {
-        SAMPLE_SYSTEMATIC: sample(
-            _blocks_of_even_draws(K, N),
-            "tiles 2 N² S; FMA 2 H N S b for the b ≤ K max(32, N / 256) keys scored again",
+        # The key and the score of a draw are written and read.
+        SAMPLE_SYSTEMATIC: sample(slots, 16, "tiles 4 N² S; 2 N² exponentials"),
+        # So are, before, where it falls, some seven times until it is sorted, and where its key
+        # goes; and after, three times, what its head chooses from.
+        SAMPLE_GUMBEL: sample(
+            H * N * _race_draws(K, N),
+            88,
+            "the same; cached 88 H N n for the n draws of a row and head, a few more than K",
         ),
-        SAMPLE_GUMBEL: sample(_blocks_of_random_draws(K, N), "the same, with b random"),
         GATHER_SCORES: KernelWork(
             hbm_bytes=2 * heads * e + 4 * slots + slots * e,
             cached_bytes=heads * e + slots * D * e + 4 * slots + slots * e,
@@ -214,29 +219,14 @@ def kernels(widths: Widths, length: int, item_bytes: int) -> dict[str, KernelWor
     }
 
 
-def _keys_per_block(length: int) -> int:
-    return _TILE_COLS * max(1, math.ceil(math.ceil(length / _TILE_COLS) / _MAX_BLOCKS))
-
-
-def _num_blocks(length: int) -> int:
-    return math.ceil(length / _keys_per_block(length))
-
-
-def _warps_of_draws(num_samples: int) -> list[int]:
-    whole, rest = divmod(num_samples, _WARP)
-    return [_WARP] * whole + [rest] * (rest > 0)
-
-
-def _blocks_of_even_draws(num_samples: int, length: int) -> float:
-    """Blocks that one row and head scores again for draws at even distances."""
-    blocks = _num_blocks(length)
-    return sum(min(draws, blocks * draws / num_samples) for draws in _warps_of_draws(num_samples))
-
-
-def _blocks_of_random_draws(num_samples: int, length: int) -> float:
-    """The mean for independent draws, repeats left out."""
-    blocks = _num_blocks(length)
-    return sum(blocks * (1 - (1 - 1 / blocks) ** draws) for draws in _warps_of_draws(num_samples))
+def _race_draws(num_samples: int, length: int) -> float:
+    """Draws of a row and head, as ``plan_race`` of sketch_sample.cu plans them."""
+    want = num_samples + 1
+    draws = float(want)
+    for _ in range(8):
+        repeats = draws**2 / 2 / length
+        draws = min(want + 1 + repeats + 4 * math.sqrt(repeats), 2.0 * num_samples + 16)
+    return draws
 
 
 def floor_seconds(work: KernelWork, device: Device, item_bytes: int) -> tuple[float, str]:

@@ -96,6 +96,18 @@ __device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
 __device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 __device__ __forceinline__ float log2_of(float x) { return log2f(x); }
 __device__ __forceinline__ double log2_of(double x) { return log2(x); }
+// 2^x as the special function unit makes it, to about two units in the last place; what is below
+// the least normal number is 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+#ifdef SMARTBIRD_EMULATED
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.0f : y;
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
 template <typename A>
 __device__ __forceinline__ A exp_of(A x) {
   return exp2_of(x * static_cast<A>(kLog2e));
@@ -155,6 +167,18 @@ __device__ __forceinline__ T* shared_memory() {
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+
+// threadIdx.x, read anew: a compiler keeps what follows from the other in registers for as long as
+// the kernel runs.
+__device__ __forceinline__ unsigned fresh_thread_id() {
+#ifdef SMARTBIRD_EMULATED
+  return threadIdx.x;
+#else
+  unsigned id;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
+  return id;
+#endif
+}
 
 // Every lane gets op over the `width` neighbouring lanes it is one of; or, from `stride` on, over
 // the lanes that are a multiple of `stride` away.

@@ -26,6 +26,10 @@ void run_find_key_starts(const GatherParams& params, const int32_t* keys, int64_
 // dk and dv from slot_grads, key_start and entries: deterministic.
 void run_gather_backward_keys(const GatherBackwardParams& params, cudaStream_t stream);
 
+// Bytes of params.scratch: so many for each block of threads that the device holds at once,
+// whatever N and M are. Does not look at tensors.
+int64_t sketch_sample_scratch_bytes(const SketchSampleParams& params);
+// float64 must have been made float32.
 void run_sketch_sample(const SketchSampleParams& params, cudaStream_t stream);
 
 void run_dense_lse(const DenseParams& params, cudaStream_t stream);

@@ -69,7 +69,12 @@ std::tuple<Tensor, Tensor> draw(const Tensor& q_sketch, const Tensor& k_sketch, 
                                 int64_t num_index_heads, const std::string& method, double scale,
                                 RowArguments rows, const Tensor& seed, bool need_log_inclusion) {
   const DeviceScope device(q_sketch, {k_sketch, seed}, rows);
-  const Tensor q = with_contiguous_rows(q_sketch), k = with_contiguous_rows(k_sketch),
+  // float64 is sampled in float32, as on the CPU.
+  const auto rows_of = [](const Tensor& t) {
+    return with_contiguous_rows(
+        t.scalar_type() == ScalarType::Double ? torch::stable::to(t, ScalarType::Float) : t);
+  };
+  const Tensor q = rows_of(q_sketch), k = rows_of(k_sketch),
                seed_words = torch::stable::contiguous(seed);
   SketchSampleParams p =
       sketch_sample_params(q, k, num_samples, num_index_heads, method, scale, &rows);
@@ -81,6 +86,8 @@ std::tuple<Tensor, Tensor> draw(const Tensor& q_sketch, const Tensor& k_sketch, 
   const Tensor log_inclusion = new_tensor(q, {p.B, p.H_i, p.N, kept}, ScalarType::Float);
   p.indices = indices.mutable_data_ptr<int32_t>();
   p.log_inclusion = need_log_inclusion ? log_inclusion.mutable_data_ptr<float>() : nullptr;
+  const Tensor scratch = new_tensor(q, {cuda::sketch_sample_scratch_bytes(p)}, ScalarType::Byte);
+  p.scratch = scratch.mutable_data_ptr();
   cuda::run_sketch_sample(p, device.stream());
   return {indices, log_inclusion};
 }

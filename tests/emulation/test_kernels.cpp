@@ -288,11 +288,13 @@ struct Draws {
   SketchSampleParams p{};
   std::vector<int32_t> indices;
   std::vector<float> log_inclusion;
+  std::vector<char> scratch;
 
   void run() {
     indices.assign(static_cast<size_t>(p.B * p.H_i * p.N * p.K), -7);
     log_inclusion.assign(indices.size(), 7);
-    p.indices = indices.data(), p.log_inclusion = log_inclusion.data();
+    scratch.assign(static_cast<size_t>(cuda::sketch_sample_scratch_bytes(p)), -1);
+    p.indices = indices.data(), p.log_inclusion = log_inclusion.data(), p.scratch = scratch.data();
     cuda::run_sketch_sample(p, nullptr);
   }
 
@@ -514,7 +516,7 @@ void test_same_draws(DType dtype, int64_t S, SampleMethod method, bool is_causal
     for (int64_t i = 0; i < sequences[0].N; ++i) check_same_row(padded, head, i, 0, alone, head, i);
 }
 
-// Rows of one block of threads whose blocks of keys have one tile, two and three.
+// Rows of one block of threads whose parts have 8 keys, 256, 264, 512 and 520.
 void test_long_rows(SampleMethod method) {
   const int64_t N = 6, M = 24600, H_i = 3, S = 4, K = 50, seed[2] = {5, 6};
   const int64_t positions[N] = {60, 8191, 8192, 16383, 16390, 16391};
@@ -535,8 +537,7 @@ void test_long_rows(SampleMethod method) {
     row.run();
     for (int64_t head = 0; head < H_i; ++head) check_same_row(row, head, 0, 0, all, head, i);
   }
-  // All of them as the second sequence of a pack, of which a launch does not know how long it is:
-  // of a block's warps only as many draw as have room.
+  // All of them as the second sequence of a pack.
   const int32_t cu_q[] = {0, 0, N}, cu_k[] = {0, 0, M};
   const int64_t ids[] = {5, 0};
   Draws packed = all;
