@@ -32,6 +32,8 @@ ROWS = {
     "uniform": [0.0, 0.0, 0.0, 0.0, 0.0],
     "falling": [0.0, -0.7, -1.4, -2.1, -2.8],
     "uneven": [0.3, 2.0, -1.0, 0.0, 1.1, -0.2],
+    # So many keys that CUDA draws among them; of the others each runs by itself.
+    "many": [0.5, 1.2, -0.8, 0.0, 0.9, -0.3, 0.2, -1.5, 1.0, 0.1, -0.6, 0.4],
     # One key holds all but 1e-8 of the mass: the others are drawn by their own ratios.
     "peaked": [-18.5, 0.0, -19.0, -20.0, -18.0],
     # The third and fourth draw are decided far below the smallest float32, exp(-103).
@@ -147,7 +149,11 @@ def p_value(observed: Counter[tuple[int, ...]], law: Law) -> float:
 @both
 @pytest.mark.parametrize("k", [at_night(1, "slow_emulated"), 3, at_night(4, "slow_emulated")])
 @pytest.mark.parametrize(
-    "row", [row if row in ("peaked", "uneven") else at_night(row, "slow_emulated") for row in ROWS]
+    "row",
+    [
+        row if row in ("peaked", "uneven", "many") else at_night(row, "slow_emulated")
+        for row in ROWS
+    ],
 )
 @pytest.mark.parametrize("method", RANDOM)
 def test_law_of_the_set(backend: Backend, method: str, row: str, k: int) -> None:
@@ -326,7 +332,7 @@ def test_log_inclusion_is_the_closed_form(backend: Backend, row: str, k: int) ->
 
 @pytest.mark.one_order
 @both
-@pytest.mark.parametrize("row", ["uniform", "falling"])
+@pytest.mark.parametrize("row", ["uniform", "falling", "many"])
 @pytest.mark.parametrize("k", [at_night(1, "slow_emulated"), 3, at_night(4, "slow_emulated")])
 def test_gumbel_log_inclusion_comes_from_one_kappa(backend: Backend, row: str, k: int) -> None:
     """Solved for kappa, every key of a draw gives the same, and it is the (k+1)-th of a race."""
