@@ -183,7 +183,7 @@ wheel: $(READY)  ## build a wheel in dist and try it
 	rm -rf dist build/wheel
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
 	$(BIN)/abi3audit --strict dist/*.whl
-	$(BIN)/auditwheel -q show dist/*.whl
+	$(BIN)/auditwheel show dist/*.whl
 	$(BIN)/pip install -q --no-deps --target build/wheel dist/*.whl
 	cd build/wheel && PYTHONPATH=. $(CURDIR)/$(BIN)/python -c \
 	    'import smartbird; assert "build/wheel" in smartbird.__file__; print(smartbird.build_info())'
