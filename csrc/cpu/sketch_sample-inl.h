@@ -216,14 +216,12 @@ inline void normalise(int64_t blocks, Row* row) {
 }
 
 // The running sums of a block. Vector v holds the keys v, v + V, v + 2 V, ... of the block, V the
-// vectors of a block: sums go down the vectors first, and across lanes but once. Returns the last.
+// vectors of a block: sums go down the vectors first, and across lanes but once. Takes the weights
+// in `sums`. Returns the last sum.
 template <int V = kTile / kLanes<float>>
-SMARTBIRD_INLINE float running_sums(const float* weight, Vec<float> (&sums)[V]) {
+SMARTBIRD_INLINE float running_sums(Vec<float> (&sums)[V]) {
   constexpr int L = kLanes<float>;
-  for (int v = 0; v < V; ++v) {
-    const Vec<float> w = load(weight + v * L);
-    sums[v] = v == 0 ? w : sums[v - 1] + w;
-  }
+  for (int v = 1; v < V; ++v) sums[v] += sums[v - 1];
   const Vec<float> across = prefix_sum(sums[V - 1]), before = shift_up(across);
   for (int v = 0; v < V; ++v) sums[v] += before;
   return across[L - 1];
@@ -232,14 +230,14 @@ SMARTBIRD_INLINE float running_sums(const float* weight, Vec<float> (&sums)[V]) 
 // Sums block t, and adds it to `moments`.
 SMARTBIRD_INLINE void sum_block(int64_t t, Row* row, Moments* moments) {
   constexpr int L = kLanes<float>, V = kTile / L;
-  const float* weight = row->weight + t * kTile;
+  Vec<float> sums[V], top = moments->top, square = moments->square;
   for (int v = 0; v < V; ++v) {
-    const Vec<float> w = load(weight + v * L);
-    moments->top = max(moments->top, w);
-    moments->square = add_square(moments->square, w);
+    sums[v] = load(row->weight + t * kTile + v * L);
+    top = max(top, sums[v]);
+    square = add_square(square, sums[v]);
   }
-  Vec<float> sums[V];
-  row->block_sum[t] = running_sums(weight, sums);
+  *moments = {top, square};
+  row->block_sum[t] = running_sums(sums);
   if (row->cum == nullptr) return;
   for (int v = 0; v < V; ++v) store(row->cum + t * kTile + v * L, sums[v]);
 }
@@ -349,7 +347,8 @@ inline void find_keys(const Row& row, int32_t* __restrict draws, int64_t count,
   } else {
     for (int64_t n = 0; n < count; ++n) {
       Vec<float> sums[kTile / L];
-      running_sums(row.weight + keys[n], sums);
+      for (int v = 0; v < kTile / L; ++v) sums[v] = load(row.weight + keys[n] + v * L);
+      running_sums(sums);
       for (const Vec<float> sum : sums) keys[n] += __builtin_popcount(lane_bits(sum <= weights[n]));
     }
   }
